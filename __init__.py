@@ -1,0 +1,56 @@
+"""Headrace: an LLM inference engine for programs that write `async for output in engine.generate(...)`.
+
+Lazy on purpose: a worker process imports `headrace.worker` and must not pay for the frontend, and a program
+that only asks for the version must not pay for either.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .frontend.async_llm import AsyncLLM, AsyncLLMEngine
+    from .frontend.engine_args import AsyncEngineArgs, EngineArgs
+    from .frontend.llm import LLM
+    from .frontend.outputs import CompletionOutput, RequestOutput
+    from .frontend.sampling_params import RequestOutputKind, SamplingParams
+    from .ipc.errors import ConfigError, EngineDeadError, HeadraceError, RequestError
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LLM": ".frontend.llm",
+    "AsyncEngineArgs": ".frontend.engine_args",
+    "AsyncLLM": ".frontend.async_llm",
+    "AsyncLLMEngine": ".frontend.async_llm",
+    "CompletionOutput": ".frontend.outputs",
+    "ConfigError": ".ipc.errors",
+    "EngineArgs": ".frontend.engine_args",
+    "EngineDeadError": ".ipc.errors",
+    "HeadraceError": ".ipc.errors",
+    "RequestError": ".ipc.errors",
+    "RequestOutput": ".frontend.outputs",
+    "RequestOutputKind": ".frontend.sampling_params",
+    "SamplingParams": ".frontend.sampling_params",
+}
+
+__all__ = [
+    "LLM",
+    "AsyncEngineArgs",
+    "AsyncLLM",
+    "AsyncLLMEngine",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineArgs",
+    "EngineDeadError",
+    "HeadraceError",
+    "RequestError",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)

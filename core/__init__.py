@@ -1,0 +1,1 @@
+"""The engine core: decides which tokens run next. No model, no tensors, no text."""

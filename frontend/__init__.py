@@ -1,0 +1,1 @@
+"""The user's process: text in, text out, on asyncio. Never imports torch."""

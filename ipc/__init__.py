@@ -1,0 +1,1 @@
+"""The contract: every type that crosses a process border, and the pipes that carry them."""

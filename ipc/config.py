@@ -1,0 +1,61 @@
+"""EngineConfig: resolved once, by whoever starts the core, and read-only everywhere after.
+
+What is only known once the weights are on the device (number of KV blocks, the context length that fits)
+is not written back here: it travels in `messages.EngineInfo`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+Device: TypeAlias = Literal["cpu", "cuda"]
+LoadFormat: TypeAlias = Literal["safetensors", "gguf", "dummy", "oracle"]
+SchedulingPolicy: TypeAlias = Literal["fcfs", "priority"]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that core and workers need to know; names as in vLLM's `EngineArgs`."""
+
+    model: str
+    """The model as the user named it."""
+    model_path: str
+    """A folder with `config.json`, or a GGUF file; absolute."""
+    served_model_name: str
+    tokenizer: str | None
+    """A folder or GGUF file that holds the tokenizer; None with `skip_tokenizer_init`."""
+    hf_config: dict[str, Any]
+    """The model's `config.json` (made from the header for a GGUF file)."""
+    architecture: str
+    """The entry of `hf_config["architectures"]` that selects the model file."""
+    vocab_size: int
+    eos_token_ids: list[int]
+    """The model's end-of-sequence ids; the first is the primary one."""
+    default_sampling: dict[str, float | int]
+    """Sampling defaults from `generation_config.json`, under `SamplingParams` names."""
+
+    dtype: Dtype
+    device: Device
+    load_format: LoadFormat
+    seed: int
+    tensor_parallel_size: int
+    enforce_eager: bool
+
+    max_model_len: int
+    """Longest prompt + output, tokens."""
+    max_model_len_is_explicit: bool
+    """False lets the core lower `max_model_len` to what the KV cache holds, instead of refusing."""
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_chunked_prefill: bool
+    enable_prefix_caching: bool
+    scheduling_policy: SchedulingPolicy
+
+    block_size: int
+    num_gpu_blocks_override: int | None
+    gpu_memory_utilization: float
+    kv_cache_memory_bytes: int | None
+
+    log_stats: bool

@@ -1,0 +1,81 @@
+"""The errors a caller can meet, and their form on the wire.
+
+Two families: `RequestError` and `ConfigError` are the caller's to mend (they name the parameter, the value
+and the limit); `EngineDeadError` is ours.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+ErrorKind: TypeAlias = Literal["request", "config", "dead"]
+
+
+class HeadraceError(Exception):
+    """Base of every error that Headrace raises on purpose."""
+
+
+class RefusedError(HeadraceError, ValueError):
+    """Something the caller asked for cannot be done; nothing else is disturbed.
+
+    Attributes:
+        parameter: the name of the parameter at fault, or None when none is.
+        value: the value that was refused, as text.
+        limit: what would have been accepted, as text.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        parameter: str | None = None,
+        value: object = None,
+        limit: object = None,
+    ) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+        self.value = None if value is None else str(value)
+        self.limit = None if limit is None else str(limit)
+
+
+class RequestError(RefusedError):
+    """One request cannot be served as asked."""
+
+
+class ConfigError(RefusedError):
+    """The engine cannot be built as asked: an argument, a model's files, or the memory they need."""
+
+
+class EngineDeadError(HeadraceError, RuntimeError):
+    """The engine core or a worker is gone; the message holds the first cause."""
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
+    """An error on the wire."""
+
+    kind: ErrorKind
+    message: str
+    parameter: str | None = None
+    value: str | None = None
+    limit: str | None = None
+
+    @classmethod
+    def of(cls, error: BaseException) -> ErrorInfo:
+        """Describe `error`; anything that is not a `RefusedError` counts as the engine's own."""
+        if isinstance(error, RefusedError):
+            kind: ErrorKind = "request" if isinstance(error, RequestError) else "config"
+            return cls(kind, str(error), error.parameter, error.value, error.limit)
+        return cls("dead", str(error) if isinstance(error, HeadraceError) else _cause(error))
+
+    def exception(self) -> HeadraceError:
+        """The exception that this describes, ready to raise."""
+        if self.kind == "dead":
+            return EngineDeadError(self.message)
+        family = RequestError if self.kind == "request" else ConfigError
+        return family(self.message, parameter=self.parameter, value=self.value, limit=self.limit)
+
+
+def _cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

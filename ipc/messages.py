@@ -1,0 +1,329 @@
+"""Every message that crosses a process border; docs/protocol.md is their prose.
+
+One tagged union per pipe and direction. Messages are MessagePack arrays whose first element is the type's
+name. Columns of integers travel as the bytes of little-endian int32 arrays (`pack` and `unpack`): two
+microseconds for 256 requests where a list of structs takes thirty.
+
+Rules of the pipes:
+- Every request of an `AddRequest` ends with exactly one `Finished`, unless the client aborted it.
+- Plans are executed in the order in which they were sent, and answered in that order.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from enum import IntEnum
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from .config import EngineConfig
+from .errors import ErrorInfo
+
+PROTOCOL_VERSION = 1
+
+
+def pack(values: Iterable[int]) -> bytes:
+    """Integers as the bytes of an int32 array."""
+    return array("i", values).tobytes()
+
+
+def unpack(column: bytes) -> array[int]:
+    """The int32 array that `pack` made. Raises ValueError when the length is not a multiple of 4."""
+    values = array("i")
+    values.frombytes(column)
+    return values
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """Base of the tagged wire types. Subclasses repeat `frozen` for the type checkers."""
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Base of the untagged parts of messages."""
+
+
+# --- requests: frontend <-> core ---------------------------------------------------------------------
+
+
+class Sampling(Record, frozen=True):
+    """The part of `SamplingParams` that the sampler applies. Neutral values switch a stage off."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    seed: int = 0
+    """Key of the noise, 0 <= seed < 2**63; the frontend draws one for requests that name none."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    eos_token_id: int | None = None
+    """Ends the request without a stop reason; None with `ignore_eos`."""
+    stop_token_ids: list[int] = []
+    """End the request and are its stop reason."""
+
+
+class AddRequest(Message, frozen=True):
+    """Start `n` generations from one prompt; they are numbered `request` .. `request + n - 1`.
+
+    Numbers are the client's own and must not be in use. Generation i is seeded with `sampling.seed + i`.
+    """
+
+    request: int
+    prompt: bytes
+    """int32 token ids"""
+    sampling: Sampling
+    max_tokens: int
+    n: int = 1
+    priority: int = 0
+    """Lower is earlier; only with `scheduling_policy="priority"`."""
+
+
+class Abort(Message, frozen=True):
+    """Forget these requests. They get no further message, not even `Finished`; unknown ones are ignored."""
+
+    requests: list[int]
+
+
+class Call(Message, frozen=True):
+    """Ask the core something; answered by one `Reply` with the same number."""
+
+    call: int
+    method: Literal["ping", "reset_prefix_cache", "stats"]
+
+
+class Hello(Message, frozen=True):
+    """A client's first message, answered by `Welcome` or `Refused`. Its shape never changes."""
+
+    protocol: int
+    client: str
+    """What to call the client in logs."""
+
+
+class Bye(Message, frozen=True):
+    """The client leaves: all its requests are aborted."""
+
+
+class EngineInfo(Record, frozen=True):
+    """What only the running engine knows."""
+
+    max_model_len: int
+    num_blocks: int
+    pid: int
+    version: str
+    """Headrace's version in the core."""
+
+
+class Welcome(Message, frozen=True):
+    """The client may send requests. Carries the whole configuration: an address is all it needs."""
+
+    protocol: int
+    config: EngineConfig
+    info: EngineInfo
+
+
+class Refused(Message, frozen=True):
+    """The core will not talk to this client. Its shape never changes."""
+
+    protocol: int
+    message: str
+
+
+class FinishReason(IntEnum):
+    """Why a request ended; `str()` gives the public name."""
+
+    STOP = 0
+    """End-of-sequence token, stop token or (in the frontend) stop string."""
+    LENGTH = 1
+    """`max_tokens` or the context length."""
+    ABORT = 2
+    ERROR = 3
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class Started(Record, frozen=True):
+    """A request left the queue for the first time."""
+
+    request: int
+    num_cached_tokens: int
+    """Prompt tokens found in the prefix cache."""
+    queued_seconds: float
+
+
+class Finished(Record, frozen=True):
+    """A request ended, after the tokens of the same message."""
+
+    request: int
+    reason: FinishReason
+    stop_token_id: int | None = None
+    """Set when one of `stop_token_ids` ended it."""
+    error: ErrorInfo | None = None
+
+
+class Stats(Record, frozen=True):
+    """The engine at one moment; counters run from its start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int = 0
+    num_blocks: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0
+    """Prompt tokens looked up."""
+    prefix_cache_hits: int = 0
+    """Prompt tokens found."""
+
+
+class StepOutputs(Message, frozen=True):
+    """What one engine step brought one client."""
+
+    requests: bytes
+    """int32[n], the requests that got a token"""
+    tokens: bytes
+    """int32[n], their tokens"""
+    started: list[Started] = []
+    finished: list[Finished] = []
+
+
+class Reply(Message, frozen=True):
+    """The answer to a `Call`."""
+
+    call: int
+    ok: bool = True
+    stats: Stats | None = None
+
+
+class Dying(Message, frozen=True):
+    """The core cannot go on; the last message it sends."""
+
+    error: ErrorInfo
+
+
+ToCore: TypeAlias = Hello | AddRequest | Abort | Call | Bye
+FromCore: TypeAlias = Welcome | Refused | StepOutputs | Reply | Dying
+
+
+# --- steps: core <-> worker --------------------------------------------------------------------------
+
+
+class Admit(Record, frozen=True):
+    """A request takes a slot. Its row starts at position `num_computed`."""
+
+    slot: int
+    tokens: bytes
+    """int32, the prompt and, after a preemption, the tokens generated so far"""
+    num_prompt_tokens: int
+    num_computed: int
+    """Leading tokens whose KV is already in `blocks`."""
+    blocks: bytes
+    """int32 block ids of its table so far"""
+    sampling: Sampling
+
+
+class StepPlan(Message, frozen=True):
+    """One forward pass, as the difference to what the worker already knows. Applied in field order.
+
+    A row samples a token exactly when it reaches the end of its slot's tokens; the sampled token is appended
+    to them on the worker, so the next plan may run the row on before the core has seen the token.
+    """
+
+    step: int
+    released: bytes
+    """int32 slots whose requests ended or were preempted"""
+    admitted: list[Admit]
+    granted: bytes
+    """int32 pairs (slot, block id): blocks appended to the tables of running slots, in order"""
+    slots: bytes | None
+    """int32[rows], the slots that run; None: the rows of the step before, one token each"""
+    num_tokens: bytes | None
+    """int32[rows], how many tokens each computes"""
+
+
+class StepResult(Message, frozen=True):
+    """The answer to the plan with the same number; only rank 0 sends it."""
+
+    step: int
+    tokens: bytes
+    """int32, one token for each sampling row, in the plan's row order"""
+
+
+class Loaded(Message, frozen=True):
+    """The weights are on the device."""
+
+    rank: int
+    num_blocks: int
+    """KV blocks that fit here."""
+    block_bytes: int
+    arithmetic: str
+    """How `num_blocks` came about, for error messages."""
+
+
+class Allocate(Message, frozen=True):
+    """Make the KV cache, of the smallest rank's size."""
+
+    num_blocks: int
+    max_model_len: int
+
+
+class WorkerReady(Message, frozen=True):
+    """The worker takes plans."""
+
+    rank: int
+
+
+class Progress(Message, frozen=True):
+    """A phase of the start-up begins."""
+
+    rank: int | None
+    """None: the core itself"""
+    phase: str
+
+
+class Fatal(Message, frozen=True):
+    """The sender ends because of this."""
+
+    rank: int | None
+    phase: str
+    error: ErrorInfo
+
+
+class Ready(Message, frozen=True):
+    """The core serves at `address`."""
+
+    address: str
+    info: EngineInfo
+
+
+class WorkerStart(msgspec.Struct, frozen=True):
+    """How a worker is started: the payload of its process."""
+
+    config: EngineConfig
+    rank: int
+    fd: int
+    """Its end of the pipe to the core."""
+    rendezvous: str
+    """A file for the ranks to find each other through."""
+
+
+class CoreStart(msgspec.Struct, frozen=True):
+    """How a core is started: the payload of its process."""
+
+    config: EngineConfig
+    address: str
+    status_fd: int | None
+    """A pipe for `FromStarting` messages, one JSON line each; its end of file means that the core is gone."""
+
+
+ToWorker: TypeAlias = Allocate | StepPlan
+FromWorker: TypeAlias = Progress | Loaded | WorkerReady | StepResult | Fatal
+FromStarting: TypeAlias = Progress | Ready | Fatal

@@ -1,0 +1,116 @@
+"""Child processes: started by entry-point name, ended with their parent.
+
+A child's standard input is a pipe whose other end only the parent holds: it brings the payload as one line
+of JSON, and its end of file means that the parent is gone, however it went. No child outlives its parent.
+Nothing is pickled and `__main__` is not imported again, so programs need no `if __name__ == "__main__"`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import NoReturn
+
+import msgspec
+
+PARENT_GONE = 70
+"""Exit code of a child that lost its parent."""
+_NO_PARENT = 0
+
+
+class Child:
+    """A running child process."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes]) -> None:
+        self.name = name
+        self.pid = process.pid
+        self._process = process
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def cause_of_death(self) -> str:
+        """How it ended, for an error message; call it once the child is not alive."""
+        code = self._process.wait(timeout=5)
+        if code < 0:
+            return f"{self.name} (pid {self.pid}) was killed by {signal.Signals(-code).name}"
+        return f"{self.name} (pid {self.pid}) exited with code {code}"
+
+    def stop(self, grace: float) -> None:
+        """End it: SIGTERM, then SIGKILL after `grace` seconds. Returns once it is gone; idempotent."""
+        assert self._process.stdin is not None
+        if self.alive:
+            self._process.terminate()
+        try:
+            self._process.wait(grace)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdin.close()
+
+
+def spawn(
+    name: str,
+    entry: str,
+    payload: msgspec.Struct,
+    *,
+    pass_fds: Sequence[int] = (),
+    remove: str | None = None,
+) -> Child:
+    """Run `module:function(payload as JSON bytes)` in a fresh interpreter.
+
+    The child has its own session, so that Ctrl-C reaches the parent alone, which then ends the child in good
+    order. Its standard output goes to standard error: a program's output stays its own. `-P` keeps the
+    working directory off `sys.path`. When the parent vanishes the child deletes `remove`, a folder, and exits.
+    """
+    command = [sys.executable, "-P", "-m", __name__, entry, str(os.getpid()), remove or ""]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=2, pass_fds=pass_fds, start_new_session=True
+    )
+    assert process.stdin is not None
+    try:
+        process.stdin.write(msgspec.json.encode(payload) + b"\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass  # it died at once: whoever waits for its first message will say so
+    return Child(name, process)
+
+
+def become(entry: str, payload: msgspec.Struct) -> NoReturn:
+    """Replace this process by `module:function(payload)`, keeping its pid: how a daemon starts, parentless."""
+    line = os.memfd_create("payload")
+    os.write(line, msgspec.json.encode(payload) + b"\n")
+    os.lseek(line, 0, os.SEEK_SET)
+    os.dup2(line, 0)
+    os.execv(sys.executable, [sys.executable, "-P", "-m", __name__, entry, str(_NO_PARENT), ""])
+
+
+def _follow_parent(parent: int, remove: str) -> None:
+    poller = select.poll()
+    poller.register(0, select.POLLIN)
+    # The parent's pid is the second witness: a process that the parent forked may still hold the pipe.
+    while not poller.poll(1000) and os.getppid() == parent:
+        pass
+    if remove:
+        shutil.rmtree(remove, ignore_errors=True)
+    os._exit(PARENT_GONE)
+
+
+def main() -> None:
+    entry, parent, remove = sys.argv[1:]
+    payload = sys.stdin.buffer.readline()
+    threading.Thread(target=_follow_parent, args=(int(parent), remove), name="parent", daemon=True).start()
+    module, _, function = entry.partition(":")
+    getattr(importlib.import_module(module), function)(payload)
+
+
+if __name__ == "__main__":
+    main()
