@@ -67,9 +67,9 @@ def spawn(
 ) -> Child:
     """Run `module:function(payload as JSON bytes)` in a fresh interpreter.
 
-    The child has its own session, so that Ctrl-C reaches the parent alone, which then ends the child in good
-    order. Its standard output goes to standard error: a program's output stays its own. `-P` keeps the
-    working directory off `sys.path`. When the parent vanishes the child deletes `remove`, a folder, and exits.
+    The child has its own session, so that Ctrl-C reaches the parent alone, which then ends the child in
+    good order. Its standard output goes to standard error: a program's output stays its own. `-P` keeps the
+    working directory off `sys.path`. A child whose parent vanishes deletes the folder `remove` and exits.
     """
     command = [sys.executable, "-P", "-m", __name__, entry, str(os.getpid()), remove or ""]
     process = subprocess.Popen(
@@ -85,7 +85,7 @@ def spawn(
 
 
 def become(entry: str, payload: msgspec.Struct) -> NoReturn:
-    """Replace this process by `module:function(payload)`, keeping its pid: how a daemon starts, parentless."""
+    """Replace this process by `module:function(payload)`, keeping its pid: how a daemon starts."""
     line = os.memfd_create("payload")
     os.write(line, msgspec.json.encode(payload) + b"\n")
     os.lseek(line, 0, os.SEEK_SET)
