@@ -40,7 +40,8 @@ def next_tokens(states: U64, seeds: U64, positions: U64, vocab_size: int) -> NDA
     mixed = (mixed ^ (mixed >> np.uint64(30))) * _MIX_1
     mixed = (mixed ^ (mixed >> np.uint64(27))) * _MIX_2
     mixed = mixed ^ (mixed >> np.uint64(31))
-    return (mixed % np.uint64(vocab_size)).astype(np.int32)
+    tokens: NDArray[np.int32] = (mixed % np.uint64(vocab_size)).astype(np.int32)
+    return tokens
 
 
 def oracle_stream(prompt: Sequence[int], seed: int, num_tokens: int, vocab_size: int) -> list[int]:
