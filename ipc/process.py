@@ -107,7 +107,9 @@ def _follow_parent(parent: int, remove: str) -> None:
 def main() -> None:
     entry, parent, remove = sys.argv[1:]
     payload = sys.stdin.buffer.readline()
-    threading.Thread(target=_follow_parent, args=(int(parent), remove), name="parent", daemon=True).start()
+    if int(parent) != _NO_PARENT:
+        following = (int(parent), remove)
+        threading.Thread(target=_follow_parent, args=following, name="parent", daemon=True).start()
     module, _, function = entry.partition(":")
     getattr(importlib.import_module(module), function)(payload)
 
