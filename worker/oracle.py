@@ -1,0 +1,103 @@
+"""The oracle backend: ipc.oracle's function behind the slot table and a KV cache of its own.
+
+Its "KV" of a position is the oracle's state after that position's token. A step reads the state before its
+first position through the block table and writes the states of its own, so a wrong block, a stale prefix
+or a lost token changes the stream exactly as it would with a network. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..ipc.config import EngineConfig
+from ..ipc.oracle import U64, absorb, next_tokens
+from .kv_cache import CacheSize, cpu_budget, size_cache
+from .slots import I32, I64, Batch, Slots
+
+_BASE = absorb(np.ones(1, np.uint64), np.array([-1], np.int32))[0]
+"""The polynomial's base: absorbing -1 into 1 multiplies by it and adds nothing."""
+_INVERSE = np.uint64(pow(int(_BASE), -1, 1 << 64))
+
+
+class OracleBackend:
+    """A worker's backend without a model; every rank computes the same."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._states = np.zeros((0, config.block_size), np.uint64)  # [num_blocks, block_size]
+        # BASE**i and BASE**-i, as far as the longest chunk
+        self._powers = _powers(_BASE, config.max_num_batched_tokens + 1)
+        self._inverses = _powers(_INVERSE, config.max_num_batched_tokens + 1)
+
+    def load(self, progress: Callable[[str], None]) -> CacheSize:
+        block_bytes = self._config.block_size * self._states.itemsize
+        return size_cache(self._config, block_bytes, cpu_budget(self._config))
+
+    def allocate(self, num_blocks: int, max_model_len: int) -> None:
+        self._states = np.zeros((num_blocks, self._config.block_size), np.uint64)
+
+    def warm_up(self) -> None:
+        """Nothing to warm."""
+
+    def execute(self, slots: Slots, batch: Batch) -> I32:
+        """The tokens of the batch's sampling rows."""
+        states = np.zeros(len(batch.slots), np.uint64)  # after each row's last token
+        if batch.one_each and not batch.admitted:
+            self._decode(slots, batch.slots, batch.starts, states, None)
+        else:
+            self._mixed(slots, batch, states)
+        rows = batch.sampling
+        sampling_slots = batch.slots[rows]
+        positions = batch.ends[rows].astype(np.uint64)
+        seeds = slots.sampling.seed[sampling_slots]
+        return next_tokens(states[rows], seeds, positions, self._config.vocab_size)
+
+    def _mixed(self, slots: Slots, batch: Batch, states: U64) -> None:
+        """Running requests' single tokens at once, then the others one by one in the plan's order.
+
+        A request may hit prefix blocks that another row of the same plan fills. A network writes all KV
+        before any of it is read; here a state needs the one before it, and the plan names the filling row
+        first.
+        """
+        new = np.isin(batch.slots, list(batch.admitted))
+        alone = np.flatnonzero((batch.num_scheduled > 1) | new)
+        together = np.flatnonzero((batch.num_scheduled == 1) & ~new)
+        self._decode(slots, batch.slots[together], batch.starts[together], states, together)
+        for row in alone.tolist():
+            start, end = int(batch.starts[row]), int(batch.ends[row])
+            states[row] = self._chunk(slots, int(batch.slots[row]), start, end)
+
+    def _decode(self, slots: Slots, rows: I64, positions: I64, states: U64, out: I64 | None) -> None:
+        tables, size = slots.block_tables, self._config.block_size
+        before = positions - 1
+        previous = self._states[tables[rows, before // size], before % size]
+        if not positions.all():
+            previous[positions == 0] = 0
+        after = absorb(previous, slots.tokens[rows, positions])
+        self._states[tables[rows, positions // size], positions % size] = after
+        states[slice(None) if out is None else out] = after
+
+    def _chunk(self, slots: Slots, slot: int, start: int, end: int) -> np.uint64:
+        table, size = slots.block_tables[slot], self._config.block_size
+        before = np.uint64(0)
+        if start:
+            before = self._states[table[(start - 1) // size], (start - 1) % size]
+        # state[i] = BASE**(i+1) * (before + sum over j <= i of (token[j] + 1) * BASE**-(j+1)), modulo 2**64
+        terms = (slots.tokens[slot, start:end].astype(np.uint64) + np.uint64(1)) * self._inverses[
+            1 : end - start + 1
+        ]
+        after: NDArray[np.uint64] = (np.cumsum(terms, dtype=np.uint64) + before) * self._powers[
+            1 : end - start + 1
+        ]
+        positions = np.arange(start, end)
+        self._states[table[positions // size], positions % size] = after
+        return np.uint64(after[-1])
+
+
+def _powers(base: np.uint64, count: int) -> U64:
+    factors = np.full(count, base, np.uint64)
+    factors[0] = 1
+    return np.multiply.accumulate(factors)
