@@ -1,0 +1,318 @@
+"""AsyncEngineArgs: what a caller may say about an engine, and its one resolution into an EngineConfig.
+
+The same defaults through every door: library, command line, daemon, server. Nothing after `resolve` looks at
+the environment, at defaults or at "auto".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from ..ipc.config import Device, Dtype, EngineConfig, LoadFormat, SchedulingPolicy
+from ..ipc.errors import ConfigError
+from . import model_files
+from .model_files import ModelFiles
+from .names import nearest
+
+_DTYPES: dict[str, Dtype] = {
+    "float": "float32",
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "half": "float16",
+    "float16": "float16",
+}
+_LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy", "oracle")
+_NO_WEIGHTS = ("dummy", "oracle")
+_BATCHED_TOKENS: dict[Device, int] = {"cuda": 8192, "cpu": 2048}
+_MAX_SEED = 2**63 - 1
+_MAX_INT = 2**31 - 1
+
+
+@dataclass
+class AsyncEngineArgs:
+    """Arguments of an engine: vLLM's names and meanings. None means: find out or take the default."""
+
+    model: str = "Qwen/Qwen3-0.6B"
+    """A folder, a .gguf file, a Hugging Face id, or "demo"."""
+    tokenizer: str | None = None
+    """Where the tokenizer is, if not with the model."""
+    skip_tokenizer_init: bool = False
+    """Token ids in, token ids out."""
+    dtype: str = "auto"
+    """"auto": the checkpoint's, but bfloat16 for float32 ones."""
+    seed: int = 0
+    max_model_len: int | None = None
+    """Longest prompt + output; None: the model's, lowered to what the KV cache holds."""
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    """Tokens of one step; None: 8192 on a GPU, 2048 on a CPU."""
+    block_size: int = 16
+    num_gpu_blocks_override: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    """Size of the KV cache on each rank; overrides `gpu_memory_utilization`."""
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+    load_format: str = "auto"
+    served_model_name: str | None = None
+    generation_config: str = "auto"
+    """Where sampling defaults come from: "auto" (the model), "vllm" (none), or a folder."""
+    scheduling_policy: str = "fcfs"
+    disable_log_stats: bool = False
+    engine_core_address: str | None = None
+    """Attach to the engine core that listens there instead of starting one."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> AsyncEngineArgs:
+        for name in kwargs:
+            if name not in FIELDS:
+                message = f"unknown engine argument {name!r}{nearest(name, FIELDS)}"
+                raise ConfigError(message, parameter=name, value=kwargs[name])
+        return super().__new__(cls)
+
+
+EngineArgs = AsyncEngineArgs
+FIELDS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(AsyncEngineArgs)}
+
+
+def resolve(args: AsyncEngineArgs) -> EngineConfig:
+    """Check every argument, find the model's files and settle every default. Raises ConfigError."""
+    _check_types(args)
+    load_format = _choice("load_format", args.load_format, _LOAD_FORMATS)
+    files = model_files.read_model(
+        args.model, args.generation_config, with_weights=load_format not in _NO_WEIGHTS
+    )
+    device = _device()
+    max_model_len = _max_model_len(args, files.hf_config)
+    return EngineConfig(
+        model=args.model,
+        model_path=str(files.path),
+        served_model_name=args.served_model_name or args.model,
+        tokenizer=_tokenizer(args, files),
+        hf_config=files.hf_config,
+        architecture=_architecture(files),
+        vocab_size=_from_model(files, "vocab_size"),
+        eos_token_ids=model_files.eos_token_ids(files),
+        default_sampling=model_files.default_sampling(files),
+        dtype=_dtype(args.dtype, files.hf_config, device),
+        device=device,
+        load_format=_load_format(load_format, files),
+        seed=args.seed,
+        tensor_parallel_size=args.tensor_parallel_size,
+        enforce_eager=args.enforce_eager,
+        max_model_len=max_model_len,
+        max_model_len_is_explicit=args.max_model_len is not None,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=_max_num_batched_tokens(args, device, max_model_len),
+        enable_chunked_prefill=args.enable_chunked_prefill,
+        enable_prefix_caching=args.enable_prefix_caching,
+        scheduling_policy=cast(
+            SchedulingPolicy, _choice("scheduling_policy", args.scheduling_policy, ("fcfs", "priority"))
+        ),
+        block_size=args.block_size,
+        num_gpu_blocks_override=args.num_gpu_blocks_override,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+        log_stats=not args.disable_log_stats,
+    )
+
+
+def check_attached(args: AsyncEngineArgs, config: EngineConfig) -> None:
+    """Refuse arguments that contradict the engine core at `args.engine_core_address`.
+
+    Arguments left at their default say nothing. Raises ConfigError.
+    """
+    _check_types(args)
+    names = {config.model, config.model_path, config.served_model_name}
+    for name, default in FIELDS.items():
+        wanted = getattr(args, name)
+        if wanted == default or name in ("tokenizer", "skip_tokenizer_init", "engine_core_address"):
+            continue
+        running = getattr(config, "log_stats" if name == "disable_log_stats" else name, None)
+        if name == "model":
+            agrees = wanted in names
+        elif name == "dtype":
+            agrees = _DTYPES.get(wanted) == running
+        elif name == "disable_log_stats":
+            agrees = wanted is not running
+        else:
+            agrees = wanted == running or name == "generation_config"
+        if not agrees:
+            message = (
+                f"{name}={wanted!r}, but the engine core at {args.engine_core_address!r} has {running!r}"
+            )
+            raise ConfigError(message, parameter=name, value=wanted, limit=running)
+
+
+# --- checks ----------------------------------------------------------------------------------------------
+
+_INTEGERS = {
+    "seed": (0, _MAX_SEED),
+    "max_model_len": (1, _MAX_INT),
+    "max_num_seqs": (1, 65536),
+    "max_num_batched_tokens": (1, _MAX_INT),
+    "block_size": (1, 256),
+    "num_gpu_blocks_override": (1, _MAX_INT),
+    "kv_cache_memory_bytes": (1, _MAX_SEED),
+    "tensor_parallel_size": (1, 64),
+}
+_TEXTS = (
+    "model",
+    "tokenizer",
+    "dtype",
+    "load_format",
+    "served_model_name",
+    "generation_config",
+    "scheduling_policy",
+    "engine_core_address",
+)
+_FLAGS = (
+    "skip_tokenizer_init",
+    "enable_prefix_caching",
+    "enable_chunked_prefill",
+    "enforce_eager",
+    "disable_log_stats",
+)
+
+
+def _check_types(args: AsyncEngineArgs) -> None:
+    if not isinstance(args, AsyncEngineArgs):
+        raise _refusal("engine_args", args, "an AsyncEngineArgs")
+    for name in _TEXTS:
+        _check_text(args, name)
+    for name in _FLAGS:
+        if not isinstance(getattr(args, name), bool):
+            raise _refusal(name, getattr(args, name), "True or False")
+    for name, (low, high) in _INTEGERS.items():
+        _check_integer(args, name, low, high)
+    if args.block_size & (args.block_size - 1):
+        raise _refusal("block_size", args.block_size, "a power of two from 1 to 256")
+    share, limit = args.gpu_memory_utilization, "a number in (0, 1]"
+    if isinstance(share, bool) or not isinstance(share, numbers.Real) or not math.isfinite(share):
+        raise _refusal("gpu_memory_utilization", share, limit)
+    args.gpu_memory_utilization = float(share)
+    if not 0 < args.gpu_memory_utilization <= 1:
+        raise _refusal("gpu_memory_utilization", share, limit)
+
+
+def _check_text(args: AsyncEngineArgs, name: str) -> None:
+    value = getattr(args, name)
+    if isinstance(value, Path):
+        setattr(args, name, str(value))
+    elif not (isinstance(value, str) and value) and not (value is None and FIELDS[name] is None):
+        raise _refusal(name, value, "a string" if value != "" else "a string of at least one character")
+
+
+def _check_integer(args: AsyncEngineArgs, name: str, low: int, high: int) -> None:
+    value = getattr(args, name)
+    if value is None and FIELDS[name] is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
+        raise _refusal(name, value, f"an integer from {low} to {high}")
+    setattr(args, name, int(value))
+
+
+def _refusal(name: str, value: object, limit: str) -> ConfigError:
+    return ConfigError(f"{name} must be {limit}, got {value!r}", parameter=name, value=value, limit=limit)
+
+
+Text = TypeVar("Text", bound=str)
+
+
+def _choice(name: str, value: str, choices: tuple[Text, ...]) -> Text:
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise _refusal(name, value, "one of " + ", ".join(choices) + nearest(value, choices))
+
+
+# --- defaults --------------------------------------------------------------------------------------------
+
+
+def _device() -> Device:
+    """A GPU when there is one and it is not hidden: asking the driver would need torch."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return "cuda" if Path("/dev/nvidiactl").exists() and not hidden else "cpu"
+
+
+def _dtype(wanted: str, hf_config: dict[str, Any], device: Device) -> Dtype:
+    if wanted != "auto":
+        _choice("dtype", wanted, ("auto", *_DTYPES))
+        return _DTYPES[wanted]
+    stored = str(hf_config.get("dtype") or hf_config.get("torch_dtype")).removeprefix("torch.")
+    # float16 on a CPU is emulated, several times slower than bfloat16.
+    return "float16" if stored == "float16" and device == "cuda" else "bfloat16"
+
+
+def _load_format(wanted: str, files: ModelFiles) -> LoadFormat:
+    if wanted in _NO_WEIGHTS:
+        return cast(LoadFormat, wanted)
+    found: LoadFormat = "gguf" if files.is_gguf else "safetensors"
+    if wanted not in ("auto", found):
+        message = f"load_format={wanted!r}, but {str(files.path)!r} holds {found}"
+        raise ConfigError(message, parameter="load_format", value=wanted, limit=found)
+    if found == "safetensors" and not any(files.path.glob("*.safetensors")):
+        message = f"model: no *.safetensors in {str(files.path)!r} (load_format='dummy' needs none)"
+        raise ConfigError(message, parameter="model", value=files.path, limit="*.safetensors")
+    return found
+
+
+def _architecture(files: ModelFiles) -> str:
+    names = files.hf_config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        message = f"model: the config.json of {str(files.path)!r} names no 'architectures'"
+        raise ConfigError(message, parameter="model", value=files.path, limit="architectures")
+    return names[0]
+
+
+def _from_model(files: ModelFiles, key: str) -> int:
+    value = files.hf_config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        message = f"model: the config.json of {str(files.path)!r} has {key}={value!r}, not a positive integer"
+        raise ConfigError(message, parameter="model", value=files.path, limit=key)
+    return value
+
+
+def _max_model_len(args: AsyncEngineArgs, hf_config: dict[str, Any]) -> int:
+    limit = hf_config.get("max_position_embeddings")
+    if args.max_model_len is None:
+        return limit if isinstance(limit, int) and limit > 0 else 2048
+    if isinstance(limit, int) and args.max_model_len > limit:
+        message = f"max_model_len={args.max_model_len} is beyond the model's max_position_embeddings={limit}"
+        raise ConfigError(message, parameter="max_model_len", value=args.max_model_len, limit=limit)
+    return args.max_model_len
+
+
+def _max_num_batched_tokens(args: AsyncEngineArgs, device: Device, max_model_len: int) -> int:
+    wanted = args.max_num_batched_tokens
+    if args.enable_chunked_prefill:
+        return wanted or _BATCHED_TOKENS[device]
+    if wanted is not None and wanted < max_model_len:
+        message = (
+            f"max_num_batched_tokens={wanted} cannot hold a prompt of max_model_len={max_model_len} tokens; "
+            "raise it, lower max_model_len or leave enable_chunked_prefill on"
+        )
+        raise ConfigError(message, parameter="max_num_batched_tokens", value=wanted, limit=max_model_len)
+    return wanted or max(_BATCHED_TOKENS[device], max_model_len)
+
+
+def _tokenizer(args: AsyncEngineArgs, files: ModelFiles) -> str | None:
+    if args.skip_tokenizer_init:
+        return None
+    if args.tokenizer is not None:
+        return str(model_files.find_model(args.tokenizer, with_weights=False, parameter="tokenizer"))
+    if not files.has_tokenizer:
+        names = ", ".join(model_files.TOKENIZER_FILES)
+        message = (
+            f"tokenizer: {str(files.path)!r} has none of {names}; name another folder with tokenizer=..., or "
+            "set skip_tokenizer_init=True to work with token ids"
+        )
+        raise ConfigError(message, parameter="tokenizer", value=files.path, limit=names)
+    return str(files.path)

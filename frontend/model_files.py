@@ -1,0 +1,149 @@
+"""From a model's name to its files, and from its files to what the engine must know of it.
+
+Reads configuration only: weights are the workers' business, the tokenizer is `tokenizer.py`'s. Everything
+that is wrong with a name or a file is a ConfigError that names it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ..ipc.errors import ConfigError
+from ..ipc.gguf import read_gguf_header
+from .gguf_config import config_from_gguf
+
+DEMO = "demo"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
+_SAMPLING_KEYS = {
+    "repetition_penalty": "repetition_penalty",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+}
+"""The keys of generation_config.json that vLLM takes sampling defaults from, and their names here."""
+
+
+class ModelFiles(NamedTuple):
+    """A model on this machine."""
+
+    path: Path
+    """A folder with `config.json`, or a GGUF file; absolute."""
+    hf_config: dict[str, Any]
+    generation_config: dict[str, Any]
+    """Empty when the model brings none."""
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path.is_file()
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self.is_gguf or any((self.path / name).is_file() for name in TOKENIZER_FILES)
+
+
+def find_model(name: str, *, with_weights: bool = True, parameter: str = "model") -> Path:
+    """The folder or GGUF file that `name` means, downloaded if it is a Hugging Face id.
+
+    Tried in this order: "demo", an existing folder, an existing .gguf file, the Hugging Face cache, the hub.
+    Raises ConfigError.
+    """
+    if name == DEMO:
+        from .demo import demo_model_path  # noqa: PLC0415 - only who asks for the demo pays for it
+
+        return demo_model_path()
+    path = Path(name).expanduser()
+    if path.is_dir() or path.is_file():
+        if path.is_file() and path.suffix != ".gguf":
+            limit = "a folder or a .gguf file"
+            raise ConfigError(
+                f"{parameter}: {name!r} is a file, but not {limit}",
+                parameter=parameter,
+                value=name,
+                limit=limit,
+            )
+        return path.resolve()
+    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".gguf")
+    if looks_like_path or not _HUB_ID.fullmatch(name):
+        raise _unknown(name, parameter, "there is no such folder or .gguf file")
+    return _from_hub(name, parameter, with_weights)
+
+
+def read_model(name: str, generation_config: str, *, with_weights: bool = True) -> ModelFiles:
+    """Find the model and read its configuration.
+
+    `generation_config` is "auto" (the model's own), "vllm" (none) or a folder that holds one.
+    """
+    path = find_model(name, with_weights=with_weights)
+    if path.is_file():
+        hf_config = config_from_gguf(path, read_gguf_header(path))
+    else:
+        hf_config = read_json(path / "config.json", "model", "a model folder has a config.json")
+    if generation_config == "vllm":
+        return ModelFiles(path, hf_config, {})
+    folder = path if generation_config == "auto" else Path(generation_config).expanduser()
+    file = folder / "generation_config.json"
+    if generation_config == "auto" and not file.is_file():
+        return ModelFiles(path, hf_config, {})
+    why = '"auto", "vllm" or a folder with a generation_config.json'
+    return ModelFiles(path, hf_config, read_json(file, "generation_config", why))
+
+
+def read_json(path: Path, parameter: str, expected: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises ConfigError naming the file and what was `expected`."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        reason = f"it is not a JSON object: {error}"
+    message = f"{parameter}: cannot read {str(path)!r}: {reason} ({expected})"
+    raise ConfigError(message, parameter=parameter, value=path, limit=expected)
+
+
+def eos_token_ids(files: ModelFiles) -> list[int]:
+    """End-of-sequence ids: the configuration's, then those that generation_config.json adds."""
+    found: list[int] = []
+    for source in (files.hf_config, files.generation_config):
+        value = source.get("eos_token_id")
+        for token in value if isinstance(value, list) else [value]:
+            if isinstance(token, int) and token not in found:
+                found.append(token)
+    return found
+
+
+def default_sampling(files: ModelFiles) -> dict[str, float | int]:
+    """The sampling defaults that the model's makers recommend, under `SamplingParams` names."""
+    given = files.generation_config
+    return {ours: given[theirs] for theirs, ours in _SAMPLING_KEYS.items() if given.get(theirs) is not None}
+
+
+def _from_hub(name: str, parameter: str, with_weights: bool) -> Path:
+    import huggingface_hub  # noqa: PLC0415 - 0.3 s that local models need not pay
+
+    patterns = _SMALL_FILES + (["*.safetensors"] if with_weights else [])
+    try:
+        cached = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        if (cached / "config.json").is_file() and (not with_weights or any(cached.glob("*.safetensors"))):
+            return cached
+    except (OSError, ValueError):
+        pass  # not in the cache: ask the hub
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # its errors share no base: HTTP, offline, gated, not found, bad names
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        looked = "no such folder or .gguf file here, not in the Hugging Face cache, and the hub said"
+        raise _unknown(name, parameter, f"{looked}: {reason}") from error
+
+
+def _unknown(name: str, parameter: str, reason: str) -> ConfigError:
+    limit = f'"{DEMO}", a folder, a .gguf file or a Hugging Face id'
+    message = f"{parameter}: cannot find {name!r}: {reason} (expected {limit})"
+    return ConfigError(message, parameter=parameter, value=name, limit=limit)

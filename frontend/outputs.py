@@ -1,0 +1,52 @@
+"""What a request gives back: vLLM's two classes, with its field names and their order.
+
+Immutable: an output that has been handed out never changes, whatever the request does next.
+Fields of features that do not exist yet are always None.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class CompletionOutput(msgspec.Struct, frozen=True, gc=False):
+    """One completion of a prompt: all of it so far, or with DELTA what is new."""
+
+    index: int
+    """0 .. n-1"""
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: None = None
+    logprobs: None = None
+    routed_experts: None = None
+    finish_reason: str | None = None
+    """"stop", "length" or "abort"; None while it runs."""
+    stop_reason: int | str | None = None
+    """The stop string or stop token id that ended it; None for end of sequence."""
+    lora_request: None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+class RequestOutput(msgspec.Struct, frozen=True, gc=False):
+    """The state of a request, or with DELTA what changed in it."""
+
+    request_id: str
+    prompt: str | None
+    """None when the prompt was token ids."""
+    prompt_token_ids: list[int]
+    prompt_logprobs: None
+    outputs: list[CompletionOutput]
+    """CUMULATIVE and FINAL_ONLY: all n, by index. DELTA: those with news."""
+    finished: bool
+    """All n completions have ended; nothing follows."""
+    metrics: None = None
+    lora_request: None = None
+    encoder_prompt: None = None
+    encoder_prompt_token_ids: None = None
+    num_cached_tokens: int | None = None
+    """Prompt tokens found in the prefix cache; None before the request has started."""
+    num_cache_creation_tokens: None = None
+    kv_transfer_params: None = None
+    ec_transfer_params: None = None
