@@ -1,0 +1,176 @@
+"""The `headrace` command.
+
+Each subcommand is prepared by a function of its own, which imports what it needs: `headrace --help` costs
+nothing. Preparing may refuse what was asked (ConfigError: one line, exit code 2); what it returns then runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import inspect
+import itertools
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+from .. import __version__
+from ..ipc.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..ipc.config import EngineConfig
+
+Action: TypeAlias = Callable[[], object]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `headrace` with these arguments, the process's own by default."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    listing = "\n".join(f"  {name:<16}{summary}" for name, (_, summary) in _COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="headrace",
+        description="An LLM inference engine.",
+        epilog=f"commands (each has its own --help):\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"headrace {__version__}")
+    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help="one of those below")
+    command: str = parser.parse_args(words[:1]).command
+    prepare, summary = _COMMANDS[command]
+    try:
+        action = prepare(_Parser(f"headrace {command}", summary), words[1:])
+    except ConfigError as error:
+        print(f"headrace {command}: {error}", file=sys.stderr)
+        sys.exit(2)
+    action()
+
+
+def _engine_core(parser: _Parser, words: Sequence[str]) -> Action:
+    from ..ipc import messages, process, sockets  # noqa: PLC0415 - see the module's docstring
+
+    parser.add_argument(
+        "--listen", metavar="ADDRESS", required=True, help="ipc:///path or tcp://127.0.0.1:PORT"
+    )
+    parser.add_argument(
+        "--ready-fd", metavar="N", type=int, help="write start-up messages to this descriptor, as JSON lines"
+    )
+    _add_engine_flags(parser)
+    args = parser.parse(words)
+    address = sockets.check_address(args.listen, "listen")
+    if args.ready_fd is not None:
+        try:
+            os.fstat(args.ready_fd)
+        except OSError as error:
+            message = f"ready-fd: {args.ready_fd} is not an open descriptor"
+            raise ConfigError(message, parameter="ready-fd", value=args.ready_fd) from error
+    start = messages.CoreStart(config=_resolve(args), address=address, status_fd=args.ready_fd)
+    return partial(process.become, "headrace.core.main:run", start)
+
+
+def _explain_config(parser: _Parser, words: Sequence[str]) -> Action:
+    import msgspec  # noqa: PLC0415 - see the module's docstring
+
+    _add_engine_flags(parser)
+    config = msgspec.json.encode(_resolve(parser.parse(words)))
+    return partial(print, msgspec.json.format(config, indent=2).decode())
+
+
+def _as_vllm(parser: _Parser, words: Sequence[str]) -> Action:
+    from .as_vllm import OFFERED, Program, parse_model_map  # noqa: PLC0415 - see the module's docstring
+
+    parser.usage = f"{parser.prog} [--model-map NAME=PATH]... (script.py | - | -c CODE | -m MODULE) [args]"
+    parser.epilog = f"offered: {', '.join(name for name, names in OFFERED.items() if names)}"
+    parser.add_argument(
+        "--model-map",
+        metavar="NAME=PATH",
+        action="append",
+        default=[],
+        help="where the program names the model NAME, take PATH (a path or `demo`)",
+    )
+    rest = argparse.REMAINDER
+    parser.add_argument("-c", dest="code", nargs=rest, metavar="CODE", help="run this text")
+    parser.add_argument("-m", dest="module", nargs=rest, metavar="MODULE", help="run this module")
+    parser.add_argument("script", nargs=rest, metavar="script.py", help="run this file; `-`: standard input")
+    args = parser.parse(words)
+    if not (args.code or args.module or args.script):
+        parser.error("which program?")
+    models = parse_model_map(args.model_map)
+    if args.code:
+        program = Program.code(args.code)
+    elif args.module:
+        program = Program.module(args.module)
+    else:
+        program = Program.script(args.script)
+    return partial(program.run, models)
+
+
+def _add_engine_flags(parser: _Parser) -> None:
+    """One flag for each field of AsyncEngineArgs, absent from the namespace unless given."""
+    from .engine_args import AsyncEngineArgs  # noqa: PLC0415 - see the module's docstring
+
+    group = parser.add_argument_group("engine arguments")
+    docs = _field_docs(AsyncEngineArgs)
+    for name, kind in typing.get_type_hints(AsyncEngineArgs).items():
+        if name == "engine_core_address":
+            continue  # these commands speak of a core of their own
+        given: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": docs.get(name)}
+        if kind is bool:
+            given["action"] = argparse.BooleanOptionalAction
+        else:
+            (given["type"],) = {kind, *typing.get_args(kind)} & {str, int, float}
+            given["metavar"] = name.rpartition("_")[2].upper()
+        group.add_argument(f"--{name.replace('_', '-')}", **given)
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The strings under the fields of a dataclass, which Python itself does not keep."""
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    docs: dict[str, str] = {}
+    for field, below in itertools.pairwise(ast.iter_child_nodes(definition)):
+        match field, below:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name), value=default),
+                ast.Expr(value=ast.Constant(value=str(doc))),
+            ):
+                shown = f" (default: {ast.unparse(default)})" if default else ""
+                docs[name] = f"{doc}{shown}".replace("%", "%%")
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as default), _:
+                docs[name] = f"default: {ast.unparse(default)}".replace("%", "%%")
+    return docs
+
+
+def _resolve(args: argparse.Namespace) -> EngineConfig:
+    from .engine_args import FIELDS, AsyncEngineArgs, resolve  # noqa: PLC0415 - see the module's docstring
+
+    return resolve(AsyncEngineArgs(**{name: value for name, value in vars(args).items() if name in FIELDS}))
+
+
+_COMMANDS: dict[str, tuple[Callable[[_Parser, Sequence[str]], Action], str]] = {
+    "engine-core": (_engine_core, "start an engine core that AsyncLLM can attach to"),
+    "as-vllm": (_as_vllm, "run a program written against vLLM's AsyncLLM or LLM"),
+    "explain-config": (_explain_config, "print the configuration that these arguments lead to"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """One subcommand's arguments: no abbreviations, and an unknown flag is told the nearest."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(words)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            self.error(f"unknown argument {unknown[0]!r}{hint}")
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
