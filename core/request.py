@@ -1,0 +1,89 @@
+"""One generation as the scheduler sees it: its tokens, its blocks and where it is in its life."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from ..ipc.messages import Sampling
+
+
+class Phase(Enum):
+    """Where a request is in its life."""
+
+    WAITING = auto()
+    """In the queue for the first time."""
+    RUNNING = auto()
+    """Holds a slot and blocks."""
+    PREEMPTED = auto()
+    """Back in the queue, its blocks given to others; tokens of sent plans may still arrive."""
+    DRAINING = auto()
+    """Its last plan is sent: it holds nothing and waits for its last tokens."""
+    FINISHED = auto()
+    """Nobody waits for it; tokens that still arrive are dropped."""
+
+
+_NEXT = {
+    Phase.WAITING: {Phase.RUNNING, Phase.FINISHED},
+    Phase.RUNNING: {Phase.PREEMPTED, Phase.DRAINING, Phase.FINISHED},
+    Phase.PREEMPTED: {Phase.RUNNING, Phase.FINISHED},
+    Phase.DRAINING: {Phase.FINISHED},
+    Phase.FINISHED: set[Phase](),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request; the scheduler alone changes it after it was added."""
+
+    client: bytes
+    number: int
+    """The client's own name for it."""
+    tokens: array[int]
+    """int32: the prompt and the generated tokens that the core knows."""
+    sampling: Sampling
+    max_tokens: int
+    priority: int = 0
+    arrival_time: float = 0.0
+    """time.monotonic()"""
+
+    phase: Phase = Phase.WAITING
+    order: tuple[int, int] = (0, 0)
+    """(priority, arrival number): the queue's order, and backwards the order of preemption."""
+    num_prompt_tokens: int = field(init=False)
+    max_total_tokens: int = field(init=False)
+    """Length with prompt at which it ends."""
+    stop_ids: frozenset[int] = field(init=False)
+    """The end-of-sequence and stop tokens."""
+
+    slot: int = -1
+    block_table: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    """Tokens whose KV is in the blocks once all sent plans have run."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefix cache held at the first admission."""
+    num_pending_tokens: int = 0
+    """After a preemption: tokens that sent plans will still bring."""
+    attention_at: int = 0
+    """A decoding request needs no look until `num_computed_tokens` is this."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_named_blocks: int = 0
+    """Leading blocks of the table that were offered to the prefix cache."""
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.tokens)
+        self.max_total_tokens = self.num_prompt_tokens + self.max_tokens
+        stops = set(self.sampling.stop_token_ids)
+        if self.sampling.eos_token_id is not None:
+            stops.add(self.sampling.eos_token_id)
+        self.stop_ids = frozenset(stops)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    def move(self, phase: Phase) -> None:
+        """Enter `phase`, which must be a legal successor."""
+        assert phase in _NEXT[self.phase], f"{self.phase} -> {phase}"
+        self.phase = phase
