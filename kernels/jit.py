@@ -1,0 +1,24 @@
+"""Triton, or a stand-in that lets the kernel files be imported where it is not installed.
+
+The stand-in cannot launch anything: CPU tensors go to the torch references, and CUDA builds of torch bring Triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+
+    class _NoTriton:
+        constexpr = None
+
+        @staticmethod
+        def jit(function: Any) -> Any:
+            return function
+
+    triton = tl = _NoTriton()
+
+__all__ = ["tl", "triton"]
