@@ -12,7 +12,7 @@ import numbers
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from ..ipc.config import Device, Dtype, EngineConfig, LoadFormat, SchedulingPolicy
 from ..ipc.errors import ConfigError
@@ -27,7 +27,11 @@ _DTYPES: dict[str, Dtype] = {
     "half": "float16",
     "float16": "float16",
 }
-_LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy", "oracle")
+_CHOICES = {
+    "dtype": ("auto", *_DTYPES),
+    "load_format": ("auto", "safetensors", "gguf", "dummy", "oracle"),
+    "scheduling_policy": ("fcfs", "priority"),
+}
 _NO_WEIGHTS = ("dummy", "oracle")
 _BATCHED_TOKENS: dict[Device, int] = {"cuda": 8192, "cpu": 2048}
 _MAX_SEED = 2**63 - 1
@@ -84,8 +88,9 @@ FIELDS: dict[str, Any] = {field.name: field.default for field in dataclasses.fie
 
 def resolve(args: AsyncEngineArgs) -> EngineConfig:
     """Check every argument, find the model's files and settle every default. Raises ConfigError."""
-    _check_types(args)
-    load_format = _choice("load_format", args.load_format, _LOAD_FORMATS)
+    args = dataclasses.replace(args)
+    _check(args)
+    load_format = args.load_format
     files = model_files.read_model(
         args.model, args.generation_config, with_weights=load_format not in _NO_WEIGHTS
     )
@@ -113,9 +118,7 @@ def resolve(args: AsyncEngineArgs) -> EngineConfig:
         max_num_batched_tokens=_max_num_batched_tokens(args, device, max_model_len),
         enable_chunked_prefill=args.enable_chunked_prefill,
         enable_prefix_caching=args.enable_prefix_caching,
-        scheduling_policy=cast(
-            SchedulingPolicy, _choice("scheduling_policy", args.scheduling_policy, ("fcfs", "priority"))
-        ),
+        scheduling_policy=cast(SchedulingPolicy, args.scheduling_policy),
         block_size=args.block_size,
         num_gpu_blocks_override=args.num_gpu_blocks_override,
         gpu_memory_utilization=args.gpu_memory_utilization,
@@ -129,7 +132,8 @@ def check_attached(args: AsyncEngineArgs, config: EngineConfig) -> None:
 
     Arguments left at their default say nothing. Raises ConfigError.
     """
-    _check_types(args)
+    args = dataclasses.replace(args)
+    _check(args)
     names = {config.model, config.model_path, config.served_model_name}
     for name, default in FIELDS.items():
         wanted = getattr(args, name)
@@ -182,11 +186,14 @@ _FLAGS = (
 )
 
 
-def _check_types(args: AsyncEngineArgs) -> None:
-    if not isinstance(args, AsyncEngineArgs):
-        raise _refusal("engine_args", args, "an AsyncEngineArgs")
+def _check(args: AsyncEngineArgs) -> None:
+    """Types, ranges and choices, brought to plain `str`, `int` and `float`."""
     for name in _TEXTS:
         _check_text(args, name)
+    for name, choices in _CHOICES.items():
+        value = getattr(args, name)
+        if value not in choices:
+            raise _refusal(name, value, "one of " + ", ".join(choices) + nearest(value, choices))
     for name in _FLAGS:
         if not isinstance(getattr(args, name), bool):
             raise _refusal(name, getattr(args, name), "True or False")
@@ -223,16 +230,6 @@ def _refusal(name: str, value: object, limit: str) -> ConfigError:
     return ConfigError(f"{name} must be {limit}, got {value!r}", parameter=name, value=value, limit=limit)
 
 
-Text = TypeVar("Text", bound=str)
-
-
-def _choice(name: str, value: str, choices: tuple[Text, ...]) -> Text:
-    for choice in choices:
-        if choice == value:
-            return choice
-    raise _refusal(name, value, "one of " + ", ".join(choices) + nearest(value, choices))
-
-
 # --- defaults --------------------------------------------------------------------------------------------
 
 
@@ -244,7 +241,6 @@ def _device() -> Device:
 
 def _dtype(wanted: str, hf_config: dict[str, Any], device: Device) -> Dtype:
     if wanted != "auto":
-        _choice("dtype", wanted, ("auto", *_DTYPES))
         return _DTYPES[wanted]
     stored = str(hf_config.get("dtype") or hf_config.get("torch_dtype")).removeprefix("torch.")
     # float16 on a CPU is emulated, several times slower than bfloat16.

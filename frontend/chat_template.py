@@ -1,0 +1,99 @@
+"""Chat templates: a conversation becomes one prompt, by the model's own Jinja template.
+
+Templates are data from strangers: they run in Jinja's immutable sandbox. The names they may use are those
+that Hugging Face's models rely on.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from ..ipc.errors import RequestError
+
+
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    continue_final_message: bool = False,
+    **variables: Any,
+) -> str:
+    """The prompt's text. `continue_final_message` ends it within the last message, for the model to go on.
+
+    Raises RequestError: not a conversation, or the template refuses it.
+    """
+    check_messages(messages)
+    try:
+        text = _compiled(template).render(messages=messages, **variables)
+    except jinja2.TemplateError as error:
+        message = f"the chat template refused the messages: {error}"
+        raise RequestError(message, parameter="messages") from error
+    if not continue_final_message:
+        return text
+    final = str(messages[-1]["content"]).strip()
+    at = text.rfind(final)
+    if at < 0:
+        limit = "a template that shows the last message"
+        message = "continue_final_message: the chat template does not show the last message as it is"
+        raise RequestError(message, parameter="continue_final_message", value=True, limit=limit)
+    return text[: at + len(final)]
+
+
+def check_messages(messages: object) -> None:
+    """Raises RequestError unless it is a list of {"role": ..., "content": ...}."""
+    limit = 'a non-empty list of {"role": ..., "content": ...}'
+    if isinstance(messages, (list, tuple)) and messages:
+        wrong = [m for m in messages if not (isinstance(m, Mapping) and isinstance(m.get("role"), str))]
+        if not wrong:
+            return
+    message = f"messages must be {limit}, got {messages!r:.200}"
+    raise RequestError(message, parameter="messages", value=type(messages).__name__, limit=limit)
+
+
+@cache
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+@cache
+def _compiled(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words, for training; here it only shows what is inside."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own way
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    # Jinja's own filter escapes HTML, which models have not seen.
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.datetime.now().strftime(layout)

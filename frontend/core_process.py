@@ -1,0 +1,175 @@
+"""An engine core as this process's child: its start, with every phase shown, and its end.
+
+The core's own children are its business. What keeps the promise that nothing is left running: the child
+follows its standard input (`ipc.process`), and `stop` is called by a finalizer, at the latest when the
+interpreter ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from ..ipc import process
+from ..ipc.config import EngineConfig
+from ..ipc.errors import EngineDeadError
+from ..ipc.messages import CoreStart, EngineInfo, Fatal, FromStarting, Progress, Ready
+
+logger = logging.getLogger("headrace")
+
+START_DEADLINE_SECONDS = 600.0
+"""vLLM's; a first start may have to load a large model from a slow disk."""
+STOP_GRACE_SECONDS = 5.0
+
+
+class CoreProcess:
+    """A child engine core. `start` it, use `address`, `stop` it."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Begin to start it; returns at once."""
+        self._pid = os.getpid()
+        self._folder = _private_folder()
+        self.address = f"ipc://{self._folder / 'core'}"
+        self._display = _Display()
+        self._received = b""
+        self.status_fd, theirs = os.pipe()
+        os.set_blocking(self.status_fd, False)
+        try:
+            self._child = process.spawn(
+                "engine core",
+                "headrace.core.main:run",
+                CoreStart(config=config, address=self.address, status_fd=theirs),
+                pass_fds=(theirs,),
+                remove=str(self._folder),
+            )
+        except BaseException:
+            os.close(self.status_fd)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        finally:
+            os.close(theirs)
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def wait_until_ready(self, deadline_seconds: float = START_DEADLINE_SECONDS) -> EngineInfo:
+        """Block until the core serves. Raises the error that stopped it, or EngineDeadError.
+
+        After an error it has been stopped.
+        """
+        try:
+            return self._wait_until_ready(time.monotonic() + deadline_seconds, deadline_seconds)
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            self._display.close()
+
+    def is_dead(self) -> bool:
+        """True when the status pipe has ended. Never blocks; what else the pipe says is dropped."""
+        try:
+            while data := os.read(self.status_fd, 65536):
+                self._received += data
+        except BlockingIOError:
+            return False
+        return True
+
+    def cause_of_death(self) -> str:
+        """For an error message, after `is_dead`: what the core said last, or how it ended."""
+        for line in self._received.splitlines():
+            try:
+                message = msgspec.json.decode(line, type=FromStarting)
+            except msgspec.DecodeError:
+                continue
+            if isinstance(message, Fatal):
+                return _describe(message)
+        return self._how_it_ended()
+
+    def stop(self) -> None:
+        """End it and everything below it, and remove its folder. Idempotent; nothing in a forked process."""
+        if os.getpid() != self._pid or self.status_fd < 0:
+            return
+        self._child.stop(STOP_GRACE_SECONDS)
+        os.close(self.status_fd)
+        self.status_fd = -1
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _how_it_ended(self) -> str:
+        try:
+            return self._child.cause_of_death()
+        except subprocess.TimeoutExpired:
+            return f"{self._child.name} (pid {self.pid}) has stopped talking"
+
+    def _wait_until_ready(self, deadline: float, seconds: float) -> EngineInfo:
+        while True:
+            for message in self._read(deadline, seconds):
+                match message:
+                    case Progress(rank, phase):
+                        self._display.show(rank, phase)
+                    case Ready(_, info):
+                        return info
+                    case Fatal():
+                        error = message.error.exception()
+                        if isinstance(error, EngineDeadError):
+                            raise EngineDeadError(f"the engine did not start: {_describe(message)}")
+                        raise error
+
+    def _read(self, deadline: float, seconds: float) -> list[FromStarting]:
+        """Wait for the next lines of the status pipe."""
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([self.status_fd], [], [], left)[0]:
+            phase = self._display.last or "the first sign of life"
+            raise EngineDeadError(f"the engine did not start within {seconds:g} s; it is at: {phase}")
+        data = os.read(self.status_fd, 65536)
+        if not data:
+            raise EngineDeadError(f"the engine did not start: {self._how_it_ended()}")
+        *lines, self._received = (self._received + data).split(b"\n")
+        return [msgspec.json.decode(line, type=FromStarting) for line in lines]
+
+
+def _describe(message: Fatal) -> str:
+    where = "the engine core" if message.rank is None else f"worker {message.rank}"
+    return f"{where}, at {message.phase!r}: {message.error.message}"
+
+
+def _private_folder() -> Path:
+    """A new folder that only we can enter, with a path short enough for a socket in it."""
+    folder = Path(tempfile.mkdtemp(prefix="headrace-"))
+    if len(os.fsencode(folder / "core")) > zmq.IPC_PATH_MAX_LEN:
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="headrace-", dir="/tmp"))
+    return folder
+
+
+class _Display:
+    """Start-up phases: one line that changes on a terminal, log lines (level INFO) otherwise."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.last = ""
+        """The phase shown last."""
+
+    def show(self, rank: int | None, phase: str) -> None:
+        self.last = phase if rank is None else f"{phase} (worker {rank})"
+        seconds = time.monotonic() - self._start
+        logger.info("starting, %.1f s: %s", seconds, self.last)
+        if self._is_terminal:
+            sys.stderr.write(f"\r\x1b[2Kheadrace: {seconds:.1f} s, {self.last}")
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        if self._is_terminal and self.last:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()

@@ -1,0 +1,244 @@
+"""LLM: blocking generation over lists. A thin shell around AsyncLLM on an event loop of its own.
+
+The loop runs on a private thread, so that it works in notebooks and inside other event loops too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeAlias, TypeVar
+
+from ..ipc.config import EngineConfig
+from ..ipc.errors import RequestError
+from .async_llm import AsyncLLM
+from .call_forms import refuse_set
+from .engine_args import AsyncEngineArgs
+from .outputs import RequestOutput
+from .prompts import Prompt
+from .sampling_params import RequestOutputKind, SamplingParams
+from .tokenizer import Tokenizer
+
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
+"""One conversation: [{"role": "user", "content": ...}, ...]."""
+Result = TypeVar("Result")
+
+
+class LLM:
+    """An engine for offline use: `LLM("demo").generate(["Once upon a time"])`.
+
+    Arguments are those of `AsyncEngineArgs`. Raises ConfigError when it cannot be built as asked.
+    """
+
+    def __init__(self, model: str, **engine_args: Any) -> None:
+        self._start(AsyncEngineArgs(model=model, **engine_args))
+
+    @classmethod
+    def from_engine_args(cls, engine_args: AsyncEngineArgs) -> LLM:
+        llm = cls.__new__(cls)
+        llm._start(engine_args)
+        return llm
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        priority: Sequence[int] | None = None,
+        **unsupported: Any,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or many; the outputs are in the order of the prompts.
+
+        `sampling_params` are for all, one for each, or None for the model's defaults. Raises RequestError
+        for the first prompt that cannot be served; then nothing goes on.
+        """
+        refuse_set(unsupported)
+        several = _several(prompts)
+        params = _for_each(sampling_params, len(several), "sampling_params")
+        priorities = [0] * len(several) if priority is None else list(priority)
+        _check_length("priority", priorities, len(several))
+        with _progress(len(several), use_tqdm) as advance:
+            return self._run(self._generate_all(several, params, priorities, advance))
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **unsupported: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, each rendered by the model's chat template."""
+        refuse_set(unsupported)
+        tokenizer = self.get_tokenizer()
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = [messages] if is_one else messages
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            text = tokenizer.apply_chat_template(
+                conversation,
+                tokenize=False,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                **(chat_template_kwargs or {}),
+            )
+            assert isinstance(text, str)
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            prompts.append({"prompt_token_ids": ids, "prompt": text})
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self._engine.get_tokenizer()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        return self._engine.get_default_sampling_params()
+
+    def reset_prefix_cache(self) -> bool:
+        return self._run(self._engine.reset_prefix_cache())
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._engine.config
+
+    def shutdown(self) -> None:
+        """End the engine. Idempotent; also done by `with`, garbage collection and the interpreter's end."""
+        self._finalizer()
+
+    close = shutdown
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _start(self, engine_args: AsyncEngineArgs) -> None:
+        self._engine = AsyncLLM(engine_args)
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self._loop.run_forever, name="headrace LLM", daemon=True)
+        thread.start()
+        self._finalizer = weakref.finalize(self, _stop, self._engine, self._loop, thread)
+
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run it on the loop and wait. Ctrl-C here cancels it there."""
+        future: Future[Result] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def _generate_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams | None],
+        priorities: Sequence[int],
+        advance: Callable[[RequestOutput], None],
+    ) -> list[RequestOutput]:
+        async def one(prompt: Prompt, wanted: SamplingParams | None, priority: int) -> RequestOutput:
+            final = self.get_default_sampling_params() if wanted is None else copy.copy(wanted)
+            final.output_kind = RequestOutputKind.FINAL_ONLY
+            output = await anext(
+                self._engine.generate(prompt=prompt, sampling_params=final, priority=priority)
+            )
+            advance(output)
+            return output
+
+        return await _all(one(*each) for each in zip(prompts, params, priorities, strict=True))
+
+
+def _stop(engine: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    async def stop() -> None:
+        engine.shutdown()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    asyncio.run_coroutine_threadsafe(stop(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+async def _all(works: Iterator[Awaitable[Result]]) -> list[Result]:
+    """All results in order; the first error cancels the rest and is raised as it is."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _several(prompts: Any) -> list[Prompt]:
+    """One prompt or a sequence of them: a list of integers is one."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        message = f"prompts must be a prompt or a list of prompts, got {prompts!r:.100}"
+        raise RequestError(message, parameter="prompts", value=type(prompts).__name__)
+    return [list(prompts)] if prompts and isinstance(prompts[0], int) else list(prompts)
+
+
+def _for_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int, name: str
+) -> Sequence[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    if not isinstance(params, (list, tuple)) or not all(isinstance(p, SamplingParams) for p in params):
+        message = f"{name} must be a SamplingParams or a list of them, got {params!r:.100}"
+        raise RequestError(message, parameter=name, limit="SamplingParams")
+    _check_length(name, params, count)
+    return params
+
+
+def _check_length(name: str, values: Sequence[object], count: int) -> None:
+    if len(values) != count:
+        message = f"{name} must have one item for each of the {count} prompts, got {len(values)}"
+        raise RequestError(message, parameter=name, value=len(values), limit=count)
+
+
+@contextmanager
+def _progress(count: int, use_tqdm: bool | Callable[..., Any]) -> Iterator[Callable[[RequestOutput], None]]:
+    """A progress bar on standard error: finished prompts and generated tokens per second."""
+    if use_tqdm is False:
+        yield lambda output: None
+        return
+    bar_class: Callable[..., Any]
+    if callable(use_tqdm):
+        bar_class = use_tqdm
+    else:
+        from tqdm.auto import tqdm  # type: ignore[import-untyped] # noqa: PLC0415 - 60 ms
+
+        bar_class = tqdm
+    with bar_class(total=count, desc="Processed prompts", dynamic_ncols=True) as bar:
+        num_tokens = 0
+
+        def advance(output: RequestOutput) -> None:
+            nonlocal num_tokens
+            num_tokens += sum(len(part.token_ids) for part in output.outputs)
+            seconds = bar.format_dict["elapsed"]
+            if seconds:
+                bar.postfix = f"{num_tokens / seconds:.1f} tokens/s"
+            bar.update(1)
+
+        yield advance

@@ -1,0 +1,137 @@
+"""RequestTable: which of a client's requests the core works on, and what each step brings them. Pure."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ..ipc.messages import Finished, FinishReason, StepOutputs, unpack
+from .requests import Completion, Request
+
+
+class RequestTable:
+    """All requests of one client that the core works on, by the wire's numbers and by their ids."""
+
+    def __init__(self) -> None:
+        self._completions: dict[int, Completion] = {}
+        self._requests: dict[str, Request] = {}
+        self._next_number = 0
+        self._empty: asyncio.Future[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def ids(self) -> list[str]:
+        return list(self._requests)
+
+    def get(self, request_id: str) -> Request | None:
+        return self._requests.get(request_id)
+
+    async def wait_until_empty(self) -> None:
+        while self._requests:
+            if self._empty is None or self._empty.done():
+                self._empty = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._empty)
+
+    def reserve(self, request: Request) -> None:
+        """Take its id: until it ends, no other request may have it."""
+        self._requests[request.request_id] = request
+
+    def number(self, request: Request) -> int:
+        """Number its completions for the wire; returns the first number."""
+        count = len(request.completions)
+        if self._next_number + count > 2**31 - 1:  # the wire's columns are int32
+            self._next_number = 0
+        first = self._next_number
+        self._next_number += count
+        request.first_number = first
+        for index, completion in enumerate(request.completions):
+            self._completions[first + index] = completion
+        return first
+
+    def drop(self, request: Request) -> list[int]:
+        """Forget it; returns the numbers of its completions that the core still works on."""
+        self._forget(request)
+        first = request.first_number
+        numbers = range(first, first + len(request.completions)) if first >= 0 else ()
+        return [number for number in numbers if self._completions.pop(number, None) is not None]
+
+    def fail_all(self, error: Exception) -> None:
+        """End every request with an error of this type and text."""
+        requests = list(self._requests.values())
+        self._requests.clear()
+        self._completions.clear()
+        self._tell_if_empty()
+        for request in requests:
+            request.fail(type(error)(str(error)))  # its own: each raise adds to an error's traceback
+
+    def apply(self, message: StepOutputs) -> list[int]:
+        """Note what one step brought. Returns numbers that the core is to abort: stop strings ended them."""
+        completions = self._completions
+        for started in message.started:
+            if (completion := completions.get(started.request)) is not None:
+                request = completion.request
+                request.num_cached_tokens = max(request.num_cached_tokens or 0, started.num_cached_tokens)
+        if message.finished:
+            return self._apply_with_ends(message)
+        stopped: list[int] = []
+        for number, token in zip(unpack(message.requests), unpack(message.tokens), strict=True):
+            completion = completions.get(number)
+            if completion is not None and completion.add(token):
+                stopped.append(number)
+                self._ended(number)
+        return stopped
+
+    def _apply_with_ends(self, message: StepOutputs) -> list[int]:
+        ends = {finished.request: finished for finished in message.finished}
+        numbers, tokens = unpack(message.requests), unpack(message.tokens)
+        last = {number: i for i, number in enumerate(numbers) if number in ends}
+        stopped: list[int] = []
+        for i, (number, token) in enumerate(zip(numbers, tokens, strict=True)):
+            completion = self._completions.get(number)
+            if completion is None:
+                continue
+            if last.get(number) == i:
+                finished = ends[number]
+                completion.add_last(token, finished, _hides_last(completion, finished))
+                self._ended(number)
+            elif completion.add(token):
+                stopped.append(number)
+                self._ended(number)
+        for number, finished in ends.items():
+            if (completion := self._completions.get(number)) is not None:
+                stopped += self._end_without_token(number, completion, finished)
+        return [number for number in stopped if number not in ends]
+
+    def _end_without_token(self, number: int, completion: Completion, finished: Finished) -> list[int]:
+        if finished.error is not None:
+            request = completion.request
+            others = self.drop(request)
+            request.fail(finished.error.exception())
+            return others
+        completion.finish(finished.reason, finished.stop_token_id)
+        self._ended(number)
+        return []
+
+    def _ended(self, number: int) -> None:
+        request = self._completions.pop(number).request
+        if request.ended:
+            self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        if self._requests.get(request.request_id) is request:
+            del self._requests[request.request_id]
+        self._tell_if_empty()
+
+    def _tell_if_empty(self) -> None:
+        if not self._requests and self._empty is not None:
+            if not self._empty.done():
+                self._empty.set_result(None)
+            self._empty = None
+
+
+def _hides_last(completion: Completion, finished: Finished) -> bool:
+    """The token that stopped a request has text only with `include_stop_str_in_output`."""
+    return finished.reason is FinishReason.STOP and not completion.request.include_stop

@@ -1,0 +1,244 @@
+"""Request and Completion: what has arrived for one request, and what its reader has not seen yet. Pure state.
+
+Tokens are only noted when they arrive; text and output objects are made when the reader asks. So a reader
+that lags costs nothing: it finds one merged delta, or the newest cumulative state. The exception are requests
+with stop strings, whose text is watched token by token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from ..ipc.messages import Finished, FinishReason
+from .detokenizer import Decoder, StopStrings
+from .outputs import CompletionOutput, RequestOutput
+from .sampling_params import RequestOutputKind
+
+_DELTA = RequestOutputKind.DELTA
+_FINAL_ONLY = RequestOutputKind.FINAL_ONLY
+
+
+class Completion:
+    """One of a request's n generations."""
+
+    __slots__ = (
+        "_all_text",
+        "_all_tokens",
+        "_decoder",
+        "_fresh",
+        "_has_news",
+        "_hides_last",
+        "_num_unchecked",
+        "_stops",
+        "_text",
+        "finish_reason",
+        "index",
+        "request",
+        "stop_reason",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        decoder: Decoder | None,
+        stops: StopStrings | None,
+        min_tokens: int,
+    ) -> None:
+        self.request = request
+        self.index = index
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self._decoder = decoder
+        self._stops = stops
+        self._num_unchecked = min_tokens
+        """Coming tokens whose text must not end the request."""
+        self._fresh: list[int] = []
+        """Tokens that the reader has not seen; without stop strings their text is not made yet."""
+        self._text = ""
+        """With stop strings: the text of `_fresh` that can be shown."""
+        self._hides_last = False
+        """The last token ended the request and has no text."""
+        self._has_news = False
+        self._all_tokens: list[int] = []
+        self._all_text = ""
+
+    def add(self, token: int) -> bool:
+        """Note a token; True when its text completes a stop string, which ends the completion."""
+        self._fresh.append(token)
+        self._has_news = True
+        if self._stops is not None:
+            return self._watch(self._stops, token)
+        request = self.request
+        if request.kind is not _FINAL_ONLY:
+            request.wake()
+        return False
+
+    def finish(self, reason: FinishReason, stop_reason: int | str | None, hides_last: bool = False) -> None:
+        """Nothing follows. `hides_last`: the last token, just added or about to be, has no text."""
+        self.finish_reason = str(reason)
+        self.stop_reason = stop_reason
+        self._hides_last = hides_last
+        self._has_news = True
+        self.request.num_unfinished -= 1
+        self.request.wake()
+
+    def add_last(self, token: int, finished: Finished, hides_last: bool) -> None:
+        """Note the token that ended the completion, and the end."""
+        if hides_last and self._stops is not None:
+            self._fresh.append(token)  # its text is not to be watched, nor shown
+        elif self.add(token):
+            return  # a stop string was complete first
+        self.finish(finished.reason, finished.stop_token_id, hides_last)
+
+    @property
+    def has_news(self) -> bool:
+        return self._has_news
+
+    def take(self) -> CompletionOutput:
+        """What the reader gets now."""
+        self._has_news = False
+        tokens, self._fresh = self._fresh, []
+        text = self._take_text(tokens)
+        if self.request.kind is not _DELTA:
+            self._all_tokens += tokens
+            self._all_text += text
+            tokens, text = self._all_tokens.copy(), self._all_text
+        return CompletionOutput(
+            self.index, text, tokens, finish_reason=self.finish_reason, stop_reason=self.stop_reason
+        )
+
+    def _take_text(self, tokens: list[int]) -> str:
+        decoder = self._decoder
+        if decoder is None:
+            return ""
+        if self._stops is None:
+            if self.finish_reason is None:
+                return decoder.push(tokens)
+            text = decoder.push(tokens[:-1] if self._hides_last else tokens)
+            return text + decoder.finish()
+        text, self._text = self._text, ""
+        if self.finish_reason is not None and self._stops.found is None:
+            text += self._stops.push(decoder.finish(), check=False) + self._stops.finish()
+        return text
+
+    def _watch(self, stops: StopStrings, token: int) -> bool:
+        assert self._decoder is not None
+        self._num_unchecked -= 1
+        text = stops.push(self._decoder.push((token,)), check=self._num_unchecked < 0)
+        self._text += text
+        if stops.found is not None:
+            self.finish(FinishReason.STOP, stops.found)
+            return True
+        if self.request.kind is not _FINAL_ONLY:
+            self.request.wake()
+        return False
+
+
+class Request:
+    """The state of one request: its completions, and the reader that waits for them."""
+
+    __slots__ = (
+        "_error",
+        "_waiter",
+        "completions",
+        "first_number",
+        "include_stop",
+        "is_aborted",
+        "kind",
+        "num_cached_tokens",
+        "num_unfinished",
+        "prompt",
+        "prompt_token_ids",
+        "request_id",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        kind: RequestOutputKind,
+        include_stop: bool,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.kind = kind
+        self.include_stop = include_stop
+        self.first_number = -1
+        """The wire's number of completion 0."""
+        self.completions: list[Completion] = []
+        self.num_unfinished = 1
+        self.is_aborted = False
+        self.num_cached_tokens: int | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: Exception | None = None
+
+    def begin(
+        self,
+        decoders: Sequence[Decoder | None],
+        stops: Sequence[StopStrings | None],
+        min_tokens: int,
+    ) -> None:
+        """Make the completions, one for each decoder."""
+        self.completions = [
+            Completion(self, index, decoder, watched, min_tokens)
+            for index, (decoder, watched) in enumerate(zip(decoders, stops, strict=True))
+        ]
+        self.num_unfinished = len(self.completions)
+
+    @property
+    def ended(self) -> bool:
+        return self.num_unfinished == 0 or self._error is not None
+
+    def wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error, which the reader gets."""
+        self._error = error
+        self.wake()
+
+    def abort(self) -> None:
+        """End every completion that still runs; one that has not begun ends as soon as it does."""
+        self.is_aborted = True
+        for completion in self.completions:
+            if completion.finish_reason is None:
+                completion.finish(FinishReason.ABORT, None)
+
+    def has_output(self) -> bool:
+        """True when `take` has something to give, or an error to raise."""
+        if self.ended:
+            return True
+        return self.kind is not _FINAL_ONLY and any(part.has_news for part in self.completions)
+
+    def take(self) -> RequestOutput:
+        """The reader's next output. Raises the error that ended the request."""
+        if self._error is not None:
+            raise self._error
+        parts = self.completions
+        if self.kind is _DELTA and len(parts) > 1:
+            outputs = [part.take() for part in parts if part.has_news]
+        else:
+            outputs = [part.take() for part in parts]
+        return RequestOutput(
+            self.request_id,
+            self.prompt,
+            self.prompt_token_ids,
+            None,
+            outputs,
+            self.num_unfinished == 0,
+            num_cached_tokens=self.num_cached_tokens,
+        )
+
+    async def wait(self) -> None:
+        """Return when there is an output. One reader at a time."""
+        while not self.has_output():
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
