@@ -16,6 +16,7 @@ from ..ipc.messages import Admit, StepPlan
 
 I32: TypeAlias = NDArray[np.int32]
 I64: TypeAlias = NDArray[np.int64]
+F64: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
 
 
@@ -43,21 +44,21 @@ class Batch:
 class SamplingColumns:
     """`messages.Sampling` of every slot, a column per field."""
 
-    temperature: NDArray[np.float32]
-    top_p: NDArray[np.float32]
+    temperature: F64
+    top_p: F64
     top_k: I64
-    min_p: NDArray[np.float32]
+    min_p: F64
     seed: NDArray[np.uint64]
-    presence_penalty: NDArray[np.float32]
-    frequency_penalty: NDArray[np.float32]
-    repetition_penalty: NDArray[np.float32]
+    presence_penalty: F64
+    frequency_penalty: F64
+    repetition_penalty: F64
     min_tokens: I64
     stop_ids: list[list[int]] = field(default_factory=list)
     """Per slot, the tokens that `min_tokens` holds back."""
 
     @classmethod
     def empty(cls, num_slots: int) -> SamplingColumns:
-        floats = [np.zeros(num_slots, np.float32) for _ in range(6)]
+        floats = [np.zeros(num_slots, np.float64) for _ in range(6)]
         temperature, top_p, min_p, presence, frequency, repetition = floats
         top_k, min_tokens = np.zeros(num_slots, np.int64), np.zeros(num_slots, np.int64)
         seed = np.zeros(num_slots, np.uint64)

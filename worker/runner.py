@@ -1,0 +1,256 @@
+"""The model runner: one rank's model and KV cache, and the way from a batch to its tokens.
+
+Knows models, devices and the other ranks; does not know the pipe. Host work per step is a fixed number of
+array operations, whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..ipc.config import EngineConfig
+from ..ipc.messages import Admit, Sampling, StepPlan, pack
+from ..kernels.paged_attention import AttentionMetadata
+from .kv_cache import Budget, CacheSize, cpu_budget, cuda_budget, size_cache
+from .models import build_model
+from .parallel import TensorParallel, connect
+from .sampler import Sampler
+from .slots import I32, I64, Batch, Slots
+from .weights import load_weights
+
+KVCache = tuple[Tensor, Tensor]
+"""Keys and values of a layer, each [num_blocks, block_size, num_kv_heads, head_dim]."""
+
+_WARM_UP_ROWS = 8
+_WARM_UP_TOKENS = 32
+
+
+@dataclass(slots=True)
+class ModelInput:
+    """A batch as the model takes it: rows of one token first."""
+
+    input_ids: Tensor
+    """int64 [tokens]"""
+    positions: Tensor
+    """int64 [tokens]"""
+    metadata: AttentionMetadata
+    last_tokens: Tensor | None
+    """int64 [sampling rows]: their last tokens' places; None: every token is one, in order."""
+
+
+class ModelRunner:
+    """A worker's backend with a network."""
+
+    def __init__(self, config: EngineConfig, rank: int, rendezvous: str) -> None:
+        self._config = config
+        self._rank = rank
+        self._rendezvous = rendezvous
+        self._device = torch.device("cuda", rank) if config.device == "cuda" else torch.device("cpu")
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._sampler = Sampler(self._device)
+        self._kv_caches: list[KVCache] = []
+        self._tp = TensorParallel()
+        self._model: nn.Module
+
+    @torch.inference_mode()
+    def load(self, progress: Callable[[str], None]) -> CacheSize:
+        """Bring the weights onto the device. Raises ConfigError for files that are not as they must be."""
+        config = self._config
+        self._prepare_device()
+        if config.tensor_parallel_size > 1:
+            progress("connect ranks")
+            self._tp = connect(self._rank, config.tensor_parallel_size, self._device, self._rendezvous)
+        progress("load weights")
+        model = build_model(
+            config.architecture, config.hf_config, self._dtype, self._device, self._tp, config.max_model_len
+        )
+        load_weights(model, config, self._device, self._tp)
+        self._model = model.eval()
+        progress("size KV cache")
+        return size_cache(config, self._block_bytes(), self._budget())
+
+    @torch.inference_mode()
+    def allocate(self, num_blocks: int, max_model_len: int) -> None:
+        self._kv_caches = self._new_caches(num_blocks)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run prefill, decode and sampling once; what they leave in the cache is nobody's."""
+        rows = min(_WARM_UP_ROWS, self._config.max_num_seqs)
+        length = min(
+            _WARM_UP_TOKENS, self._config.max_model_len - 1, self._config.max_num_batched_tokens // rows
+        )
+        self._rehearse(rows, max(length, 1), len(self._kv_caches[0][0]))
+
+    @torch.inference_mode()
+    def execute(self, slots: Slots, batch: Batch) -> I32:
+        """The tokens of the batch's sampling rows. All ranks return the same: they see the same logits."""
+        if not len(batch.slots):
+            return np.zeros(0, np.int32)
+        inputs = self.prepare(slots, batch)
+        hidden = self._model(inputs.input_ids, inputs.positions, self._kv_caches, inputs.metadata)
+        if not len(batch.sampling):
+            return np.zeros(0, np.int32)
+        if inputs.last_tokens is not None:
+            hidden = hidden[inputs.last_tokens]
+        logits = self._model.compute_logits(hidden)  # type: ignore[operator]  # every model has it
+        tokens: I32 = self._sampler.sample(logits, slots, batch).cpu().numpy().astype(np.int32)
+        return tokens
+
+    def prepare(self, slots: Slots, batch: Batch) -> ModelInput:
+        """Lay out the batch for the model."""
+        if batch.one_each:
+            return self._decode_input(slots, batch)
+        return self._mixed_input(slots, batch)
+
+    def _decode_input(self, slots: Slots, batch: Batch) -> ModelInput:
+        rows, positions, size = batch.slots, batch.starts, self._config.block_size
+        blocks = slots.block_tables[rows, positions // size].astype(np.int64)
+        metadata = self._metadata(
+            slots,
+            rows,
+            batch.ends,
+            slot_mapping=blocks * size + positions % size,
+            query_lens=batch.num_scheduled,
+            num_decodes=len(rows),
+        )
+        everyone = len(batch.sampling) == len(rows)
+        return ModelInput(
+            self._tensor(slots.tokens[rows, positions].astype(np.int64)),
+            self._tensor(positions),
+            metadata,
+            None if everyone else self._tensor(batch.sampling),
+        )
+
+    def _mixed_input(self, slots: Slots, batch: Batch) -> ModelInput:
+        size = self._config.block_size
+        single = batch.num_scheduled == 1
+        order = np.concatenate((np.flatnonzero(single), np.flatnonzero(~single)))
+        rows, query_lens = batch.slots[order], batch.num_scheduled[order]
+        query_ends = np.cumsum(query_lens)
+        # Token t of the step is token t - (its row's first) of its row.
+        shift = batch.starts[order] - (query_ends - query_lens)
+        positions = np.arange(query_ends[-1]) + np.repeat(shift, query_lens)
+        slot_of_token = np.repeat(rows, query_lens)
+        blocks = slots.block_tables[slot_of_token, positions // size].astype(np.int64)
+        metadata = self._metadata(
+            slots,
+            rows,
+            batch.ends[order],
+            slot_mapping=blocks * size + positions % size,
+            query_lens=query_lens,
+            num_decodes=int(single.sum()),
+        )
+        last_token = np.empty(len(rows), np.int64)  # of each row of the plan
+        last_token[order] = query_ends - 1
+        return ModelInput(
+            self._tensor(slots.tokens[slot_of_token, positions].astype(np.int64)),
+            self._tensor(positions),
+            metadata,
+            self._tensor(last_token[batch.sampling]),
+        )
+
+    def _metadata(
+        self, slots: Slots, rows: I64, seq_lens: I64, *, slot_mapping: I64, query_lens: I64, num_decodes: int
+    ) -> AttentionMetadata:
+        max_seq_len = int(seq_lens.max())
+        max_blocks = -(-max_seq_len // self._config.block_size)
+        query_start = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(query_lens, out=query_start[1:])
+        return AttentionMetadata(
+            slot_mapping=self._tensor(slot_mapping),
+            block_tables=self._tensor(slots.block_tables[:, :max_blocks][rows]),
+            query_start=self._tensor(query_start),
+            seq_lens=self._tensor(seq_lens.astype(np.int32)),
+            num_decodes=num_decodes,
+            max_seq_len=max_seq_len,
+            query_lens_host=query_lens.tolist(),
+            seq_lens_host=seq_lens.tolist(),
+        )
+
+    def _tensor(self, values: NDArray[np.int64] | NDArray[np.int32]) -> Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+    def _prepare_device(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            return
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // self._config.tensor_parallel_size))
+        _keep_freed_memory()
+
+    def _block_bytes(self) -> int:
+        heads, head_dim, layers = (
+            int(getattr(self._model, name)) for name in ("num_kv_heads", "head_dim", "num_layers")
+        )
+        return 2 * layers * self._config.block_size * heads * head_dim * self._dtype.itemsize
+
+    def _new_caches(self, num_blocks: int) -> list[KVCache]:
+        heads, head_dim = self._model.num_kv_heads, self._model.head_dim
+        shape = (num_blocks, self._config.block_size, heads, head_dim)
+        return [(self._zeros(shape), self._zeros(shape)) for _ in range(int(self._model.num_layers))]  # type: ignore[arg-type]
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        if self._device.type == "cuda":
+            return torch.zeros(shape, dtype=self._dtype, device=self._device)
+        # numpy leaves the zeroing to the kernel: memory counts when a block is first written. torch.zeros
+        # writes it all (3 s for 2 GiB).
+        num_bytes = int(np.prod(shape)) * self._dtype.itemsize
+        return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(self._dtype).view(shape)
+
+    def _budget(self) -> Budget:
+        if self._device.type == "cpu":
+            return cpu_budget(self._config)
+        return self._cuda_budget()
+
+    def _cuda_budget(self) -> Budget:
+        """Run the largest step, to see what is left beside it."""
+        config = self._config
+        rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+        length = min(config.max_num_batched_tokens // rows, config.max_model_len - 1)
+        held = torch.cuda.memory_allocated(self._device)
+        # All rows write to the same blocks: only the shapes matter.
+        num_blocks = -(-(length + 2) // config.block_size)
+        self._kv_caches = self._new_caches(num_blocks)
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._rehearse(rows, length, num_blocks)
+        profiled = torch.cuda.max_memory_allocated(self._device) - before
+        self._kv_caches = []
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return cuda_budget(config, free=free, total=total, held=held, profiled=profiled)
+
+    def _rehearse(self, rows: int, length: int, num_blocks: int) -> None:
+        """Prefill `rows` prompts of `length` tokens and decode once, through a slot table of its own."""
+        slots = Slots(rows, length + 2, self._config.block_size, num_blocks)
+        needed = -(-(length + 1) // self._config.block_size)
+        blocks = pack(i % num_blocks for i in range(needed))
+        sampling = Sampling(temperature=1.0, top_p=0.9)
+        prompt = pack([0] * length)
+        admitted = [Admit(slot, prompt, length, 0, blocks, sampling) for slot in range(rows)]
+        first = StepPlan(0, b"", admitted, b"", pack(range(rows)), pack([length] * rows))
+        for plan in (first, StepPlan(1, b"", [], b"", None, None)):
+            batch = slots.apply(plan)
+            slots.commit(batch, self.execute(slots, batch))
+
+
+def _keep_freed_memory() -> None:
+    """Ask the C library to keep what a step frees for the next step.
+
+    By default glibc returns the logits of a few rows to the system after every step, and faults them in
+    again: sampling 8 rows of 49152 tokens took 1.6 to 6 ms instead of 0.7.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # musl has none
+        mallopt(mmap_threshold, 32 << 20)  # the most that glibc takes
+        mallopt(trim_threshold, 1 << 30)

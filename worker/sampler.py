@@ -1,0 +1,206 @@
+"""From logits to tokens: the stages of sampling in their order, each skipped when no row asks for it.
+
+Order: min_tokens -> repetition, frequency, presence penalty -> (greedy: argmax) temperature -> min_p ->
+top_k, top_p -> draw. Rows are independent: a row's token is a function of its logits, its parameters and the
+noise of (seed, position, token id). Knows the slot table; does not know models.
+
+Logits that are not numbers do not stop the engine. A greedy row takes its first NaN (as torch.argmax does);
+for a random row NaN counts as -inf, and a row without a finite logit draws evenly from its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..kernels.sampling import gumbel_argmax
+from .nucleus import Nucleus, keep_likeliest
+from .slots import F64, I64, Batch, SamplingColumns, Slots
+
+_HUGE = 3e38
+"""Stands for infinity where infinities would subtract to NaN; below float32's largest by a margin."""
+
+
+@dataclass(slots=True)
+class _Random:
+    """The random rows of a batch and their parameters, on the device."""
+
+    rows: Tensor | None
+    """int64 [r], their rows of the logits; None: all rows."""
+    host_rows: I64
+    seeds: Tensor
+    """int64 [r]"""
+    temperature: Tensor
+    """float32 [r, 1]"""
+    log_min_p: Tensor | None
+    """float32 [r, 1], -inf where off; None: off for all rows."""
+    filtered: Tensor | None
+    """int64 [f], those among the r rows that top_k or top_p filters; None: no row."""
+    unfiltered: Tensor | None
+    """int64 [r - f], the others; None: no row."""
+    nucleus: Nucleus | None
+    """Of the filtered rows; None when there are none."""
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What a batch's sampling rows ask for; valid as long as the same rows sample."""
+
+    slots: I64
+    penalized: I64
+    """Rows with a penalty."""
+    held_back: I64
+    """Rows with a min_tokens that has stop tokens to hold back."""
+    greedy: Tensor | None
+    """int64, the greedy rows; None: no row. Not used when all are."""
+    random: _Random | None
+    """None: all rows are greedy."""
+
+
+class Sampler:
+    """Samples for the slots of one worker; on every rank alike, given the same logits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._rows: _Rows | None = None
+        self._sampling: I64 | None = None
+
+    def sample(self, logits: Tensor, slots: Slots, batch: Batch) -> Tensor:
+        """The next tokens, int64 [rows].
+
+        Args:
+            logits: float32 [rows, vocab], of `batch.sampling`'s rows in order; overwritten.
+        """
+        rows = self._rows
+        if rows is None or batch.changed or batch.sampling is not self._sampling:
+            rows = self._rows = self._describe(slots, batch)
+            self._sampling = batch.sampling
+        if len(rows.held_back):
+            _hold_back(logits, slots, rows)
+        if len(rows.penalized):
+            _penalize(logits, slots, rows)
+        if rows.random is None:
+            return logits.argmax(dim=-1)
+        tokens = self._draw(logits, rows.random, batch.ends[batch.sampling])
+        if rows.greedy is None:
+            return tokens
+        mixed = torch.empty(len(rows.slots), dtype=torch.int64, device=self._device)
+        mixed[rows.greedy] = logits[rows.greedy].argmax(dim=-1)
+        mixed[rows.random.rows] = tokens
+        return mixed
+
+    def _draw(self, logits: Tensor, random: _Random, ends: I64) -> Tensor:
+        scores = logits if random.rows is None else logits[random.rows]
+        scores.div_(random.temperature).nan_to_num_(nan=-_HUGE, posinf=_HUGE, neginf=-_HUGE)
+        if random.log_min_p is not None:
+            floor = scores.amax(dim=-1, keepdim=True) + random.log_min_p
+            scores.masked_fill_(scores < floor, -_HUGE)
+        positions = self._tensor(ends[random.host_rows])
+        if random.nucleus is None or random.filtered is None:
+            return gumbel_argmax(scores, random.seeds, positions)
+        if random.unfiltered is None:
+            return _draw_filtered(scores, random.nucleus, random.seeds, positions)
+        tokens = torch.empty_like(positions)
+        for rows, nucleus in ((random.unfiltered, None), (random.filtered, random.nucleus)):
+            part = scores[rows], random.seeds[rows], positions[rows]
+            tokens[rows] = (
+                gumbel_argmax(*part) if nucleus is None else _draw_filtered(part[0], nucleus, *part[1:])
+            )
+        return tokens
+
+    def _describe(self, slots: Slots, batch: Batch) -> _Rows:
+        sampled = batch.slots[batch.sampling]
+        columns = slots.sampling
+        penalized = (
+            (columns.repetition_penalty[sampled] != 1)
+            | (columns.frequency_penalty[sampled] != 0)
+            | (columns.presence_penalty[sampled] != 0)
+        )
+        held_back = columns.min_tokens[sampled] > 0
+        greedy = columns.temperature[sampled] == 0
+        return _Rows(
+            slots=sampled,
+            penalized=np.flatnonzero(penalized),
+            held_back=np.flatnonzero(held_back),
+            greedy=self._tensor(np.flatnonzero(greedy)) if greedy.any() else None,
+            random=None if greedy.all() else self._describe_random(columns, sampled, ~greedy),
+        )
+
+    def _describe_random(self, columns: SamplingColumns, sampled: I64, random: NDArray[np.bool_]) -> _Random:
+        host_rows = np.flatnonzero(random)
+        mine = sampled[host_rows]
+        min_p, top_k, top_p = columns.min_p[mine], columns.top_k[mine], columns.top_p[mine]
+        with np.errstate(divide="ignore"):
+            log_min_p = np.log(min_p)[:, None]
+        filtered = (top_k > 0) | (top_p < 1)
+        some, others = np.flatnonzero(filtered), np.flatnonzero(~filtered)
+        return _Random(
+            rows=None if random.all() else self._tensor(host_rows),
+            host_rows=host_rows,
+            seeds=self._tensor(columns.seed[mine].view(np.int64)),
+            temperature=self._floats(columns.temperature[mine][:, None]),
+            log_min_p=self._floats(log_min_p) if (min_p > 0).any() else None,
+            filtered=self._tensor(some) if len(some) else None,
+            unfiltered=self._tensor(others) if len(others) else None,
+            nucleus=Nucleus.of(top_k[some], top_p[some], self._device) if len(some) else None,
+        )
+
+    def _tensor(self, values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+    def _floats(self, values: F64) -> Tensor:
+        return self._tensor(values.astype(np.float32))
+
+
+def _draw_filtered(scores: Tensor, nucleus: Nucleus, seeds: Tensor, positions: Tensor) -> Tensor:
+    scores, token_ids = keep_likeliest(scores, nucleus)
+    columns = gumbel_argmax(scores, seeds, positions, token_ids)
+    return columns if token_ids is None else token_ids.gather(1, columns[:, None]).squeeze(1)
+
+
+def _hold_back(logits: Tensor, slots: Slots, rows: _Rows) -> None:
+    """-inf for the stop tokens of rows that have not generated their min_tokens yet."""
+    held = rows.slots[rows.held_back]
+    early = slots.num_tokens[held] - slots.num_prompt[held] < slots.sampling.min_tokens[held]
+    index: list[int] = []
+    tokens: list[int] = []
+    for row, slot in zip(rows.held_back[early].tolist(), held[early].tolist(), strict=True):
+        ids: Sequence[int] = [i for i in slots.sampling.stop_ids[slot] if 0 <= i < logits.shape[1]]
+        index += [row] * len(ids)
+        tokens += ids
+    if tokens:
+        logits[index, tokens] = -torch.inf
+
+
+def _penalize(logits: Tensor, slots: Slots, rows: _Rows) -> None:
+    """Repetition (prompt and output), frequency and presence (output only) penalties.
+
+    Only the logits of tokens that occur are visited. A token that occurs twice is visited twice, both times
+    with the same outcome.
+    """
+    penalized = rows.slots[rows.penalized]
+    lengths = slots.num_tokens[penalized]
+    history = slots.tokens[penalized, : lengths.max()].astype(np.int64)
+    place = np.arange(history.shape[1])
+    history = np.where(place < lengths[:, None], history, history[:, :1])
+    generated = (place >= slots.num_prompt[penalized][:, None]) & (place < lengths[:, None])
+
+    device, columns = logits.device, slots.sampling
+    tokens = torch.from_numpy(history).to(device)
+    counts = torch.zeros(len(penalized), logits.shape[1], device=device)
+    counts.scatter_add_(1, tokens, torch.from_numpy(generated.astype(np.float32)).to(device))
+    count = counts.gather(1, tokens)
+    repetition, frequency, presence = (
+        torch.from_numpy(column[penalized][:, None].astype(np.float32)).to(device)
+        for column in (columns.repetition_penalty, columns.frequency_penalty, columns.presence_penalty)
+    )
+    index = torch.from_numpy(rows.penalized).to(device)[:, None]
+    values = logits[index, tokens]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    logits[index, tokens] = values - frequency * count - presence * (count > 0)
