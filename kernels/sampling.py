@@ -6,6 +6,8 @@ neither on the batch nor on which other tokens are in the race, so filtering onl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -89,15 +91,15 @@ _BLOCK = 2048
 """Columns per program: 24 programs a row for 49152 tokens, so that one row already spreads over a GPU."""
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _gumbel_kernel(
-    scores_ptr: tl.tensor,  # float32 [rows, columns]
-    keys_ptr: tl.tensor,  # int32 [rows, 2]
-    best_ptr: tl.tensor,  # float32 [rows, blocks]
-    winner_ptr: tl.tensor,  # int64 [rows, blocks]
-    columns: int,
-    row_stride: int,
-    largest: float,
+    scores_ptr: Any,  # float32 [rows, columns]
+    keys_ptr: Any,  # int32 [rows, 2]
+    best_ptr: Any,  # float32 [rows, blocks]
+    winner_ptr: Any,  # int64 [rows, blocks]
+    columns: Any,
+    row_stride: Any,
+    largest: Any,
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
