@@ -181,10 +181,10 @@ def _not_offered(name: str) -> str:
 
 
 def parse_model_map(entries: Sequence[str]) -> ModelMap:
-    """`NAME=PATH` each; the last `=` divides. Raises ConfigError."""
+    """`NAME=PATH` each; the first `=` divides. Raises ConfigError."""
     pairs: dict[str, str] = {}
     for entry in entries:
-        name, divider, path = entry.rpartition("=")
+        name, divider, path = entry.partition("=")
         if not (name and divider and path):
             message = f"--model-map must be NAME=PATH, got {entry!r}"
             raise ConfigError(message, parameter="model-map", value=entry, limit="NAME=PATH")

@@ -1,0 +1,119 @@
+"""The command line: quick, lazy, derived from the engine's arguments, one line for each error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from headrace import __version__
+from headrace.frontend.engine_args import FIELDS
+
+HEADRACE = [sys.executable, "-P", "-c", "from headrace.frontend.cli import main; main()"]
+
+
+def headrace(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*HEADRACE, *words], capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder that is enough to resolve a configuration."""
+    folder = tmp_path_factory.mktemp("model")
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 100, "max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 2, "hidden_size": 8}))
+    return str(folder)
+
+
+def test_help_is_quick_and_lazy() -> None:
+    heavy = {"torch", "transformers", "numpy", "zmq", "asyncio", "tokenizers"}
+    code = (
+        "import sys\nfrom headrace.frontend.cli import main\n"
+        f"try: main(['--help'])\nfinally: assert not {heavy!r} & set(sys.modules)"
+    )
+    seconds: list[float] = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        shown = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - begun)
+    assert all(command in shown.stdout for command in ("engine-core", "as-vllm", "explain-config"))
+    assert min(seconds) < 0.3
+
+
+def test_version() -> None:
+    assert headrace("--version").stdout == f"headrace {__version__}\n"
+
+
+def test_every_engine_argument_is_a_flag() -> None:
+    shown = headrace("engine-core", "--help").stdout
+    flags = {word.rstrip(",") for word in shown.split()}
+    missing = {f"--{name.replace('_', '-')}" for name in FIELDS if name != "engine_core_address"} - flags
+    assert not missing
+
+
+def test_explain_config_prints_what_the_arguments_lead_to(model: str) -> None:
+    flags = ["--skip-tokenizer-init", "--load-format=dummy", "--no-enable-prefix-caching"]
+    shown = headrace("explain-config", "--model", model, "--max-num-seqs", "7", *flags)
+    assert shown.stderr == ""
+    config = json.loads(shown.stdout)
+    assert config["max_num_seqs"] == 7
+    assert config["enable_prefix_caching"] is False
+    assert config["max_model_len"] == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--max-num-sqs", "3"], "--max-num-seqs"),
+        (["--max-num-seqs", "few"], "invalid int value: 'few'"),
+        (["--max-num-seqs", "0"], "max_num_seqs must be an integer from 1"),
+        (["--max-model-len", "65"], "max_position_embeddings=64"),
+        (["--model", "/no/such/model"], "'/no/such/model'"),
+        (["--max-num", "3"], "unknown argument '--max-num'"),
+    ],
+)
+def test_a_bad_argument_is_one_line(words: list[str], complaint: str, model: str) -> None:
+    usual = ["--model", model, "--skip-tokenizer-init", "--load-format", "dummy"]
+    refused = headrace("explain-config", *usual, *words)
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert complaint in refused.stderr
+    assert refused.stderr.startswith("headrace explain-config: ")
+    assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "--listen"),
+        (["--listen", "tcp://0.0.0.0:9000"], "tcp://127.0.0.1:PORT"),
+        (["--listen", "ipc://" + "x" * 200], "longer than"),
+        (["--listen", "ipc:///tmp/x", "--ready-fd", "99"], "99 is not an open descriptor"),
+    ],
+)
+def test_engine_core_refuses_a_bad_address_before_anything_starts(words: list[str], complaint: str) -> None:
+    refused = headrace("engine-core", *words)
+    assert refused.returncode == 2
+    assert complaint in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_an_unknown_command_is_told_the_known_ones() -> None:
+    refused = headrace("serv")
+    assert refused.returncode == 2
+    assert "engine-core" in refused.stderr
+
+
+@pytest.mark.parametrize("command", ["as-vllm", "engine-core", "explain-config"])
+def test_each_command_has_help(command: str) -> None:
+    shown = headrace(command, "--help")
+    assert shown.returncode == 0
+    assert f"usage: headrace {command}" in shown.stdout
+
+
+def test_nothing_is_left_in_the_working_directory(tmp_path: Path) -> None:
+    subprocess.run([*HEADRACE, "--help"], cwd=tmp_path, stdout=subprocess.DEVNULL, check=True)
+    assert list(tmp_path.iterdir()) == []
