@@ -73,7 +73,14 @@ class _Step:
 class Scheduler:
     """Continuous batching over `num_blocks` KV blocks. No sequence grows beyond `max_model_len` tokens."""
 
-    def __init__(self, config: EngineConfig, num_blocks: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_blocks: int,
+        max_model_len: int,
+        max_in_flight: int = MAX_IN_FLIGHT,
+    ) -> None:
+        self._max_in_flight = max_in_flight
         self._block_size = config.block_size
         self._budget = config.max_num_batched_tokens
         self._chunked = config.enable_chunked_prefill
@@ -168,7 +175,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next plan, or None when there is nothing to run or enough is in flight."""
-        if len(self._in_flight) == MAX_IN_FLIGHT:
+        if len(self._in_flight) == self._max_in_flight:
             return None
         self._sweep()
         step = _Step(self._num_steps, self._budget)

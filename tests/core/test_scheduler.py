@@ -1,0 +1,270 @@
+"""The scheduler's rules one by one: what goes into a plan, in which order, and what is refused."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+
+import pytest
+from headrace.core.request import Phase, Request
+from headrace.core.scheduler import Outputs, Scheduler
+from headrace.ipc.config import EngineConfig
+from headrace.ipc.errors import RequestError
+from headrace.ipc.messages import FinishReason, Sampling, StepPlan, StepResult, pack, unpack
+
+MakeConfig = Callable[..., EngineConfig]
+MakeScheduler = Callable[..., Scheduler]
+
+
+@pytest.fixture
+def make(make_config: MakeConfig) -> MakeScheduler:
+    def make_scheduler(num_blocks: int = 16, **changes: object) -> Scheduler:
+        config = make_config(**changes)
+        return Scheduler(config, num_blocks, config.max_model_len)
+
+    return make_scheduler
+
+
+def add(
+    scheduler: Scheduler,
+    length: int,
+    max_tokens: int = 8,
+    *,
+    first: int = 0,
+    min_tokens: int = 0,
+    priority: int = 0,
+) -> Request:
+    """A request whose prompt counts up from `first`."""
+    sampling = Sampling(eos_token_id=900, stop_token_ids=[901], min_tokens=min_tokens)
+    tokens = array("i", range(first, first + length))
+    request = Request(b"", 0, tokens, sampling, max_tokens, priority)
+    scheduler.add(request)
+    return request
+
+
+def schedule(scheduler: Scheduler) -> StepPlan:
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    return plan
+
+
+def counts(plan: StepPlan) -> list[int]:
+    assert plan.num_tokens is not None
+    return list(unpack(plan.num_tokens))
+
+
+def answer(scheduler: Scheduler, plan: StepPlan, *tokens: int) -> Outputs:
+    return scheduler.update(StepResult(plan.step, pack(tokens)))
+
+
+def test_steady_decoding_sends_no_columns(make: MakeScheduler) -> None:
+    scheduler = make()
+    request = add(scheduler, 6)
+    first, second = schedule(scheduler), schedule(scheduler)
+    assert [admit.slot for admit in first.admitted] == list(unpack(first.slots or b"")) == [request.slot]
+    assert counts(first) == [6]
+    # The prompt's row goes on alone: the same rows, one token each, before its first token is known.
+    assert (second.slots, second.num_tokens, second.admitted) == (None, None, [])
+    assert scheduler.schedule(0.0) is None  # two are in flight
+    assert list(answer(scheduler, first, 7).tokens) == [7]
+    third = schedule(scheduler)
+    assert (third.slots, third.num_tokens, third.granted) == (None, None, b"")
+    answer(scheduler, second, 7)
+    answer(scheduler, third, 7)
+    fourth = schedule(scheduler)  # position 8: a third block
+    assert list(unpack(fourth.granted)) == [request.slot, request.block_table[2]]
+
+
+def test_the_same_rows_object_while_composition_stays(make: MakeScheduler) -> None:
+    scheduler = make()
+    add(scheduler, 5)
+    add(scheduler, 6, first=50)
+    plans = [schedule(scheduler), schedule(scheduler)]
+    rows = answer(scheduler, plans[0], 1, 2).rows
+    assert len(rows) == 2
+    assert answer(scheduler, plans[1], 1, 2).rows is rows
+
+
+def test_no_plan_runs_beyond_max_tokens(make: MakeScheduler) -> None:
+    scheduler = make()
+    request = add(scheduler, 5, max_tokens=2)
+    first, second = schedule(scheduler), schedule(scheduler)
+    assert request.phase is Phase.DRAINING
+    assert scheduler.stats().num_free_blocks == 16  # its last plan is sent: all is free already
+    answer(scheduler, first, 7)
+    assert scheduler.schedule(0.0) is None
+    (ended,) = answer(scheduler, second, 7).ended
+    assert ended == (request, FinishReason.LENGTH, None)
+
+
+def test_the_context_length_ends_a_request(make: MakeScheduler) -> None:
+    scheduler = make(max_model_len=6)
+    request = add(scheduler, 5, max_tokens=100)
+    (ended,) = answer(scheduler, schedule(scheduler), 7).ended
+    assert ended == (request, FinishReason.LENGTH, None)
+    assert scheduler.schedule(0.0) is None
+
+
+@pytest.mark.parametrize(("token", "stop"), [(900, None), (901, 901)])
+def test_a_stop_token_drops_the_token_behind_it(make: MakeScheduler, token: int, stop: int | None) -> None:
+    scheduler = make()
+    request, other = add(scheduler, 5), add(scheduler, 5, first=50)
+    first, second = schedule(scheduler), schedule(scheduler)
+    outputs = answer(scheduler, first, token, 7)
+    assert list(outputs.tokens) == [token, 7]
+    assert outputs.ended == [(request, FinishReason.STOP, stop)]
+    late = answer(scheduler, second, 7, 8)
+    assert (late.rows, list(late.tokens), late.ended) == ([other], [8], [])
+    third = schedule(scheduler)
+    assert len(unpack(third.released)) == 1
+    assert list(unpack(third.slots or b"")) == [other.slot]
+
+
+def test_min_tokens_holds_a_stop_token_back(make: MakeScheduler) -> None:
+    scheduler = make()
+    add(scheduler, 5, min_tokens=2)
+    for expected in ([], [], [FinishReason.STOP]):
+        outputs = answer(scheduler, schedule(scheduler), 900)
+        assert [ended.reason for ended in outputs.ended] == expected
+
+
+def test_decodes_come_first_and_prompts_share_the_rest(make: MakeScheduler) -> None:
+    scheduler = make(max_num_batched_tokens=8)
+    add(scheduler, 2)
+    answer(scheduler, schedule(scheduler), 7)
+    add(scheduler, 10, first=50)
+    add(scheduler, 3, first=70)
+    assert counts(schedule(scheduler)) == [1, 7]
+    assert counts(schedule(scheduler)) == [1, 3, 3]
+
+
+def test_without_chunked_prefill_a_prompt_runs_whole(make: MakeScheduler) -> None:
+    scheduler = make(max_num_batched_tokens=8, enable_chunked_prefill=False)
+    add(scheduler, 6)
+    add(scheduler, 6, first=50)
+    assert counts(schedule(scheduler)) == [6]
+    assert counts(schedule(scheduler)) == [1, 6]
+
+
+def test_a_prefix_of_the_same_plan_is_shared(make: MakeScheduler) -> None:
+    scheduler = make()
+    first, second = add(scheduler, 12), add(scheduler, 12)
+    plan = schedule(scheduler)
+    # 12 tokens are three full blocks, but the last token is always computed.
+    assert counts(plan) == [12, 4]
+    assert second.num_cached_tokens == plan.admitted[1].num_computed == 8
+    assert first.block_table[:2] == second.block_table[:2]
+
+
+def test_prefix_caching_can_be_off(make: MakeScheduler) -> None:
+    scheduler = make(enable_prefix_caching=False)
+    first, second = add(scheduler, 12), add(scheduler, 12)
+    assert counts(schedule(scheduler)) == [12, 12]
+    assert not set(first.block_table) & set(second.block_table)
+
+
+def test_generated_tokens_are_cached_too(make: MakeScheduler) -> None:
+    scheduler = make()
+    request = add(scheduler, 4, max_tokens=6)
+    while (plan := scheduler.schedule(0.0)) is not None:
+        answer(scheduler, plan, 7)
+    again = Request(b"", 0, request.tokens[:], Sampling(), 1)
+    scheduler.add(again)
+    schedule(scheduler)
+    assert again.num_cached_tokens == 8
+
+
+def test_priority_orders_the_queue_only_when_asked(make: MakeScheduler) -> None:
+    for policy, expected in (("fcfs", [0, 1]), ("priority", [1, 0])):
+        scheduler = make(max_num_seqs=1, scheduling_policy=policy)
+        requests = [add(scheduler, 5, 1, priority=2), add(scheduler, 5, 1, first=50, priority=1)]
+        order: list[int] = []
+        while (plan := scheduler.schedule(0.0)) is not None:
+            order += [requests.index(request) for request in answer(scheduler, plan, 7).started]
+        assert order == expected
+
+
+def test_the_last_in_order_is_preempted_and_recomputed(make: MakeScheduler) -> None:
+    scheduler = make(num_blocks=5, max_model_len=20, enable_prefix_caching=False)
+    first, second = add(scheduler, 7), add(scheduler, 6, first=50)
+    plans = [schedule(scheduler), schedule(scheduler)]
+    for token in (20, 21):
+        answer(scheduler, plans.pop(0), token, 30 + token)
+    plan = schedule(scheduler)  # the first takes the last block for position 8
+    assert list(unpack(plan.granted)) == [first.slot, first.block_table[2]]
+    slot = second.slot
+    ahead = schedule(scheduler)  # the second needs one for its position 8 and gives up its own instead
+    assert second.phase is Phase.PREEMPTED
+    assert list(unpack(ahead.released)) == [slot]
+    assert list(answer(scheduler, plan, 22, 52).tokens) == [22, 52]  # what was on its way still counts
+    answer(scheduler, ahead, 23)
+    scheduler.abort(first)
+    (admit,) = schedule(scheduler).admitted
+    assert list(unpack(admit.tokens)) == [*range(50, 56), 50, 51, 52]
+    assert (admit.num_prompt_tokens, admit.num_computed) == (6, 0)
+    assert scheduler.stats().num_preemptions == 1
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_abort_frees_at_once_in_every_phase(make: MakeScheduler, steps: int) -> None:
+    """After 0 steps it waits, after 1 it is inside its prompt, after 2 it decodes, after 3 it drains."""
+    scheduler = make(max_num_batched_tokens=4)
+    request = add(scheduler, 7, max_tokens=2)
+    plans = []
+    for step in range(steps):
+        plans.append(schedule(scheduler))
+        if step == 0:
+            answer(scheduler, plans.pop())
+    assert request.phase is [Phase.WAITING, Phase.RUNNING, Phase.RUNNING, Phase.DRAINING][steps]
+    scheduler.abort(request)
+    scheduler.abort(request)
+    assert scheduler.stats().num_free_blocks == 16
+    for plan in plans:
+        outputs = answer(scheduler, plan, 7)
+        assert (outputs.rows, outputs.started, outputs.ended) == ([], [], [])
+    assert scheduler.schedule(0.0) is None
+    assert scheduler.reset_prefix_cache()
+
+
+def test_aborted_requests_do_not_pile_up_in_the_queue(make: MakeScheduler) -> None:
+    scheduler = make(max_num_seqs=1)
+    blocker = add(scheduler, 5)
+    schedule(scheduler)
+    waiting = [add(scheduler, 5) for _ in range(1000)]
+    for request in waiting:
+        scheduler.abort(request)
+    assert scheduler.stats().num_waiting == 0
+    assert len(scheduler._waiting) < 100
+    scheduler.abort(blocker)
+
+
+@pytest.mark.parametrize(
+    ("length", "max_tokens", "changes", "words"),
+    [
+        (64, 1, {}, ["64 tokens", "max_model_len 64", "63"]),
+        (40, 30, {"max_model_len": 100}, ["40", "30", "70 tokens", "18 KV blocks of 4", "16 (64 tokens)"]),
+        (20, 1, {"max_num_batched_tokens": 8, "enable_chunked_prefill": False}, ["20 tokens", "tokens 8"]),
+    ],
+)
+def test_what_can_never_run_is_refused_with_the_arithmetic(
+    make: MakeScheduler, length: int, max_tokens: int, changes: dict[str, object], words: list[str]
+) -> None:
+    scheduler = make(**changes)
+    with pytest.raises(RequestError) as caught:
+        add(scheduler, length, max_tokens)
+    for word in words:
+        assert word in str(caught.value)
+    assert caught.value.parameter in ("prompt", "max_tokens")
+    assert caught.value.value is not None
+    assert caught.value.limit is not None
+    assert scheduler.stats().num_waiting == 0
+
+
+def test_a_result_out_of_order_is_an_error(make: MakeScheduler) -> None:
+    scheduler = make()
+    with pytest.raises(RuntimeError, match="expected none"):
+        scheduler.update(StepResult(0, b""))
+    add(scheduler, 5)
+    plan = schedule(scheduler)
+    with pytest.raises(RuntimeError, match="step 0 with 2; expected 0 with 1 tokens"):
+        answer(scheduler, plan, 1, 2)
