@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from benchlib.engines import Request, Trace
@@ -25,6 +26,7 @@ class TransformersEngine:
         max_num_seqs: int = 32,
         **_: Any,
     ) -> None:
+        transformers.logging.disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         kind: torch.dtype = getattr(torch, "bfloat16" if dtype == "auto" else dtype)
         if load_format == "dummy":
@@ -101,5 +103,8 @@ def as_folder(gguf: Path) -> Path:
 
 def _load(model: Path, dtype: torch.dtype) -> Any:
     if model.is_file():
-        return AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, dtype=dtype)
+        how: dict[str, Any] = {"gguf_file": model.name, "dtype": dtype}
+        if hasattr(transformers, "GgufConfig"):  # such a version could also keep the weights packed
+            how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        return AutoModelForCausalLM.from_pretrained(model.parent, **how)
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)

@@ -1,0 +1,110 @@
+"""The benchmarks measure what they say, on a real engine whose model costs nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchlib.engines import Trace
+from benchlib.harness import percentiles
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def bench(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / f"bench_{name}.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def results(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The JSON object that the last line holds."""
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert {"benchmark", "commit", "machine", "versions", "settings", "results"} <= set(told)
+    return told
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags for an engine without weights or tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "eos_token_id": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return ["--model", str(folder), "--load-format", "oracle"]
+
+
+def test_percentiles_interpolate() -> None:
+    figures = percentiles("x", [0.004, 0.001, 0.002, 0.003], (0, 50, 100))
+    assert figures == {"x mean, ms": 2.5, "x p0, ms": 1.0, "x p50, ms": 2.5, "x p100, ms": 4.0}
+
+
+def test_what_a_trace_says() -> None:
+    trace = Trace(10.0, [(11.0, 1), (12.0, 3), (16.0, 1)])
+    assert (trace.num_tokens, trace.ttft, trace.e2e) == (5, 1.0, 6.0)
+    assert trace.tpot == 5 / 4
+    assert trace.gaps == [1.0, 4.0]
+
+
+def test_latency_alternates_engines(oracle: list[str]) -> None:
+    small = ["--batch-size", "2", "--output-len", "4", "--iters", "2", "--warmup-iters", "1"]
+    done = bench("latency", *oracle, *small, "--compare", "headrace,headrace", "--rounds", "1")
+    told = results(done)
+    figures = told["results"]["headrace"]
+    assert figures["output tokens/s"] * figures["per token, ms"] == pytest.approx(2000, rel=0.01)
+    assert told["settings"]["output_len"] == 4
+    assert "per token, ms" in done.stdout.splitlines()[1], "a table comes first"
+
+
+def test_throughput_counts_every_token(oracle: list[str]) -> None:
+    figures = results(bench("throughput", *oracle, "--workload", "nano", "--num-requests", "4"))
+    told = figures["results"]["headrace"]
+    assert told["output tokens/s"] < told["all tokens/s"]
+    assert told["requests/s"] * told["wall, s"] == pytest.approx(4, rel=0.01)
+
+
+def test_serving_does_not_wait_for_the_engine(oracle: list[str]) -> None:
+    flags = ["--request-rate", "40", "--num-requests", "10", "--output-len", "4"]
+    figures = results(bench("serving", *oracle, *flags))["results"]["headrace"]
+    assert 0 < figures["TTFT p50, ms"] <= figures["E2E p50, ms"]
+
+
+def test_oracle_names_each_process(oracle: list[str]) -> None:
+    flags = ["--num-requests", "4", "--output-len", "64", "--no-detokenize"]
+    figures = results(bench("oracle", *oracle[:2], *flags))["results"]["headrace"]
+    assert {f"CPU per step: {role}, ms" for role in ("frontend", "core", "worker")} <= set(figures)
+    assert figures["wall per step, ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--compare", "headrace,other"], "'other' is not one of"),
+        (["--engine", "other"], "invalid choice: 'other'"),
+    ],
+)
+def test_an_unknown_engine_is_refused_at_once(flags: list[str], complaint: str) -> None:
+    refused = bench("latency", *flags)
+    assert refused.returncode == 2
+    assert complaint in refused.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is not None, reason="matplotlib is installed")
+def test_a_plot_without_matplotlib_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    refused = bench("latency", "--plot", str(tmp_path / "plot.png"))
+    assert refused.returncode == 2
+    assert "headrace[plot]" in refused.stderr
