@@ -1,6 +1,7 @@
 """Triton, or a stand-in that lets the kernel files be imported where it is not installed.
 
-The stand-in cannot launch anything: CPU tensors go to the torch references, and CUDA builds of torch bring Triton.
+The stand-in cannot launch anything: CPU tensors go to the torch references, and CUDA builds of torch bring
+Triton.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ plain objects, not torch.distributed's process-wide default group, so nothing he
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,8 @@ class TensorParallel:
 
     rank: int = 0
     size: int = 1
-    group: dist.ProcessGroup | None = None
-    """None exactly when `size` is 1."""
+    group: Any = None
+    """A ProcessGroupGloo or ProcessGroupNCCL (whose stubs lack the collectives); None when `size` is 1."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
@@ -46,15 +47,17 @@ class TensorParallel:
 def connect(rank: int, size: int, device: torch.device, rendezvous: str) -> TensorParallel:
     """Meet the other ranks: over NCCL on CUDA devices, over gloo on CPUs.
 
-    `rendezvous` is the path of a file that all ranks can open and that does not exist before; returns once all
-    `size` ranks have come.
+    `rendezvous` is the path of a file that all ranks can open and that does not exist before; returns once
+    all `size` ranks have come.
     """
     if size == 1:
         return TensorParallel()
-    store = dist.FileStore(rendezvous, size)
+    store = dist.FileStore(rendezvous, size)  # type: ignore[attr-defined]  # the stubs do not export it
     if device.type == "cuda":
-        return TensorParallel(rank, size, dist.ProcessGroupNCCL(store, rank, size))
+        return TensorParallel(
+            rank, size, dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+        )
     # Without a named interface gloo asks the resolver for this machine's hostname, which may not resolve.
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     return TensorParallel(rank, size, dist.ProcessGroupGloo(store, rank, size, options))

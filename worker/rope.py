@@ -1,0 +1,83 @@
+"""The angles of rotary embeddings: frequencies from a Hugging Face config, and the table made of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ipc.errors import ConfigError
+
+
+def rotation_table(hf_config: dict[str, Any], head_dim: int, max_model_len: int) -> Tensor:
+    """float32 [max_model_len, 3, head_dim / 2]: cos, -sin and sin of each position's angles.
+
+    Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before). Raises ConfigError
+    for a kind of scaling that is not known here.
+    """
+    frequencies = _frequencies(hf_config, head_dim, max_model_len)
+    angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), frequencies)
+    sin = angles.sin()
+    return torch.stack((angles.cos(), -sin, sin), dim=1)
+
+
+def _frequencies(hf_config: dict[str, Any], head_dim: int, max_model_len: int) -> Tensor:
+    """float32 [head_dim / 2], radians per position."""
+    rope = _parameters(hf_config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    rotated = rope.get("partial_rotary_factor", hf_config.get("partial_rotary_factor", 1.0))
+    if rotated != 1.0:
+        raise _unsupported("partial_rotary_factor", rotated, "1.0")
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    plain = torch.pow(float(rope["rope_theta"]), -exponents)
+    match kind:
+        case "default":
+            return plain
+        case "linear":
+            return plain / float(rope["factor"])
+        case "llama3":
+            return _llama3(plain, rope)
+        case "dynamic":
+            _require_trained_length(hf_config, max_model_len)
+            return plain
+    raise _unsupported("rope_type", kind, "default, linear, dynamic or llama3")
+
+
+def _parameters(hf_config: dict[str, Any]) -> dict[str, Any]:
+    scaling = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    theta = {"rope_theta": hf_config.get("rope_theta") or 10_000.0}
+    return theta | {name: value for name, value in scaling.items() if value is not None}
+
+
+def _require_trained_length(hf_config: dict[str, Any], max_model_len: int) -> None:
+    """Dynamic scaling changes nothing up to the trained length; beyond it we would be wrong."""
+    trained = int(hf_config["max_position_embeddings"])
+    if max_model_len > trained:
+        raise ConfigError(
+            f"max_model_len {max_model_len} needs dynamic rope scaling, which is not supported: "
+            f"at most {trained} tokens work with this model",
+            parameter="max_model_len",
+            value=max_model_len,
+            limit=trained,
+        )
+
+
+def _llama3(plain: Tensor, rope: dict[str, Any]) -> Tensor:
+    """Wavelengths that fit `high_freq_factor` times into the trained length stay, those that do not fit
+    `low_freq_factor` times are stretched by `factor`, and between the two it changes smoothly.
+    """
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    repeats = float(rope["original_max_position_embeddings"]) * plain / (2 * math.pi)
+    kept = ((repeats - low) / (high - low)).clamp(0, 1)
+    return plain * (kept + (1 - kept) / float(rope["factor"]))
+
+
+def _unsupported(name: str, value: object, limit: str) -> ConfigError:
+    return ConfigError(
+        f"{name} {value!r} of the model's config is not supported, only {limit}",
+        parameter=name,
+        value=value,
+        limit=limit,
+    )
