@@ -14,20 +14,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ipc.config import EngineConfig
 from ..ipc.messages import Admit, Sampling, StepPlan, pack
 from ..kernels.paged_attention import AttentionMetadata
 from .kv_cache import Budget, CacheSize, cpu_budget, cuda_budget, size_cache
 from .models import build_model
+from .models.causal_lm import CausalLM, LayerCache
 from .parallel import TensorParallel, connect
 from .sampler import Sampler
 from .slots import I32, I64, Batch, Slots
 from .weights import load_weights
-
-KVCache = tuple[Tensor, Tensor]
-"""Keys and values of a layer, each [num_blocks, block_size, num_kv_heads, head_dim]."""
 
 _WARM_UP_ROWS = 8
 _WARM_UP_TOKENS = 32
@@ -56,9 +54,9 @@ class ModelRunner:
         self._device = torch.device("cuda", rank) if config.device == "cuda" else torch.device("cpu")
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._sampler = Sampler(self._device)
-        self._kv_caches: list[KVCache] = []
+        self._kv_caches: list[LayerCache] = []
         self._tp = TensorParallel()
-        self._model: nn.Module
+        self._model: CausalLM
 
     @torch.inference_mode()
     def load(self, progress: Callable[[str], None]) -> CacheSize:
@@ -101,7 +99,7 @@ class ModelRunner:
             return np.zeros(0, np.int32)
         if inputs.last_tokens is not None:
             hidden = hidden[inputs.last_tokens]
-        logits = self._model.compute_logits(hidden)  # type: ignore[operator]  # every model has it
+        logits = self._model.compute_logits(hidden)
         tokens: I32 = self._sampler.sample(logits, slots, batch).cpu().numpy().astype(np.int32)
         return tokens
 
@@ -188,15 +186,14 @@ class ModelRunner:
         _keep_freed_memory()
 
     def _block_bytes(self) -> int:
-        heads, head_dim, layers = (
-            int(getattr(self._model, name)) for name in ("num_kv_heads", "head_dim", "num_layers")
-        )
-        return 2 * layers * self._config.block_size * heads * head_dim * self._dtype.itemsize
+        model = self._model
+        per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * self._dtype.itemsize
+        return self._config.block_size * per_token
 
-    def _new_caches(self, num_blocks: int) -> list[KVCache]:
-        heads, head_dim = self._model.num_kv_heads, self._model.head_dim
-        shape = (num_blocks, self._config.block_size, heads, head_dim)
-        return [(self._zeros(shape), self._zeros(shape)) for _ in range(int(self._model.num_layers))]  # type: ignore[arg-type]
+    def _new_caches(self, num_blocks: int) -> list[LayerCache]:
+        model = self._model
+        shape = (num_blocks, self._config.block_size, model.num_kv_heads, model.head_dim)
+        return [(self._zeros(shape), self._zeros(shape)) for _ in range(model.num_layers)]
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         if self._device.type == "cuda":

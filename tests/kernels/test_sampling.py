@@ -102,15 +102,13 @@ def test_extreme_scores_draw_a_token_in_range(value: float) -> None:
     assert ((tokens >= 0) & (tokens < 11)).all()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("vocab", [1, 32, 2048, 49152, 151_936])
-def test_triton_draws_what_torch_draws(vocab: int) -> None:
+@pytest.mark.parametrize("vocab", [1, 32, 2048, 49152])
+def test_triton_draws_what_torch_draws(vocab: int, device: torch.device) -> None:
     torch.manual_seed(3)
-    scores = torch.randn(65, vocab, device="cuda") * 3
+    scores = (torch.randn(9, vocab) * 3).to(device)
     scores[:, vocab // 2 + 1 :: 3] = -torch.inf
-    seeds, positions = torch.randint(2**62, (65,), device="cuda"), torch.arange(65, device="cuda")
+    seeds, positions = torch.randint(2**62, (9,)).to(device), torch.arange(9, device=device)
     ours = gumbel_argmax_triton(scores, seeds, positions)
     reference = gumbel_argmax_reference(scores, seeds, positions)
     # The two logarithms differ in the last bit: a rare tie may fall either way.
-    assert (ours == reference).sum() >= 64
+    assert (ours == reference).sum() >= 8

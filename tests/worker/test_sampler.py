@@ -185,7 +185,7 @@ def test_a_flat_distribution_falls_back_to_the_sort() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 0.01, 1.0])
 def test_rows_without_numbers_yield_a_defined_token(value: float, temperature: float) -> None:
-    good = ([1], [], Sampling(temperature=temperature, seed=3))
+    good: Prompt = ([1], [], Sampling(temperature=temperature, seed=3))
     filtered = Sampling(temperature=temperature, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.2)
     requests = [good, ([1], [], Sampling(temperature=temperature)), ([1], [2], filtered)]
     torch.manual_seed(6)
