@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -89,11 +89,16 @@ class Worker:
             pass
         return message
 
-    def start(self, max_model_len: int = 256) -> Loaded:
-        loaded = self.skip_progress()
+    def start(self, peers: Sequence[Worker] = (), max_model_len: int = 256) -> Loaded:
+        """Bring this worker, and its peers, to where plans are taken."""
+        workers = [self, *peers]
+        answers = [worker.skip_progress() for worker in workers]
+        loaded = answers[0]
         assert isinstance(loaded, Loaded), loaded
-        self.pipe.send(Allocate(loaded.num_blocks, max_model_len))
-        assert isinstance(self.skip_progress(), WorkerReady)
+        for worker in workers:
+            worker.pipe.send(Allocate(loaded.num_blocks, max_model_len))
+        ready = [worker.skip_progress() for worker in workers]
+        assert all(isinstance(answer, WorkerReady) for answer in ready), ready
         return loaded
 
     def step(self, plan: StepPlan) -> list[int]:
