@@ -106,7 +106,7 @@ def test_a_missing_venv_module_is_named(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["scripts/setup.sh", "scripts/quickstart.sh", "scripts/test.sh", ".ci/run"]
+    "script", [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci/run"], ids=lambda path: path.name
 )
 def test_scripts_stop_at_the_first_error(script: Path) -> None:
     assert "set -euo pipefail" in script.read_text()
