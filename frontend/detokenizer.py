@@ -99,26 +99,40 @@ class ByteDecoder:
 
 
 class StreamDecoder:
-    """For every other tokenizer: `DecodeStream` of the tokenizers package, 10 times slower."""
+    """For every other tokenizer: `DecodeStream` of the tokenizers package, 10 times slower.
 
-    __slots__ = ("_backend", "_length", "_skip", "_stream", "_tokens")
+    Exact but for broken characters of SentencePiece models: there, one bad byte turns the whole characters
+    before it into replacement characters too, which may have been shown by then.
+    """
+
+    __slots__ = ("_backend", "_held", "_shown", "_skip", "_stream", "_tokens")
 
     def __init__(self, backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
         self._backend = backend
         self._skip = skip_special_tokens
         self._stream = decoders.DecodeStream(skip_special_tokens=skip_special_tokens)
         self._tokens: list[int] = []
-        self._length = 0
+        self._held: list[int] = []
+        """Tokens since the last text."""
+        self._shown: list[str] = []
 
     def push(self, tokens: Sequence[int]) -> str:
-        self._tokens += tokens
-        text = "".join(self._stream.step(self._backend, token) or "" for token in tokens)
-        self._length += len(text)
-        return text
+        before = len(self._shown)
+        for token in tokens:
+            self._tokens.append(token)
+            self._held.append(token)
+            if text := self._stream.step(self._backend, token):
+                self._shown.append(text)
+                self._held.clear()
+        return "".join(self._shown[before:])
 
     def finish(self) -> str:
         """Decodes everything once more: the stream keeps back what looks incomplete."""
-        return self._backend.decode(self._tokens, skip_special_tokens=self._skip)[self._length :]
+        shown = "".join(self._shown)
+        whole = self._backend.decode(self._tokens, skip_special_tokens=self._skip)
+        if whole.startswith(shown):
+            return whole[len(shown) :]
+        return self._backend.decode(self._held, skip_special_tokens=self._skip)
 
 
 class DecoderFactory:
