@@ -6,8 +6,15 @@ i + head_dim / 2. A rotation is a row [cos, -sin, sin] of a table; see `worker/r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .jit import tl, triton
+
+_HEADS = 16
+"""Heads that one program rotates: 16 heads of 64 are 2 KiB, enough for wide loads by four warps."""
 
 
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -36,6 +43,8 @@ def rotate_kv_write(
 
     Returns: [tokens, heads, head_dim].
     """
+    if qkv.is_cuda:
+        return rotate_kv_write_triton(qkv, rotation, k_cache, v_cache, slot_mapping)
     return rotate_kv_write_reference(qkv, rotation, k_cache, v_cache, slot_mapping)
 
 
@@ -61,3 +70,77 @@ def rotate_kv_write_reference(
     rotated = torch.addcmul(halves * cos, halves.flip(2), sin).view(tokens, heads + kv_heads, head_dim)
     kv_write_reference(rotated[:, heads:], qkv[:, heads + kv_heads :], k_cache, v_cache, slot_mapping)
     return rotated[:, :heads]
+
+
+# --- Triton ------------------------------------------------------------------------------------------
+
+
+def rotate_kv_write_triton(
+    qkv: Tensor,
+    rotation: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """`rotate_kv_write` in one launch, in place: of a dense `qkv`, the queries and keys come out rotated."""
+    tokens, all_heads, head_dim = qkv.shape
+    kv_heads = k_cache.shape[2]
+    heads = all_heads - 2 * kv_heads
+    assert qkv.is_contiguous()
+    assert rotation.is_contiguous()
+    _rotate_kv_write_kernel[tokens, triton.cdiv(all_heads, _HEADS)](
+        qkv,
+        rotation,
+        k_cache,
+        v_cache,
+        slot_mapping,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        HALF=triton.next_power_of_2(head_dim // 2),
+        BLOCK=_HEADS,
+    )
+    return qkv[:, :heads]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rotate_kv_write_kernel(
+    qkv_ptr: Any,  # [tokens, HEADS + 2 * KV_HEADS, HEAD_DIM]
+    rotation_ptr: Any,  # [tokens, 3, HEAD_DIM / 2]
+    k_cache_ptr: Any,  # [slots, KV_HEADS, HEAD_DIM]
+    v_cache_ptr: Any,  # [slots, KV_HEADS, HEAD_DIM]
+    slot_mapping_ptr: Any,  # int64 [tokens]
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    half: tl.constexpr = HEAD_DIM // 2
+    column = tl.arange(0, HALF)[None, :]
+    inside = (column < half) & (head < HEADS + 2 * KV_HEADS)
+    place = qkv_ptr + (token * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM + column
+    low = tl.load(place, mask=inside, other=0.0)
+    high = tl.load(place + half, mask=inside, other=0.0)
+    angle = rotation_ptr + token * 3 * half + column
+    cos = tl.load(angle, mask=column < half, other=0.0).to(tl.float32)
+    sin = tl.load(angle + 2 * half, mask=column < half, other=0.0).to(tl.float32)
+    is_value = head >= HEADS + KV_HEADS
+    first, second = low.to(tl.float32), high.to(tl.float32)
+    low = tl.where(is_value, low, (first * cos - second * sin).to(low.dtype))
+    high = tl.where(is_value, high, (second * cos + first * sin).to(high.dtype))
+    rotated = inside & (head < HEADS + KV_HEADS)
+    tl.store(place, low, mask=rotated)
+    tl.store(place + half, high, mask=rotated)
+
+    slot = tl.load(slot_mapping_ptr + token)
+    is_key = inside & (head >= HEADS) & (head < HEADS + KV_HEADS)
+    key = k_cache_ptr + (slot * KV_HEADS + head - HEADS) * HEAD_DIM + column
+    tl.store(key, low, mask=is_key)
+    tl.store(key + half, high, mask=is_key)
+    is_value = inside & is_value
+    value = v_cache_ptr + (slot * KV_HEADS + head - HEADS - KV_HEADS) * HEAD_DIM + column
+    tl.store(value, low, mask=is_value)
+    tl.store(value + half, high, mask=is_value)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .paged_prefill import paged_prefill
+
 _WORTH_A_GROUP = 256
 """Padding of so many tokens costs about as much as one more call."""
 
@@ -42,6 +44,10 @@ class AttentionMetadata:
     """The rows' numbers of query tokens."""
     seq_lens_host: Sequence[int] = ()
     """`seq_lens` again, for the torch path."""
+    table_rows: Tensor | None = None
+    """int32 [rows], each row's entry in `block_tables`; None: they are in order. For the Triton path."""
+    tiles: Tensor | None = None
+    """int32 [tiles, 2], as `paged_prefill` takes them. For the Triton path."""
 
     _plans: dict[int, _Plan] = field(default_factory=dict, repr=False, compare=False)
     """Block size -> the torch path's plan; made by the first layer of a step, used by all."""
@@ -59,6 +65,18 @@ def paged_attention(
 
     Returns: [tokens, heads * head_dim].
     """
+    if meta.tiles is not None and meta.table_rows is not None:
+        return paged_prefill(
+            q,
+            k_cache,
+            v_cache,
+            block_tables=meta.block_tables,
+            table_rows=meta.table_rows,
+            query_start=meta.query_start,
+            seq_lens=meta.seq_lens,
+            tiles=meta.tiles,
+            scale=scale,
+        )
     return paged_attention_reference(q, k_cache, v_cache, meta, scale)
 
 

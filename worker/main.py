@@ -1,7 +1,7 @@
 """A worker process: start up in phases, then run one plan after another until the core hangs up.
 
-Knows the pipe's protocol and the slot table; what computes the tokens is behind `Backend`, imported only
-when it is chosen: the oracle starts without torch.
+Knows the pipe's protocol; what computes the tokens is behind `Runner`, imported only when it is chosen: the
+oracle starts without torch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gc
 import socket
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -30,24 +31,37 @@ from ..ipc.messages import (
     WorkerStart,
 )
 from ..ipc.pipe import Pipe, PipeClosedError
+from .in_order import InOrder
 from .kv_cache import CacheSize
-from .slots import I32, Batch, Slots
 
 
-class Backend(Protocol):
-    """What turns batches into tokens. `load`, `allocate`, `warm_up`, then `execute` for every plan."""
+class Pending(Protocol):
+    """A step under way."""
+
+    def ready(self) -> bool:
+        """The tokens are there; never blocks."""
+
+    def tokens(self) -> bytes:
+        """int32, the token of each sampling row; blocks until they are there."""
+
+
+class Runner(Protocol):
+    """What turns plans into tokens. `load`, `allocate`, `warm_up`, then `submit` for every plan."""
 
     def load(self, progress: Callable[[str], None]) -> CacheSize:
         """Get ready to say how large the KV cache may be; names its phases to `progress`."""
 
     def allocate(self, num_blocks: int, max_model_len: int) -> None:
-        """Make the KV cache. No position will reach `max_model_len`."""
+        """Make the KV cache and the slot table. No position will reach `max_model_len`."""
 
     def warm_up(self) -> None:
         """Do what the first step would otherwise wait for."""
 
-    def execute(self, slots: Slots, batch: Batch) -> I32:
-        """Compute the batch; returns the token of each row in `batch.sampling`. Leaves `slots` unchanged."""
+    def submit(self, plan: StepPlan) -> Pending:
+        """Start a step. Steps run in order; the next may be submitted before this one's tokens are there."""
+
+    def idle(self) -> bool:
+        """Called while there is nothing to run: prepare a little; False when nothing is left to prepare."""
 
 
 def run(payload: bytes) -> None:
@@ -73,22 +87,21 @@ class Worker:
 
     def run(self) -> None:
         """Start up and serve. Ends by raising; PipeClosedError is the good end."""
-        config, rank = self._start.config, self._start.rank
-        backend = self._make_backend()
-        size = backend.load(self._progress)
+        rank = self._start.rank
+        runner = self._make_runner()
+        size = runner.load(self._progress)
         self._pipe.send(Loaded(rank, size.num_blocks, size.block_bytes, size.arithmetic))
         message = self._pipe.recv()
         assert isinstance(message, Allocate), f"expected Allocate, got {message}"
         self._progress("allocate KV cache")
-        slots = Slots(config.max_num_seqs, message.max_model_len, config.block_size, message.num_blocks)
-        backend.allocate(message.num_blocks, message.max_model_len)
+        runner.allocate(message.num_blocks, message.max_model_len)
         self._progress("warm up")
-        backend.warm_up()
+        runner.warm_up()
         # What exists now stays: later collections need not walk through torch's hundred thousand objects.
         gc.collect()
         gc.freeze()
         self._pipe.send(WorkerReady(rank))
-        self._serve(backend, slots)
+        self._serve(runner)
 
     def report(self, error: Exception) -> int:
         """Tell the core why this worker ends; returns the exit code."""
@@ -100,31 +113,42 @@ class Worker:
             traceback.print_exception(error)
         return 1
 
-    def _make_backend(self) -> Backend:
+    def _make_runner(self) -> Runner:
         config: EngineConfig = self._start.config
         if config.load_format == "oracle":
             self._progress("start oracle")
             from .oracle import OracleBackend  # noqa: PLC0415 (only when it is the one)
 
-            return OracleBackend(config)
+            return InOrder(config, OracleBackend(config))
         self._progress("import torch")
-        from .runner import ModelRunner  # noqa: PLC0415 (two seconds of imports, after the first message)
+        if config.device == "cuda":
+            from .cuda_runner import CudaRunner  # noqa: PLC0415 (two seconds of imports, after the first message)
 
-        return ModelRunner(config, self._start.rank, self._start.rendezvous)
+            return CudaRunner(config, self._start.rank, self._start.rendezvous)
+        from .runner import ModelRunner  # noqa: PLC0415 (as above)
+
+        return InOrder(config, ModelRunner(config, self._start.rank, self._start.rendezvous))
 
     def _progress(self, phase: str) -> None:
         self.phase = phase
         self._pipe.send(Progress(self._start.rank, phase))
 
-    def _serve(self, backend: Backend, slots: Slots) -> None:
+    def _serve(self, runner: Runner) -> None:
+        """Take plans and answer them in order, polling both sides while a step is under way."""
         pipe, answers = self._pipe, self._start.rank == 0
+        under_way: deque[tuple[int, Pending]] = deque()
+        prepared = False
         while True:
             self.phase = "waiting for a plan"
-            plan = pipe.recv()
-            assert isinstance(plan, StepPlan), f"expected StepPlan, got {plan}"
-            self.phase = f"step {plan.step}"
-            batch = slots.apply(plan)
-            tokens = backend.execute(slots, batch)
-            slots.commit(batch, tokens)
-            if answers:
-                pipe.send(StepResult(plan.step, tokens.tobytes()))
+            plan = pipe.recv(None if prepared and not under_way else 0)
+            if plan is not None:
+                assert isinstance(plan, StepPlan), f"expected StepPlan, got {plan}"
+                self.phase = f"step {plan.step}"
+                under_way.append((plan.step, runner.submit(plan)))
+            elif not under_way:
+                prepared = not runner.idle()
+            while under_way and under_way[0][1].ready():
+                step, pending = under_way.popleft()
+                self.phase = f"step {step}"
+                if answers:
+                    pipe.send(StepResult(step, pending.tokens()))

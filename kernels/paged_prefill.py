@@ -1,0 +1,154 @@
+"""Attention of many query tokens a row over a paged KV cache: prompts, chunks of prompts, and any mix.
+
+One program computes a tile: some consecutive query tokens of one row, with all query heads that share a key
+head, against all of the row's earlier tokens. Which tiles there are is the caller's list, so rows of any
+lengths lie packed in one launch. Decoding rows work too, but without splitting long sequences over programs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .jit import tl, triton
+
+TILE_ROWS = 128
+"""(query token, head) pairs of a tile: what two warp groups multiply at once on Hopper."""
+
+
+def tile_tokens(heads: int, kv_heads: int) -> int:
+    """Query tokens of one tile."""
+    return max(1, TILE_ROWS // int(triton.next_power_of_2(heads // kv_heads)))
+
+
+def paged_prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    block_tables: Tensor,
+    table_rows: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    tiles: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention of the query tokens of `tiles` over their rows' sequences.
+
+    Args:
+        q: [tokens, heads, head_dim], dense in the last two dimensions.
+        k_cache, v_cache: [blocks, block_size, kv_heads, head_dim]
+        block_tables: int32 [tables, max_blocks]
+        table_rows: int32 [rows], each row's entry in `block_tables`.
+        query_start: int32 [rows + 1], each row's first token in `q`.
+        seq_lens: int32 [rows], a row's tokens, of which its query tokens are the last.
+        tiles: int32 [count, 2]: a row, and the tile's first query token in it, a multiple of
+            `tile_tokens(heads, kv_heads)`.
+
+    Returns: [tokens, heads * head_dim]; tokens in no tile are undefined.
+    """
+    tokens, heads, head_dim = q.shape
+    _, block_size, kv_heads, _ = k_cache.shape
+    group = heads // kv_heads
+    out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
+    padded = triton.next_power_of_2(head_dim)
+    _paged_prefill_kernel[len(tiles), kv_heads](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        block_tables,
+        table_rows,
+        query_start,
+        seq_lens,
+        tiles,
+        scale * 1.4426950408889634,
+        q.stride(0),
+        block_tables.stride(0),
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        PADDED_GROUP=triton.next_power_of_2(group),
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded,
+        BLOCK_SIZE=block_size,
+        TOKENS=tile_tokens(heads, kv_heads),
+        BLOCK_N=64,
+        num_warps=8 if padded >= 128 else 4,
+        num_stages=2 if padded >= 256 else 3,
+    )
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _paged_prefill_kernel(
+    q_ptr: Any,
+    k_cache_ptr: Any,
+    v_cache_ptr: Any,
+    out_ptr: Any,
+    block_tables_ptr: Any,
+    table_rows_ptr: Any,
+    query_start_ptr: Any,
+    seq_lens_ptr: Any,
+    tiles_ptr: Any,
+    scale: Any,  # times log2(e): the softmax is computed with exp2
+    q_stride: Any,
+    table_stride: Any,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    row = tl.load(tiles_ptr + 2 * tl.program_id(0))
+    first = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1)
+    kv_head = tl.program_id(1)
+    start = tl.load(query_start_ptr + row)
+    query_len = tl.load(query_start_ptr + row + 1) - start
+    seq_len = tl.load(seq_lens_ptr + row)
+    table_ptr = block_tables_ptr + tl.load(table_rows_ptr + row).to(tl.int64) * table_stride
+
+    pair = tl.arange(0, TOKENS * PADDED_GROUP)
+    token = first + pair // PADDED_GROUP
+    member = pair % PADDED_GROUP
+    column = tl.arange(0, PADDED_DIM)
+    inside = (token < query_len) & (member < GROUP)
+    head = kv_head * GROUP + member
+    q_place = (start + token).to(tl.int64) * q_stride + head * HEAD_DIM
+    q = tl.load(
+        q_ptr + q_place[:, None] + column[None, :],
+        mask=inside[:, None] & (column < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    position = seq_len - query_len + token
+
+    highest = tl.full([TOKENS * PADDED_GROUP], -1e30, tl.float32)
+    total = tl.zeros([TOKENS * PADDED_GROUP], tl.float32)
+    result = tl.zeros([TOKENS * PADDED_GROUP, PADDED_DIM], tl.float32)
+    end = tl.minimum(seq_len, seq_len - query_len + first + TOKENS)
+    for begin in range(0, end, BLOCK_N):
+        key = begin + tl.arange(0, BLOCK_N)
+        known = key < end
+        block = tl.load(table_ptr + key // BLOCK_SIZE, mask=known, other=0).to(tl.int64)
+        place = ((block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
+        mask = known[:, None] & (column < HEAD_DIM)[None, :]
+        k = tl.load(k_cache_ptr + place[:, None] + column[None, :], mask=mask, other=0.0)
+        v = tl.load(v_cache_ptr + place[:, None] + column[None, :], mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k)) * scale
+        scores = tl.where(key[None, :] <= position[:, None], scores, -1e30)
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(highest - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        result = tl.dot(weights.to(v.dtype), v, result * shrink[:, None])
+        highest = higher
+    out_place = ((start + token).to(tl.int64) * (KV_HEADS * GROUP) + head) * HEAD_DIM
+    tl.store(
+        out_ptr + out_place[:, None] + column[None, :],
+        (result / total[:, None]).to(q.dtype),
+        mask=inside[:, None] & (column < HEAD_DIM)[None, :],
+    )

@@ -1,0 +1,314 @@
+"""The ends of an engine step that touch the slot table: inputs are read from there, tokens written back.
+
+A slot's tokens, lengths and blocks stay on the device. With these kernels around the model a decode step
+takes nothing from the host but its launch, and gives it nothing but the sampled tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .jit import tl, triton
+
+_TOKENS = 256
+"""Tokens of a row that one program lays out."""
+
+
+class StepInputs(NamedTuple):
+    """A step as model and attention take it."""
+
+    input_ids: Tensor
+    """int64 [tokens]"""
+    positions: Tensor
+    """int64 [tokens]"""
+    slot_mapping: Tensor
+    """int64 [tokens]: block * block_size + offset of each token's keys and values."""
+    seq_lens: Tensor
+    """int32 [rows]: tokens of each row's sequence after the step."""
+
+
+def decode_inputs(
+    slots: Tensor, lengths: Tensor, tokens: Tensor, block_tables: Tensor, block_size: int
+) -> StepInputs:
+    """The step in which row i computes the next token of slot `slots[i]`.
+
+    Args:
+        slots: int32 [rows]
+        lengths: int32 [slots]: how many tokens of each slot are computed. May be a column of a table.
+        tokens: int32 [slots, max_tokens]
+        block_tables: int32 [slots, max_blocks]
+    """
+    if not slots.is_cuda:
+        return decode_inputs_reference(slots, lengths, tokens, block_tables, block_size)
+    rows = len(slots)
+    ids, positions, places = torch.empty(3, rows, dtype=torch.int64, device=slots.device)
+    seq_lens = torch.empty(rows, dtype=torch.int32, device=slots.device)
+    _decode_inputs_kernel[(triton.cdiv(rows, 32),)](
+        slots,
+        lengths,
+        tokens,
+        block_tables,
+        ids,
+        positions,
+        places,
+        seq_lens,
+        rows,
+        lengths.stride(0),
+        tokens.stride(0),
+        block_tables.stride(0),
+        BLOCK_SIZE=block_size,
+        BLOCK=32,
+        num_warps=1,
+    )
+    return StepInputs(ids, positions, places, seq_lens)
+
+
+def decode_inputs_reference(
+    slots: Tensor, lengths: Tensor, tokens: Tensor, block_tables: Tensor, block_size: int
+) -> StepInputs:
+    """`decode_inputs` in torch."""
+    index = slots.long()
+    positions = lengths[index].long()
+    blocks = block_tables[index, positions // block_size].long()
+    return StepInputs(
+        tokens[index, positions].long(),
+        positions,
+        blocks * block_size + positions % block_size,
+        (positions + 1).int(),
+    )
+
+
+def packed_inputs(
+    slots: Tensor,
+    query_start: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    block_tables: Tensor,
+    block_size: int,
+    num_tokens: int,
+    longest: int,
+) -> StepInputs:
+    """The step in which row i computes tokens `starts[i]`, `starts[i] + 1`, ... of slot `slots[i]`.
+
+    Sets `lengths` of these slots to what is computed after the step.
+
+    Args:
+        query_start: int32 [rows + 1]: each row's first token in the step; the last is `num_tokens`.
+        starts: int32 [rows]
+        longest: at least the largest number of tokens of a row.
+        slots, lengths, tokens, block_tables: as for `decode_inputs`.
+    """
+    if not slots.is_cuda:
+        return packed_inputs_reference(
+            slots, query_start, starts, lengths, tokens, block_tables, block_size, num_tokens
+        )
+    ids, positions, places = torch.empty(3, num_tokens, dtype=torch.int64, device=slots.device)
+    seq_lens = torch.empty(len(slots), dtype=torch.int32, device=slots.device)
+    _packed_inputs_kernel[len(slots), triton.cdiv(longest, _TOKENS)](
+        slots,
+        query_start,
+        starts,
+        lengths,
+        tokens,
+        block_tables,
+        ids,
+        positions,
+        places,
+        seq_lens,
+        lengths.stride(0),
+        tokens.stride(0),
+        block_tables.stride(0),
+        BLOCK_SIZE=block_size,
+        BLOCK=_TOKENS,
+    )
+    return StepInputs(ids, positions, places, seq_lens)
+
+
+def packed_inputs_reference(
+    slots: Tensor,
+    query_start: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    block_tables: Tensor,
+    block_size: int,
+    num_tokens: int,
+) -> StepInputs:
+    """`packed_inputs` in torch."""
+    counts = query_start.diff().long()
+    row = torch.arange(len(slots), device=slots.device).repeat_interleave(counts, output_size=num_tokens)
+    positions = (starts - query_start[:-1])[row] + torch.arange(num_tokens, device=slots.device)
+    index = slots.long()[row]
+    blocks = block_tables[index, positions // block_size].long()
+    seq_lens = (starts + counts).int()
+    lengths[slots.long()] = seq_lens
+    return StepInputs(
+        tokens[index, positions].long(),
+        positions,
+        blocks * block_size + positions % block_size,
+        seq_lens,
+    )
+
+
+def append_tokens(
+    sampled: Tensor,
+    slots: Tensor,
+    ends: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    results: Tensor,
+    counter: Tensor,
+) -> None:
+    """Append each row's sampled token to its slot, report it, and count the step.
+
+    Args:
+        sampled: int64 [rows]
+        slots: int32 [rows]; the last slot of the table is padding and stays as it is.
+        ends: int32 [rows]: where the token stands in its slot; also the slot's new length.
+        results: int32 [steps, max_rows]: row `counter % steps` gets the tokens. May be pinned host memory.
+        counter: int32 [1]: goes up by one.
+        lengths, tokens: as for `decode_inputs`.
+    """
+    if not sampled.is_cuda:
+        append_tokens_reference(sampled, slots, ends, lengths, tokens, results, counter)
+        return
+    _append_tokens_kernel[(1,)](
+        sampled,
+        slots,
+        ends,
+        lengths,
+        tokens,
+        results,
+        counter,
+        len(sampled),
+        len(tokens) - 1,
+        results.shape[0],
+        results.stride(0),
+        lengths.stride(0),
+        tokens.stride(0),
+        BLOCK=min(triton.next_power_of_2(len(sampled)), 1024),
+    )
+
+
+def append_tokens_reference(
+    sampled: Tensor,
+    slots: Tensor,
+    ends: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    results: Tensor,
+    counter: Tensor,
+) -> None:
+    """`append_tokens` in torch."""
+    results[int(counter) % len(results), : len(sampled)] = sampled
+    counter += 1
+    real = slots != len(tokens) - 1
+    index = slots[real].long()
+    tokens[index, ends[real].long()] = sampled[real].int()
+    lengths[index] = ends[real]
+
+
+# --- Triton ------------------------------------------------------------------------------------------
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _decode_inputs_kernel(
+    slots_ptr: Any,
+    lengths_ptr: Any,
+    tokens_ptr: Any,
+    tables_ptr: Any,
+    ids_ptr: Any,
+    positions_ptr: Any,
+    places_ptr: Any,
+    seq_lens_ptr: Any,
+    rows: Any,
+    length_stride: Any,
+    token_stride: Any,
+    table_stride: Any,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    slot = tl.load(slots_ptr + row, mask=inside, other=0).to(tl.int64)
+    position = tl.load(lengths_ptr + slot * length_stride, mask=inside, other=0)
+    token = tl.load(tokens_ptr + slot * token_stride + position, mask=inside, other=0)
+    block = tl.load(tables_ptr + slot * table_stride + position // BLOCK_SIZE, mask=inside, other=0)
+    tl.store(ids_ptr + row, token.to(tl.int64), mask=inside)
+    tl.store(positions_ptr + row, position.to(tl.int64), mask=inside)
+    tl.store(places_ptr + row, block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE, mask=inside)
+    tl.store(seq_lens_ptr + row, position + 1, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _packed_inputs_kernel(
+    slots_ptr: Any,
+    query_start_ptr: Any,
+    starts_ptr: Any,
+    lengths_ptr: Any,
+    tokens_ptr: Any,
+    tables_ptr: Any,
+    ids_ptr: Any,
+    positions_ptr: Any,
+    places_ptr: Any,
+    seq_lens_ptr: Any,
+    length_stride: Any,
+    token_stride: Any,
+    table_stride: Any,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    first = tl.load(query_start_ptr + row)
+    count = tl.load(query_start_ptr + row + 1) - first
+    start = tl.load(starts_ptr + row)
+    if tl.program_id(1) == 0:
+        tl.store(lengths_ptr + slot * length_stride, start + count)
+        tl.store(seq_lens_ptr + row, start + count)
+    offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < count
+    position = start + offset
+    token = tl.load(tokens_ptr + slot * token_stride + position, mask=inside, other=0)
+    block = tl.load(tables_ptr + slot * table_stride + position // BLOCK_SIZE, mask=inside, other=0)
+    tl.store(ids_ptr + first + offset, token.to(tl.int64), mask=inside)
+    tl.store(positions_ptr + first + offset, position.to(tl.int64), mask=inside)
+    place = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+    tl.store(places_ptr + first + offset, place, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _append_tokens_kernel(
+    sampled_ptr: Any,
+    slots_ptr: Any,
+    ends_ptr: Any,
+    lengths_ptr: Any,
+    tokens_ptr: Any,
+    results_ptr: Any,
+    counter_ptr: Any,
+    rows: Any,
+    padding_slot: Any,
+    steps: Any,
+    result_stride: Any,
+    length_stride: Any,
+    token_stride: Any,
+    BLOCK: tl.constexpr,
+) -> None:
+    count = tl.load(counter_ptr)
+    result_ptr = results_ptr + (count % steps) * result_stride
+    for begin in range(0, rows, BLOCK):
+        row = begin + tl.arange(0, BLOCK)
+        inside = row < rows
+        token = tl.load(sampled_ptr + row, mask=inside, other=0).to(tl.int32)
+        slot = tl.load(slots_ptr + row, mask=inside, other=0).to(tl.int64)
+        end = tl.load(ends_ptr + row, mask=inside, other=0)
+        real = inside & (slot != padding_slot)
+        tl.store(tokens_ptr + slot * token_stride + end, token, mask=real)
+        tl.store(lengths_ptr + slot * length_stride, end, mask=real)
+        tl.store(result_ptr + row, token, mask=inside)
+    tl.debug_barrier()
+    tl.store(counter_ptr, count + 1)

@@ -1,0 +1,65 @@
+"""Backends that block until the tokens are there, behind the interface of those that run ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from ..ipc.config import EngineConfig
+from ..ipc.messages import StepPlan
+from .kv_cache import CacheSize
+from .slots import I32, Batch, Slots
+
+
+class Backend(Protocol):
+    """What turns batches into tokens. `load`, `allocate`, `warm_up`, then `execute` for every plan."""
+
+    def load(self, progress: Callable[[str], None]) -> CacheSize:
+        """Get ready to say how large the KV cache may be; names its phases to `progress`."""
+
+    def allocate(self, num_blocks: int, max_model_len: int) -> None:
+        """Make the KV cache. No position will reach `max_model_len`."""
+
+    def warm_up(self) -> None:
+        """Do what the first step would otherwise wait for."""
+
+    def execute(self, slots: Slots, batch: Batch) -> I32:
+        """Compute the batch; returns the token of each row in `batch.sampling`. Leaves `slots` unchanged."""
+
+
+class Done(NamedTuple):
+    """The result of a step that has run."""
+
+    result: bytes
+
+    def ready(self) -> bool:
+        return True
+
+    def tokens(self) -> bytes:
+        return self.result
+
+
+class InOrder:
+    """A runner that computes each plan before it takes the next; owns the slot table."""
+
+    def __init__(self, config: EngineConfig, backend: Backend) -> None:
+        self._config = config
+        self._backend = backend
+        self.load = backend.load
+        self.warm_up = backend.warm_up
+        self._slots: Slots
+
+    def allocate(self, num_blocks: int, max_model_len: int) -> None:
+        config = self._config
+        self._slots = Slots(config.max_num_seqs, max_model_len, config.block_size, num_blocks)
+        self._backend.allocate(num_blocks, max_model_len)
+
+    def submit(self, plan: StepPlan) -> Done:
+        batch = self._slots.apply(plan)
+        tokens = self._backend.execute(self._slots, batch)
+        self._slots.commit(batch, tokens)
+        return Done(tokens.tobytes())
+
+    def idle(self) -> bool:
+        """There is never anything left to prepare."""
+        return False
