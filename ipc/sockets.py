@@ -157,8 +157,11 @@ class ClientSocket:
         return lost
 
     def close(self) -> None:
-        """Close without waiting for anything; idempotent."""
+        """Close; what was just sent has 0.1 s to leave. Idempotent."""
+        if self._socket.closed:
+            return
         self._socket.disable_monitor()
+        self._monitor.close(linger=0)  # or the context waits for it for ever
         self._socket.close(linger=100)
         self._context.term()
 
