@@ -63,6 +63,8 @@ class Request:
     """Tokens whose KV is in the blocks once all sent plans have run."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache held at the first admission."""
+    queued_seconds: float = 0.0
+    """From its arrival to its first admission."""
     num_pending_tokens: int = 0
     """After a preemption: tokens that sent plans will still bring."""
     attention_at: int = 0

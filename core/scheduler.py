@@ -244,7 +244,7 @@ class Scheduler:
                     return
                 self._num_live_waiting -= 1
                 if request.phase is Phase.WAITING:
-                    self._count_start(request, step)
+                    self._count_start(request, step, now)
                 request.move(Phase.RUNNING)
                 self._prefilling.append(request)
                 self._run_chunk(request, step)
@@ -283,7 +283,8 @@ class Scheduler:
         )
         return True
 
-    def _count_start(self, request: Request, step: _Step) -> None:
+    def _count_start(self, request: Request, step: _Step, now: float) -> None:
+        request.queued_seconds = now - request.arrival_time
         request.num_cached_tokens = request.num_computed_tokens
         step.started.append(request)
         self._prompt_tokens += request.num_prompt_tokens

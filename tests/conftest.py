@@ -1,4 +1,4 @@
-"""Fixtures for the core's tests: a configuration of the oracle, small unless told otherwise."""
+"""Fixtures that several folders share: a configuration of the oracle, small unless told otherwise."""
 
 from __future__ import annotations
 

@@ -1,0 +1,84 @@
+"""The clients of the core, and the share of each in a step's outputs. No sockets here."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from operator import itemgetter
+
+from ..ipc.messages import Finished, Started, StepOutputs, pack
+from .request import Request
+from .scheduler import Outputs
+
+
+@dataclass(slots=True)
+class Client:
+    """A frontend that said Hello."""
+
+    name: str
+    requests: dict[int, Request] = field(default_factory=dict)
+    """Those that have not ended."""
+    complained: bool = False
+    """It sent something unreadable, which is logged once."""
+
+
+@dataclass(slots=True)
+class _Share:
+    """One client's rows in the step's columns."""
+
+    indices: list[int] = field(default_factory=list)
+    numbers: array[int] = field(default_factory=lambda: array("i"))
+    column: bytes = b""
+    """`numbers` as they travel"""
+
+
+class Splitter:
+    """Makes each client's `StepOutputs`; who owns which row is remembered while the rows stay the same."""
+
+    def __init__(self) -> None:
+        self._rows: list[Request] | None = None
+        self._shares: dict[bytes, _Share] = {}
+
+    def split(self, outputs: Outputs) -> dict[bytes, StepOutputs]:
+        """What to send to whom."""
+        if outputs.rows is not self._rows:
+            self._regroup(outputs.rows)
+        started, finished = _by_client(outputs)
+        alone = len(self._shares) == 1
+        messages: dict[bytes, StepOutputs] = {}
+        for client, share in self._shares.items():
+            tokens = outputs.tokens.tobytes() if alone else _pick(outputs.tokens, share.indices)
+            messages[client] = StepOutputs(
+                share.column, tokens, started.pop(client, []), finished.get(client, [])
+            )
+        for client, news in started.items():  # started, but without a token yet
+            messages[client] = StepOutputs(b"", b"", news)
+        return messages
+
+    def _regroup(self, rows: list[Request]) -> None:
+        shares: dict[bytes, _Share] = {}
+        for index, request in enumerate(rows):
+            share = shares.get(request.client)
+            if share is None:
+                share = shares[request.client] = _Share()
+            share.indices.append(index)
+            share.numbers.append(request.number)
+        for share in shares.values():
+            share.column = share.numbers.tobytes()
+        self._rows, self._shares = rows, shares
+
+
+def _by_client(outputs: Outputs) -> tuple[dict[bytes, list[Started]], dict[bytes, list[Finished]]]:
+    started: dict[bytes, list[Started]] = {}
+    for request in outputs.started:
+        news = Started(request.number, request.num_cached_tokens, request.queued_seconds)
+        started.setdefault(request.client, []).append(news)
+    finished: dict[bytes, list[Finished]] = {}
+    for request, reason, stop in outputs.ended:
+        finished.setdefault(request.client, []).append(Finished(request.number, reason, stop))
+    return started, finished
+
+
+def _pick(tokens: array[int], indices: list[int]) -> bytes:
+    picked = itemgetter(*indices)(tokens)  # one index gives the item itself
+    return pack(picked if len(indices) > 1 else (picked,))

@@ -1,0 +1,85 @@
+"""From a message to requests: what a client sends is checked here, once, before anything believes it.
+
+The frontend has checked it too, for better messages; but a core serves any program that speaks its protocol.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+
+import msgspec
+import numpy as np
+
+from ..ipc.errors import RequestError
+from ..ipc.messages import AddRequest, Sampling, unpack
+from .request import Request
+
+MAX_N = 16384
+_INT32 = 2**31 - 1
+_SEEDS = 2**63
+_LARGEST = sys.float_info.max
+_SMALLEST = sys.float_info.min
+
+# name: (lowest, highest, how to say it); NaN is in no range
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "temperature": (0.0, _LARGEST, "a finite number >= 0"),
+    "top_p": (_SMALLEST, 1.0, "> 0 and <= 1"),
+    "top_k": (0, _INT32, f">= 0 and <= {_INT32}"),
+    "min_p": (0.0, 1.0, ">= 0 and <= 1"),
+    "seed": (0, _SEEDS - 1, ">= 0 and < 2**63"),
+    "presence_penalty": (-2.0, 2.0, ">= -2 and <= 2"),
+    "frequency_penalty": (-2.0, 2.0, ">= -2 and <= 2"),
+    "repetition_penalty": (_SMALLEST, _LARGEST, "a finite number > 0"),
+}
+
+
+def make_requests(client: bytes, message: AddRequest, vocab_size: int, now: float) -> list[Request]:
+    """The `n` requests of a message, not yet queued. Raises RequestError."""
+    last = _INT32 - message.n + 1
+    _check(1 <= message.n <= MAX_N, "n", message.n, f">= 1 and <= {MAX_N}")
+    _check(0 <= message.request <= last, "request", message.request, f">= 0 and <= {last}")
+    _check(1 <= message.max_tokens <= _INT32, "max_tokens", message.max_tokens, f">= 1 and <= {_INT32}")
+    sampling = message.sampling
+    _check_sampling(sampling, message.max_tokens, vocab_size)
+    prompt = _read_prompt(message.prompt, vocab_size)
+    return [
+        Request(
+            client=client,
+            number=message.request + i,
+            tokens=prompt[:],
+            sampling=msgspec.structs.replace(sampling, seed=(sampling.seed + i) % _SEEDS) if i else sampling,
+            max_tokens=message.max_tokens,
+            priority=message.priority,
+            arrival_time=now,
+        )
+        for i in range(message.n)
+    ]
+
+
+def _read_prompt(column: bytes, vocab_size: int) -> array[int]:
+    _check(len(column) > 0, "prompt", 0, ">= 1 tokens")
+    _check(len(column) % 4 == 0, "prompt", f"{len(column)} bytes", "int32 values")
+    _check_ids("prompt", np.frombuffer(column, np.int32), vocab_size)
+    return unpack(column)
+
+
+def _check_sampling(sampling: Sampling, max_tokens: int, vocab_size: int) -> None:
+    for name, (low, high, limit) in _RANGES.items():
+        value = getattr(sampling, name)
+        _check(low <= value <= high, name, value, limit)
+    _check(0 <= sampling.min_tokens <= max_tokens, "min_tokens", sampling.min_tokens, f"0 .. {max_tokens}")
+    eos = sampling.eos_token_id
+    _check(eos is None or 0 <= eos < vocab_size, "eos_token_id", eos, f"0 .. {vocab_size - 1}")
+    for token in sampling.stop_token_ids:
+        _check(0 <= token < vocab_size, "stop_token_ids", token, f"0 .. {vocab_size - 1}")
+
+
+def _check_ids(name: str, ids: np.ndarray[tuple[int], np.dtype[np.int32]], vocab_size: int) -> None:
+    for token in (int(ids.min()), int(ids.max())):
+        _check(0 <= token < vocab_size, name, f"token id {token}", f"token ids 0 .. {vocab_size - 1}")
+
+
+def _check(good: bool, name: str, value: object, limit: str) -> None:
+    if not good:
+        raise RequestError(f"{name} must be {limit}, got {value}", parameter=name, value=value, limit=limit)
