@@ -21,5 +21,9 @@ except ImportError:
             return function
 
     triton = tl = _NoTriton()
+    INTERPRETED = False
+else:
+    INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Kernels run in Triton's interpreter, whose products of bfloat16 are wrong."""
 
-__all__ = ["tl", "triton"]
+__all__ = ["INTERPRETED", "tl", "triton"]

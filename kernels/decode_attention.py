@@ -1,0 +1,558 @@
+"""One decode step of attention in one launch: norm and rotate, store the new token, attend over a paged cache.
+
+    q, k, v = heads of qkv;  q, k = rotate(norm(q)), rotate(norm(k));  cache[seq_len - 1] = k, v
+    out     = softmax(scale * q K^T) V,  K and V being the row's first seq_len tokens in the cache
+
+Rows have contexts of any length. `plan_decode` cuts them into pieces of about equal length, on the device,
+once per step; every layer then launches a fixed grid, one program per piece and key-value head, so that the
+launch can stand in a CUDA graph and no program has much more to do than another. The heads that share keys
+and values are the rows of one matrix product. The new token never goes through the cache: its score starts
+the softmax of the last piece. The program that finishes a row last puts the row's pieces together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .jit import INTERPRETED, tl, triton
+from .pdl import allow_next, pdl_options, wait_previous
+
+_GRAIN = 64
+"""Pieces are multiples of so many tokens."""
+_COLUMNS = 7
+"""Of a plan: row, block table's row, first token, end, sequence length, the row's first piece, its pieces."""
+
+
+class DecodePlan(NamedTuple):
+    """A step's pieces and the room for their results. One serves all layers, and all steps up to its size."""
+
+    work: Tensor
+    """int32 [_COLUMNS, pieces]; a row of -1 marks a piece that does not exist."""
+    partial: Tensor
+    """float32 [pieces, heads, head_dim], weighted values of a piece."""
+    stats: Tensor
+    """float32 [pieces, heads, 2], largest score and sum of a piece, to base 2."""
+    arrivals: Tensor
+    """int32 [rows, kv_heads], finished pieces; zero between launches."""
+    programs: int = 1056
+    """Fewest to aim at with long contexts: 8 for each of an H200's 132 multiprocessors."""
+
+    @classmethod
+    def empty(
+        cls,
+        rows: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        programs: int = 1056,
+    ) -> DecodePlan:
+        """For steps of at most `rows` rows."""
+        pieces = rows - (-_target(rows, kv_heads, programs) // kv_heads)
+        floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        return cls(
+            work=torch.full((_COLUMNS, pieces), -1, dtype=torch.int32, device=device),
+            partial=torch.empty(pieces, heads, head_dim, **floats),
+            stats=torch.empty(pieces, heads, 2, **floats),
+            arrivals=torch.zeros(rows, kv_heads, dtype=torch.int32, device=device),
+            programs=programs,
+        )
+
+    def pieces_each(self, rows: int) -> int:
+        """Pieces that a key-value head aims at. Every row may have one more, since pieces end with the row."""
+        kv_heads = self.arrivals.shape[1]
+        return -(-_target(rows, kv_heads, self.programs) // kv_heads)
+
+    def max_pieces(self, rows: int) -> int:
+        """Most pieces that a step of `rows` rows can have."""
+        return rows + self.pieces_each(rows)
+
+
+def _target(rows: int, kv_heads: int, programs: int) -> int:
+    """Programs to aim at. With many rows, pieces of half the mean context even out different lengths."""
+    return programs + 2 * rows * kv_heads
+
+
+def _min_piece(rows: int, kv_heads: int) -> int:
+    """Tokens below which a row is not cut: few rows need every multiprocessor, many have enough programs."""
+    return _GRAIN if rows * kv_heads < 264 else 4 * _GRAIN
+
+
+def plan_decode(plan: DecodePlan, seq_lens: Tensor, table_rows: Tensor | None = None) -> None:
+    """Cut the rows into pieces. All on the device.
+
+    Args:
+        seq_lens: int32 [rows], with the new token; 0 for a row to be left out (its output is undefined).
+        table_rows: int32 [rows], where in the block tables each row stands; None: row i at i.
+    """
+    rows, kv_heads = len(seq_lens), plan.arrivals.shape[1]
+    _plan_kernel[(1,)](
+        seq_lens,
+        seq_lens if table_rows is None else table_rows,
+        plan.work,
+        rows,
+        plan.max_pieces(rows),
+        plan.work.shape[1],
+        plan.pieces_each(rows),
+        _min_piece(rows, kv_heads),
+        GRAIN=_GRAIN,
+        ROWS=triton.next_power_of_2(rows),
+        HAS_TABLE_ROWS=table_rows is not None,
+        num_warps=8,
+        **pdl_options(seq_lens),
+    )
+
+
+@triton.jit
+def _plan_kernel(
+    seq_lens_ptr,
+    table_rows_ptr,
+    work_ptr,
+    num_rows,
+    max_pieces,
+    stride,
+    target,
+    min_piece,
+    GRAIN: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_TABLE_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_previous(PDL)
+    allow_next(PDL)
+    row = tl.arange(0, ROWS)
+    seq_len = tl.load(seq_lens_ptr + row, mask=row < num_rows, other=0)
+    table_row = row
+    if HAS_TABLE_ROWS:
+        table_row = tl.load(table_rows_ptr + row, mask=row < num_rows, other=0)
+    wanted = tl.cdiv(tl.sum(seq_len, 0), target)
+    piece = tl.maximum(tl.cdiv(wanted, GRAIN) * GRAIN, min_piece)
+    pieces = tl.cdiv(seq_len, piece)
+    first = tl.cumsum(pieces, 0) - pieces
+    total = tl.sum(pieces, 0)
+    for at in range(0, tl.max(pieces, 0), 16):
+        number = at + tl.arange(0, 16)[None, :]
+        exists = number < pieces[:, None]
+        start = number * piece
+        place = work_ptr + first[:, None] + number
+        tl.store(place, tl.broadcast_to(row[:, None], ROWS, 16), mask=exists)
+        tl.store(place + stride, tl.broadcast_to(table_row[:, None], ROWS, 16), mask=exists)
+        tl.store(place + 2 * stride, tl.broadcast_to(start, ROWS, 16), mask=exists)
+        tl.store(place + 3 * stride, tl.minimum(start + piece, seq_len[:, None]), mask=exists)
+        tl.store(place + 4 * stride, tl.broadcast_to(seq_len[:, None], ROWS, 16), mask=exists)
+        tl.store(place + 5 * stride, tl.broadcast_to(first[:, None], ROWS, 16), mask=exists)
+        tl.store(place + 6 * stride, tl.broadcast_to(pieces[:, None], ROWS, 16), mask=exists)
+    for at in range(total, max_pieces, 1024):
+        place = at + tl.arange(0, 1024)
+        tl.store(work_ptr + place, tl.full([1024], -1, tl.int32), mask=place < max_pieces)
+
+
+class DecodeTuning(NamedTuple):
+    """How a program walks over its tokens."""
+
+    tile: int
+    """Tokens per step."""
+    num_warps: int
+    num_stages: int
+    """Of the compiled loop. Keys follow the block table's entries, so half of the stages are theirs: 3 stages
+    have one tile of keys and values under way, 5 have two, 7 three."""
+
+
+def _tuning(rows: int, kv_heads: int, head_dim: int) -> DecodeTuning:
+    if rows * kv_heads < 264:
+        return DecodeTuning(64, 4, 5)
+    return DecodeTuning(32, 2 if head_dim <= 64 else 4, 5)
+
+
+def decode_attention(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    plan: DecodePlan,
+    *,
+    scale: float,
+    rotation: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    reads_ahead: bool = False,
+    tuning: DecodeTuning | None = None,
+) -> Tensor:
+    """Attention of one new token per row; its key and value are stored in the cache.
+
+    Args:
+        qkv: [rows, (heads + 2 * kv_heads) * head_dim], the projections.
+        k_cache, v_cache: [blocks, block_size, kv_heads, head_dim]
+        block_tables: int32 [., max_blocks]
+        plan: as `plan_decode` left it for this step.
+        rotation: [positions, 3, head_dim / 2], rows [cos, -sin, sin]; None: no rotary embedding.
+        q_norm, k_norm: [head_dim], weights of an RMS norm of each head; None: no norm.
+        reads_ahead: read plan and cache before the kernel in front has ended. Sound if this step's plan was
+            complete when the layer before attended: in every layer but the first.
+
+    Returns: [rows, heads * head_dim].
+    """
+    rows = len(qkv)
+    block_size, kv_heads, head_dim = k_cache.shape[1:]
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    chosen = tuning or _tuning(rows, kv_heads, head_dim)
+    out = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
+    _decode_attention_kernel[kv_heads, plan.max_pieces(rows)](
+        qkv,
+        qkv if q_norm is None else q_norm,
+        qkv if k_norm is None else k_norm,
+        qkv if rotation is None else rotation,
+        k_cache,
+        v_cache,
+        block_tables,
+        plan.work,
+        plan.partial,
+        plan.stats,
+        plan.arrivals,
+        out,
+        plan.work.shape[1],
+        block_tables.stride(0),
+        scale * 1.4426950408889634,
+        eps,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        ROTATE=rotation is not None,
+        NORM=q_norm is not None,
+        GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
+        WIDTH=triton.next_power_of_2(head_dim),
+        TILE=chosen.tile,
+        AT_ONCE=16,
+        STAGES=chosen.num_stages,
+        FIRST_TILE=rows * kv_heads < 264,
+        READS_AHEAD=reads_ahead,
+        num_warps=chosen.num_warps,
+        **pdl_options(qkv),
+    )
+    return out
+
+
+@triton.jit
+def _prepared(
+    heads_ptr,  # pointers [n, 1] to n heads of qkv
+    norm_ptr,
+    cos,
+    sin,
+    inside,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NORM: tl.constexpr,
+    ROTATE: tl.constexpr,
+):
+    """Heads [n, WIDTH], normed and rotated, in float32."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    column = tl.arange(0, WIDTH)[None, :]
+    partner = tl.where(column < HALF, column + HALF, column - HALF)
+    x = tl.load(heads_ptr + column, mask=inside, other=0.0)
+    dtype = x.dtype
+    factor = 1.0
+    if NORM:
+        wide = x.to(tl.float32)
+        factor = tl.rsqrt(tl.sum(wide * wide, 1) / HEAD_DIM + eps)[:, None]
+        weight = tl.load(norm_ptr + column, mask=column < HEAD_DIM, other=0.0).to(tl.float32)
+        x = (wide * factor * weight).to(dtype)
+    x = x.to(tl.float32)
+    if ROTATE:
+        other = tl.load(heads_ptr + partner, mask=inside, other=0.0)
+        if NORM:
+            weight = tl.load(norm_ptr + partner, mask=column < HEAD_DIM, other=0.0).to(tl.float32)
+            other = (other.to(tl.float32) * factor * weight).to(dtype)
+        x = x * cos + other.to(tl.float32) * sin
+    return x
+
+
+@triton.jit
+def _token_offsets(table_ptr, token, inside, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    """Where tokens stand in the cache."""
+    block = tl.load(table_ptr + token // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+    return (block * BLOCK_SIZE + token % BLOCK_SIZE) * STRIDE
+
+
+@triton.jit
+def _dot(a, b):
+    """The interpreter multiplies bfloat16 wrongly."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        return tl.dot(a, b)
+
+
+@triton.jit
+def _attend(q, k, v, inside, largest, total, values):
+    """The running softmax (largest score, sum, weighted values) after one more tile."""
+    scores = tl.where(inside[None, :], _dot(q, tl.trans(k)), -1e30)
+    larger = tl.maximum(largest, tl.max(scores, 1))
+    weights = tl.exp2(scores - larger[:, None])
+    kept = tl.exp2(largest - larger)
+    return larger, total * kept + tl.sum(weights, 1), values * kept[:, None] + _dot(weights.to(v.dtype), v)
+
+
+@triton.jit
+def _combine(
+    partial_ptr,
+    stats_ptr,
+    out_ptr,
+    first,
+    pieces,
+    head,
+    HEADS: tl.constexpr,
+    SHARING: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Put a row's pieces together, by loads that bypass the multiprocessor's own cache."""
+    member = tl.arange(0, GROUP)
+    column = tl.arange(0, WIDTH)
+    largest = tl.full([GROUP], -1e30, tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    values = tl.zeros([GROUP, WIDTH], tl.float32)
+    for at in range(0, pieces, AT_ONCE):
+        number = at + tl.arange(0, AT_ONCE)
+        exists = (number < pieces)[:, None] & (member < SHARING)[None, :]
+        place = (first + number)[:, None] * HEADS + (head + member)[None, :]
+        piece_largest = tl.load(stats_ptr + place * 2, mask=exists, other=-1e30, cache_modifier=".cg")
+        piece_total = tl.load(stats_ptr + place * 2 + 1, mask=exists, other=1.0, cache_modifier=".cg")
+        piece_values = tl.load(
+            partial_ptr + place[:, :, None] * HEAD_DIM + column[None, None, :],
+            mask=exists[:, :, None] & (column < HEAD_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        larger = tl.maximum(largest, tl.max(piece_largest, 0))
+        kept = tl.exp2(largest - larger)
+        weights = tl.exp2(piece_largest - larger[None, :])
+        total = total * kept + tl.sum(weights * piece_total, 0)
+        values = values * kept[:, None] + tl.sum(weights[:, :, None] * piece_values, 0)
+        largest = larger
+    place = out_ptr + (head + member)[:, None] * HEAD_DIM + column[None, :]
+    inside = (member < SHARING)[:, None] & (column < HEAD_DIM)[None, :]
+    tl.store(place, (values / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _decode_attention_kernel(
+    qkv_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    rotation_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    block_tables_ptr,
+    work_ptr,
+    partial_ptr,
+    stats_ptr,
+    arrivals_ptr,
+    out_ptr,
+    work_stride,
+    table_stride,
+    scale,  # times log2(e): all exponentials are to base 2
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROTATE: tl.constexpr,
+    NORM: tl.constexpr,
+    GROUP: tl.constexpr,  # heads that share keys and values, padded to a matrix unit's 16 rows
+    WIDTH: tl.constexpr,  # head_dim, padded to a power of two
+    TILE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    STAGES: tl.constexpr,
+    FIRST_TILE: tl.constexpr,  # load it above the wait
+    READS_AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    SHARING: tl.constexpr = HEADS // KV_HEADS
+    HALF: tl.constexpr = HEAD_DIM // 2
+    STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
+    kv_head = tl.program_id(0)
+    piece = tl.program_id(1)
+    if not READS_AHEAD:
+        wait_previous(PDL)
+        allow_next(PDL)
+    row = tl.load(work_ptr + piece)
+    if row < 0:
+        return
+    table_ptr = block_tables_ptr + tl.load(work_ptr + work_stride + piece).to(tl.int64) * table_stride
+    start = tl.load(work_ptr + 2 * work_stride + piece)
+    end = tl.load(work_ptr + 3 * work_stride + piece)
+    seq_len = tl.load(work_ptr + 4 * work_stride + piece)
+    first = tl.load(work_ptr + 5 * work_stride + piece)
+    pieces = tl.load(work_ptr + 6 * work_stride + piece)
+    new = seq_len - 1
+    is_last = end == seq_len
+    old_end = tl.minimum(end, new)
+
+    member = tl.arange(0, GROUP)
+    column = tl.arange(0, WIDTH)
+    in_head = (column < HEAD_DIM)[None, :]
+    cos = 1.0
+    sin = 0.0
+    if ROTATE:
+        angle = rotation_ptr + new.to(tl.int64) * (3 * HALF) + column[None, :]
+        cos = tl.load(angle - tl.where(column < HALF, 0, HALF)[None, :], mask=in_head, other=0.0).to(
+            tl.float32
+        )
+        sin = tl.load(angle + HALF, mask=in_head, other=0.0).to(tl.float32)
+    k_ptr = k_cache_ptr + kv_head * HEAD_DIM + column[None, :]
+    v_ptr = v_cache_ptr + kv_head * HEAD_DIM + column[None, :]
+    token = start + tl.arange(0, TILE)
+    inside = token < old_end
+    if FIRST_TILE:
+        offset = _token_offsets(table_ptr, token, inside, BLOCK_SIZE, STRIDE)[:, None]
+        k = tl.load(k_ptr + offset, mask=inside[:, None] & in_head, other=0.0)
+        v = tl.load(v_ptr + offset, mask=inside[:, None] & in_head, other=0.0)
+    if READS_AHEAD:
+        wait_previous(PDL)
+        allow_next(PDL)
+
+    in_row = qkv_ptr + row.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    dtype = k_cache_ptr.dtype.element_ty
+    q = _prepared(
+        in_row + (kv_head * SHARING + member)[:, None] * HEAD_DIM,
+        q_norm_ptr,
+        cos,
+        sin,
+        (member < SHARING)[:, None] & in_head,
+        eps,
+        HEAD_DIM,
+        WIDTH,
+        NORM,
+        ROTATE,
+    )
+    # Rounded as the unfused path rounds it; the scale then costs no rounding of scores.
+    q = q.to(dtype).to(tl.float32)
+    largest = tl.full([GROUP], -1e30, tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    values = tl.zeros([GROUP, WIDTH], tl.float32)
+    if is_last:
+        new_k = _prepared(
+            in_row + (HEADS + kv_head) * HEAD_DIM + tl.zeros([1, 1], tl.int32),
+            k_norm_ptr,
+            cos,
+            sin,
+            in_head,
+            eps,
+            HEAD_DIM,
+            WIDTH,
+            NORM,
+            ROTATE,
+        ).to(dtype)
+        new_v = tl.load(
+            in_row + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + column[None, :], mask=in_head, other=0.0
+        )
+        new_block = tl.load(table_ptr + new // BLOCK_SIZE).to(tl.int64)
+        new_offset = (new_block * BLOCK_SIZE + new % BLOCK_SIZE) * STRIDE
+        tl.store(k_ptr + new_offset, new_k, mask=in_head)
+        tl.store(v_ptr + new_offset, new_v.to(dtype), mask=in_head)
+        largest = tl.sum(q * new_k.to(tl.float32), 1) * scale
+        total = tl.full([GROUP], 1.0, tl.float32)
+        values = tl.broadcast_to(new_v.to(dtype).to(tl.float32), GROUP, WIDTH)
+    q = (q * scale).to(dtype)
+
+    loop_start = start
+    if FIRST_TILE:
+        if start < old_end:
+            largest, total, values = _attend(q, k, v, inside, largest, total, values)
+        loop_start = start + TILE
+    for at in tl.range(loop_start, old_end, TILE, num_stages=STAGES):
+        token = at + tl.arange(0, TILE)
+        inside = token < old_end
+        offset = _token_offsets(table_ptr, token, inside, BLOCK_SIZE, STRIDE)[:, None]
+        k = tl.load(k_ptr + offset, mask=inside[:, None] & in_head, other=0.0)
+        v = tl.load(v_ptr + offset, mask=inside[:, None] & in_head, other=0.0)
+        largest, total, values = _attend(q, k, v, inside, largest, total, values)
+
+    head = kv_head * SHARING
+    in_group = member < SHARING
+    out_row = out_ptr + row.to(tl.int64) * (HEADS * HEAD_DIM)
+    if pieces == 1:
+        tl.store(
+            out_row + (head + member)[:, None] * HEAD_DIM + column[None, :],
+            (values / total[:, None]).to(out_ptr.dtype.element_ty),
+            mask=in_group[:, None] & in_head,
+        )
+    else:
+        place = piece * HEADS + head + member
+        tl.store(
+            partial_ptr + place[:, None] * HEAD_DIM + column[None, :],
+            values,
+            mask=in_group[:, None] & in_head,
+        )
+        tl.store(stats_ptr + place * 2, largest, mask=in_group)
+        tl.store(stats_ptr + place * 2 + 1, total, mask=in_group)
+        tl.debug_barrier()
+        arrivals = arrivals_ptr + row * KV_HEADS + kv_head
+        if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == pieces - 1:
+            tl.store(arrivals, 0)
+            _combine(
+                partial_ptr,
+                stats_ptr,
+                out_row,
+                first,
+                pieces,
+                head,
+                HEADS,
+                SHARING,
+                triton.next_power_of_2(SHARING),
+                HEAD_DIM,
+                WIDTH,
+                AT_ONCE,
+            )
+
+
+def decode_attention_reference(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    rotation: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`decode_attention` in torch, row by row, in the precision of its arguments. Row i has block table i."""
+    block_size, kv_heads, head_dim = k_cache.shape[1:]
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    out = torch.zeros(len(qkv), heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    for row, seq_len in enumerate(seq_lens.tolist()):
+        if seq_len == 0:
+            continue
+        q, k, v = torch.split(qkv[row].view(-1, head_dim), [heads, kv_heads, kv_heads])
+        if q_norm is not None and k_norm is not None:
+            q = F.rms_norm(q, q_norm.shape, q_norm, eps)
+            k = F.rms_norm(k, k_norm.shape, k_norm, eps)
+        if rotation is not None:
+            q, k = (_rotate(x, rotation[seq_len - 1]) for x in (q, k))
+        blocks = block_tables[row, : -(-seq_len // block_size)].long()
+        k_cache[blocks[-1], (seq_len - 1) % block_size] = k
+        v_cache[blocks[-1], (seq_len - 1) % block_size] = v
+        keys, values = (
+            cache[blocks].flatten(0, 1)[:seq_len].repeat_interleave(heads // kv_heads, 1)
+            for cache in (k_cache, v_cache)
+        )
+        weights = (torch.einsum("hd,thd->ht", q, keys) * scale).softmax(-1)
+        out[row] = torch.einsum("ht,thd->hd", weights, values)
+    return out.flatten(1)
+
+
+def _rotate(heads: Tensor, rotation: Tensor) -> Tensor:
+    halves = heads.view(len(heads), 2, -1)
+    return torch.flatten(halves * rotation[0] + halves.flip(1) * rotation[1:], 1)

@@ -1,0 +1,151 @@
+"""Decode attention against float64, over contexts of one token to many pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from headrace.kernels.decode_attention import (
+    DecodePlan,
+    DecodeTuning,
+    decode_attention,
+    decode_attention_reference,
+    plan_decode,
+)
+from torch import Tensor
+
+BF16 = 1 / 64
+"""Relative error of bfloat16 weights and values; the interpreter truncates."""
+
+
+class Case:
+    """Random tensors of one step; the cache's unused places hold NaN."""
+
+    def __init__(
+        self, device: torch.device, seq_lens: list[int], heads: int, kv_heads: int, head_dim: int, norm: bool
+    ) -> None:
+        torch.manual_seed(0)
+        self.block_size, rows = 16, len(seq_lens)
+        blocks = [-(-seq_len // self.block_size) for seq_len in seq_lens]
+        order = torch.randperm(sum(blocks)) + 1
+        tables = torch.zeros(rows, max(blocks), dtype=torch.int32)
+        shape = (sum(blocks) + 1, self.block_size, kv_heads, head_dim)
+        caches = [torch.full(shape, torch.nan) for _ in range(2)]
+        for row, seq_len in enumerate(seq_lens):
+            mine, order = order[: blocks[row]], order[blocks[row] :]
+            tables[row, : blocks[row]] = mine
+            for cache in caches:
+                places = (mine[:, None] * self.block_size + torch.arange(self.block_size)).flatten()
+                old = places[: max(seq_len - 1, 0)]
+                cache.view(-1, kv_heads, head_dim)[old] = torch.randn(len(old), kv_heads, head_dim)
+        angles = torch.rand(max(seq_lens) + 1, head_dim // 2) * 7
+        rotation = torch.stack([angles.cos(), -angles.sin(), angles.sin()], 1)
+        qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim)
+        weights = [1 + torch.randn(head_dim) / 8 for _ in range(2)]
+        self.qkv, self.k_cache, self.v_cache, self.rotation, *norms = (
+            x.to(device, torch.bfloat16) for x in (qkv, *caches, rotation, *weights)
+        )
+        self.q_norm: Tensor | None = norms[0] if norm else None
+        self.k_norm: Tensor | None = norms[1] if norm else None
+        self.tables, self.seq_lens = tables.to(device), torch.tensor(seq_lens, dtype=torch.int32).to(device)
+        self.plan = DecodePlan.empty(rows + 1, heads, kv_heads, head_dim, device, programs=24)
+        self.scale = head_dim**-0.5
+
+    def expected(self) -> tuple[Tensor, Tensor, Tensor]:
+        k_cache, v_cache = self.k_cache.double(), self.v_cache.double()
+        wide = (x if x is None else x.double() for x in (self.rotation, self.q_norm, self.k_norm))
+        rotation, q_norm, k_norm = wide
+        out = decode_attention_reference(
+            self.qkv.double(),
+            k_cache,
+            v_cache,
+            self.tables,
+            self.seq_lens,
+            scale=self.scale,
+            rotation=rotation,
+            q_norm=q_norm,
+            k_norm=k_norm,
+        )
+        return out, k_cache, v_cache
+
+    def run(self, table_rows: Tensor | None = None, **options: bool | DecodeTuning | None) -> Tensor:
+        plan_decode(self.plan, self.seq_lens, table_rows)
+        return decode_attention(
+            self.qkv,
+            self.k_cache,
+            self.v_cache,
+            self.tables,
+            self.plan,
+            scale=self.scale,
+            rotation=self.rotation,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            **options,  # type: ignore[arg-type]
+        )
+
+
+def assert_close(out: Tensor, expected: Tensor) -> None:
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < BF16, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "norm"),
+    [(8, 2, 64, False), (4, 2, 128, True), (6, 1, 80, False), (3, 3, 32, True)],
+)
+def test_against_float64(device: torch.device, heads: int, kv_heads: int, head_dim: int, norm: bool) -> None:
+    case = Case(device, [1, 17, 64, 65, 300], heads, kv_heads, head_dim, norm)
+    expected, k_cache, v_cache = case.expected()
+    out = case.run()
+    assert_close(out, expected)
+    for cache, wanted in ((case.k_cache, k_cache), (case.v_cache, v_cache)):
+        stored = ~wanted.isnan()
+        assert (cache.isnan() == wanted.isnan()).all(), "wrote where it should not, or not where it should"
+        assert_close(cache[stored], wanted[stored])
+    assert (case.plan.arrivals == 0).all()
+
+
+def test_many_rows_are_cut_less(device: torch.device) -> None:
+    lens = [1 + 31 * (row % 19) for row in range(22)]
+    case = Case(device, lens, 12, 12, 16, False)
+    expected, *_ = case.expected()
+    out = case.run()
+    work = case.plan.work.cpu()
+    count = int((work[0] >= 0).sum())
+    assert count == sum(-(-length // 256) for length in lens)
+    assert_close(out, expected)
+
+
+def test_rows_elsewhere_in_the_tables_and_rows_left_out(device: torch.device) -> None:
+    case = Case(device, [40, 100, 7], 4, 2, 32, False)
+    expected, *_ = case.expected()
+    order = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
+    shuffled = torch.zeros_like(case.tables)
+    shuffled[order.long()] = case.tables
+    case.tables = shuffled
+    case.seq_lens[1] = 0
+    out = case.run(order)
+    assert_close(out[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize("tuning", [DecodeTuning(16, 4, 2), DecodeTuning(32, 2, 3), DecodeTuning(128, 4, 2)])
+@pytest.mark.parametrize("reads_ahead", [False, True])
+def test_tunings_agree(device: torch.device, tuning: DecodeTuning, reads_ahead: bool) -> None:
+    case = Case(device, [200, 33], 4, 1, 64, False)
+    expected, *_ = case.expected()
+    assert_close(case.run(tuning=tuning, reads_ahead=reads_ahead), expected)
+
+
+def test_the_plan_fits_any_lengths(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for rows, kv_heads in ((1, 8), (3, 2), (64, 8), (100, 12)):
+        plan = DecodePlan.empty(rows, kv_heads, kv_heads, 16, device)
+        for longest in (1, 100, 5000, 100_000):
+            seq_lens = torch.randint(1, longest + 1, (rows,), generator=generator, dtype=torch.int32)
+            plan_decode(plan, seq_lens.to(device))
+            work = plan.work.cpu()
+            work = work[:, work[0] >= 0]
+            covered = torch.zeros(rows, dtype=torch.int64).index_add_(
+                0, work[0].long(), (work[3] - work[2]).long()
+            )
+            assert covered.tolist() == seq_lens.tolist()
+            assert (work[6] == work[0].bincount(minlength=rows)[work[0].long()]).all()
