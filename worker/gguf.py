@@ -6,6 +6,7 @@ The header is read by `ipc.gguf`, the formats of the blocks are the `gguf` packa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +80,18 @@ class GgufFile:
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
     def _check(self, name: str, info: TensorInfo) -> None:
-        try:
-            end = info.offset + _num_bytes(info)
-        except ValueError as error:
+        what = f"model: {str(self._path)!r} has tensor {name!r}"
+        if info.ggml_type not in _readable_formats():
+            kinds = {kind.value: kind.name for kind in GGMLQuantizationType}
+            kind = kinds.get(info.ggml_type, str(info.ggml_type))
+            raise ConfigError(f"{what} in format {kind}, which cannot be read", parameter="model", value=kind)
+        if (end := info.offset + _num_bytes(info)) > len(self._bytes):
+            size = len(self._bytes)
             raise ConfigError(
-                f"model: {str(self._path)!r} has tensor {name!r} in the unknown format {info.ggml_type}",
+                f"{what} up to byte {end}, but ends at byte {size}: the file is truncated",
                 parameter="model",
-                value=info.ggml_type,
-            ) from error
-        if end > len(self._bytes):
-            raise ConfigError(
-                f"model: {str(self._path)!r} is truncated: tensor {name!r} ends at byte {end}, "
-                f"the file at {len(self._bytes)}",
-                parameter="model",
-                value=self._path,
+                value=size,
+                limit=end,
             )
 
 
@@ -111,11 +110,22 @@ class _Copy:
         self._target.copy_(torch.from_numpy(values)[:, self._columns].view(self._target.shape))
 
 
+@cache
+def _readable_formats() -> frozenset[int]:
+    """Those whose blocks the gguf package can dequantize."""
+    readable = set()
+    for kind, (_, size) in GGML_QUANT_SIZES.items():
+        try:
+            dequantize(np.zeros((1, size), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        readable.add(kind.value)
+    return frozenset(readable)
+
+
 def _num_bytes(info: TensorInfo) -> int:
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType(info.ggml_type)]
     elements = int(np.prod(info.shape))
-    if info.shape[-1] % block:
-        raise ValueError(f"rows of {info.shape[-1]} elements in blocks of {block}")
     return int(elements // block * size)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,6 +16,7 @@ from headrace.ipc.errors import ConfigError
 from headrace.kernels.paged_attention import AttentionMetadata
 from headrace.worker.models import build_model
 from headrace.worker.models.causal_lm import CausalLM
+from headrace.worker.models.llama import Llama
 from headrace.worker.parallel import TensorParallel
 from headrace.worker.weights import load_weights
 from torch import Tensor
@@ -107,6 +108,15 @@ def load(folder: Path, make_config: MakeConfig, dtype: torch.dtype = torch.float
     return model
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small only wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_config: MakeConfig
@@ -127,7 +137,7 @@ def run(model: CausalLM, prompts: list[list[int]], steps: list[Step]) -> list[Te
     needed = [-(-len(prompt) // BLOCK) for prompt in prompts]
     scattered = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(1)).int()
     tables = torch.zeros(len(prompts), max(needed), dtype=torch.int32)
-    for row, blocks in enumerate(scattered.split(needed)):
+    for row, blocks in enumerate(scattered.split_with_sizes(needed)):
         tables[row, : len(blocks)] = blocks
     shape = (sum(needed), BLOCK, model.num_kv_heads, model.head_dim)
     dtype = next(model.parameters()).dtype
@@ -135,7 +145,7 @@ def run(model: CausalLM, prompts: list[list[int]], steps: list[Step]) -> list[Te
         (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(model.num_layers)
     ]
     done = [0] * len(prompts)
-    logits: list[list[Tensor]] = [[] for _ in prompts]
+    parts: list[list[Tensor]] = [[] for _ in prompts]
     for step in steps:
         step = sorted(step, key=lambda row: row[1] > 1)
         spans = [range(done[sequence], done[sequence] + count) for sequence, count in step]
@@ -158,9 +168,10 @@ def run(model: CausalLM, prompts: list[list[int]], steps: list[Step]) -> list[Te
             seq_lens_host=seq_lens,
         )
         hidden = model(torch.tensor(ids), positions, cache, meta)
-        for sequence, part in zip(sequences, model.compute_logits(hidden).split(query_lens), strict=True):
-            logits[sequence].append(part)
-    return [torch.cat(parts).log_softmax(-1) for parts in logits]
+        logprobs = model.compute_logits(hidden).log_softmax(-1)
+        for sequence, part in zip(sequences, logprobs.split_with_sizes(query_lens), strict=True):
+            parts[sequence].append(part)
+    return [torch.cat(of_sequence) for of_sequence in parts]
 
 
 def at_once() -> list[Step]:
@@ -212,8 +223,12 @@ def test_rope_options_from_before_transformers_5() -> None:
     scaling = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_theta"}
     old = build("LlamaForCausalLM", rope_theta=1000.0, rope_scaling=scaling)
     new = build("LlamaForCausalLM", rope_parameters=LLAMA3_ROPE)
+    plain = build("LlamaForCausalLM", rope_theta=1000.0)
+    assert isinstance(old, Llama)
+    assert isinstance(new, Llama)
+    assert isinstance(plain, Llama)
     assert torch.equal(old.rotation, new.rotation)
-    assert not torch.equal(old.rotation, build("LlamaForCausalLM", rope_theta=1000.0).rotation)
+    assert not torch.equal(old.rotation, plain.rotation)
 
 
 def test_bfloat16_stays_close(tmp_path: Path, make_config: MakeConfig) -> None:
