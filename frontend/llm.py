@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
 
 from ..ipc.config import EngineConfig
-from ..ipc.errors import RequestError
+from ..ipc.errors import EngineDeadError, RequestError
 from .async_llm import AsyncLLM
 from .call_forms import refuse_set
 from .engine_args import AsyncEngineArgs
@@ -137,6 +137,9 @@ class LLM:
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run it on the loop and wait. Ctrl-C here cancels it there."""
+        if not self._finalizer.alive:
+            work.close()
+            raise EngineDeadError("the engine has been shut down")
         future: Future[Result] = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

@@ -1,0 +1,51 @@
+"""Oracle engines: the real processes, with a model that needs no weights and whose every token is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from headrace import AsyncEngineArgs, AsyncLLM
+
+VOCAB_SIZE = 1000
+
+
+@pytest.fixture(scope="session")
+def oracle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with nothing but a config.json."""
+    folder = tmp_path_factory.mktemp("oracle")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 2048,
+        "eos_token_id": 7,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def oracle_args(oracle_folder: Path) -> Callable[..., AsyncEngineArgs]:
+    """`oracle_args(**changes)`"""
+
+    def make(**changes: Any) -> AsyncEngineArgs:
+        args: dict[str, Any] = {
+            "model": str(oracle_folder),
+            "load_format": "oracle",
+            "skip_tokenizer_init": True,
+            "num_gpu_blocks_override": 2000,
+        }
+        return AsyncEngineArgs(**(args | changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def engine(oracle_args: Callable[..., AsyncEngineArgs]) -> Iterator[AsyncLLM]:
+    """One engine for all tests of a module: each runs an event loop of its own on it."""
+    engine = AsyncLLM.from_engine_args(oracle_args())
+    yield engine
+    engine.shutdown()

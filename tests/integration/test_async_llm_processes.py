@@ -1,0 +1,251 @@
+"""An engine in every kind of program: it starts from anywhere, and ends with the program, leaving nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from headrace import AsyncEngineArgs, AsyncLLM, ConfigError, EngineDeadError, SamplingParams
+from headrace.frontend.core_process import CoreProcess
+from headrace.frontend.engine_args import resolve
+from headrace.ipc import process
+from headrace.ipc.messages import CoreStart
+
+Args = Callable[..., AsyncEngineArgs]
+
+PRELUDE = """
+import asyncio, os, signal, sys, time
+from headrace import AsyncEngineArgs, AsyncLLM, SamplingParams
+args = AsyncEngineArgs(model={folder!r}, load_format="oracle", skip_tokenizer_init=True,
+                       num_gpu_blocks_override=500)
+engine = AsyncLLM.from_engine_args(args)
+params = SamplingParams(max_tokens=1900, ignore_eos=True, seed=1)
+async def first(engine):
+    stream = engine.generate([1], params, "a")
+    async for output in stream:
+        print(engine._client.info.pid, flush=True)
+        return stream
+"""
+
+
+def program(folder: Path, body: str) -> str:
+    return PRELUDE.format(folder=str(folder)) + textwrap.dedent(body)
+
+
+@pytest.fixture
+def temp(tmp_path: Path) -> Iterator[Path]:
+    """The programs' folder for temporary files, empty again at the end."""
+    folder = tmp_path / "temp"
+    folder.mkdir()
+    yield folder
+    deadline = time.monotonic() + 5
+    while list(folder.iterdir()) and time.monotonic() < deadline:
+        os.sched_yield()
+    assert list(folder.iterdir()) == []
+
+
+def start(temp: Path, *command: str, stdin: str = "") -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(
+        [sys.executable, *command],
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env=os.environ | {"TMPDIR": str(temp), "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert child.stdin is not None
+    if stdin:
+        child.stdin.write(stdin)
+    child.stdin.close()
+    child.stdin = None
+    return child
+
+
+def finish(child: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error), once the core that it named is gone as well."""
+    out, err = child.communicate(timeout=30)
+    pids = [int(word) for word in out.split() if word.isdigit()]
+    wait_gone(pids)
+    return child.returncode, out, err
+
+
+def wait_gone(pids: list[int]) -> None:
+    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert not alive
+
+
+@pytest.mark.parametrize("way", ["-c", "stdin", "file"])
+def test_no_main_guard_is_needed(way: str, oracle_folder: Path, temp: Path, tmp_path: Path) -> None:
+    source = program(oracle_folder, "asyncio.run(first(engine))\nengine.shutdown()\nprint('done')")
+    if way == "file":
+        (tmp_path / "program.py").write_text(source)
+        child = start(temp, str(tmp_path / "program.py"))
+    else:
+        child = start(temp, "-c", source) if way == "-c" else start(temp, "-", stdin=source)
+    code, out, err = finish(child)
+    assert (code, out.split()[-1], err) == (0, "done", "")
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("asyncio.run(first(engine))", 0),  # no shutdown at all
+        ("asyncio.run(first(engine))\ndel engine", 0),
+        ("loop = asyncio.new_event_loop()\nstream = loop.run_until_complete(first(engine))", 0),
+        ("async def main():\n    await first(engine)\n    sys.exit(3)\nasyncio.run(main())", 3),
+        ("keep = asyncio.run(first(engine))\nif os.fork() == 0: sys.exit(0)\nos.wait()", 0),
+    ],
+    ids=["no shutdown", "dropped", "loop left open", "sys.exit in the loop", "forked"],
+)
+def test_the_end_of_the_program_is_the_end_of_the_engine(
+    oracle_folder: Path, temp: Path, body: str, code: int
+) -> None:
+    got, out, err = finish(start(temp, "-c", program(oracle_folder, body)))
+    assert (got, err) == (code, "")
+    assert out
+
+
+def test_ctrl_c(oracle_folder: Path, temp: Path) -> None:
+    body = """
+    async def main():
+        stream = await first(engine)
+        async for _ in engine.generate([2], params, "b"):
+            pass
+        await asyncio.sleep(60)
+    try:
+        asyncio.run(main())
+    except KeyboardInterrupt:
+        print("interrupted")
+    """
+    child = start(temp, "-c", program(oracle_folder, body))
+    assert child.stdout is not None
+    pid = int(child.stdout.readline())
+    child.send_signal(signal.SIGINT)
+    code, out, err = finish(child)
+    wait_gone([pid])
+    assert (code, out, err) == (0, "interrupted\n", "")
+
+
+@pytest.mark.parametrize("when", ["starting", "running"])
+def test_a_killed_program_leaves_nothing(when: str, oracle_folder: Path, temp: Path) -> None:
+    source = program(oracle_folder, "asyncio.run(first(engine))\ntime.sleep(60)")
+    child = start(temp, "-c", source)
+    parent = psutil.Process(child.pid)
+    if when == "running":
+        assert child.stdout is not None
+        child.stdout.readline()
+    deadline = time.monotonic() + 20
+    while not (family := parent.children(recursive=True)):
+        assert time.monotonic() < deadline
+        os.sched_yield()
+    child.kill()
+    child.communicate()
+    wait_gone([member.pid for member in family])
+
+
+def test_garbage_collection_ends_the_engine(oracle_args: Args) -> None:
+    async def use() -> int:
+        engine = AsyncLLM(oracle_args())
+        async for _ in engine.generate([1], SamplingParams(max_tokens=5)):
+            pass
+        return engine._client.info.pid
+
+    pid = asyncio.run(use())
+    gc.collect()
+    wait_gone([pid])
+
+
+# --- start-up that fails ---------------------------------------------------------------------------------
+
+
+def test_a_core_that_cannot_start_raises_its_error(oracle_args: Args) -> None:
+    """8 blocks of 16 cannot hold what was asked for: the core's error, with its arithmetic, in the caller."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    with pytest.raises(ConfigError, match="max_model_len") as caught:
+        AsyncLLM(oracle_args(num_gpu_blocks_override=8, max_model_len=1000))
+    assert caught.value.parameter is not None
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+
+
+def test_an_unsupported_architecture_is_named(oracle_folder: Path, oracle_args: Args, tmp_path: Path) -> None:
+    config = (oracle_folder / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace("LlamaForCausalLM", "WaterForCausalLM"))
+    with pytest.raises(ConfigError, match="WaterForCausalLM"):
+        AsyncLLM(oracle_args(model=str(tmp_path), load_format="dummy"))
+
+
+def test_a_start_has_a_deadline(oracle_args: Args) -> None:
+
+    core = CoreProcess(resolve(oracle_args()))
+    os.kill(core.pid, signal.SIGSTOP)
+    with pytest.raises(EngineDeadError, match="did not start within"):
+        core.wait_until_ready(0.2)
+    wait_gone([core.pid])
+
+
+def test_a_core_killed_while_starting_is_reported(oracle_args: Args) -> None:
+    core = CoreProcess(resolve(oracle_args()))
+    os.kill(core.pid, signal.SIGKILL)
+    with pytest.raises(EngineDeadError, match="SIGKILL"):
+        core.wait_until_ready()
+
+
+# --- a core of its own -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def standalone(oracle_args: Args, tmp_path: Path) -> Iterator[str]:
+    """The address of a core that no frontend started."""
+    (tmp_path / "s").mkdir(mode=0o700)
+    address = f"ipc://{tmp_path / 's' / 'core'}"
+    ours, theirs = os.pipe()
+    config = resolve(oracle_args(served_model_name="mill"))
+    child = process.spawn(
+        "core", "headrace.core.main:run", CoreStart(config, address, theirs), pass_fds=(theirs,)
+    )
+    os.close(theirs)
+    with os.fdopen(ours) as status:
+        assert any("Ready" in line for line in status)
+        yield address
+        child.stop(5)
+
+
+def test_attach_and_leave(standalone: str) -> None:
+    async def visit(engine: AsyncLLM) -> list[int]:
+        outputs = [o async for o in engine.generate([1], SamplingParams(seed=1, max_tokens=9))]
+        return outputs[-1].outputs[0].token_ids
+
+    seen = []
+    for args in (
+        AsyncEngineArgs(engine_core_address=standalone),
+        AsyncEngineArgs(engine_core_address=standalone, model="mill"),
+    ):
+        engine = AsyncLLM(args)
+        assert engine.config.served_model_name == "mill"
+        seen.append(asyncio.run(visit(engine)))
+        engine.shutdown()
+    assert seen[0] == seen[1]
+    with pytest.raises(ConfigError, match="block_size=64"):
+        AsyncLLM(AsyncEngineArgs(engine_core_address=standalone, block_size=64))
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["ipc:///nonexistent/core", "tcp://127.0.0.1:1", "tcp://192.0.2.1:80", "core", "ipc://" + "x" * 200],
+)
+def test_an_unknown_address_is_an_error_at_once(address: str) -> None:
+    with pytest.raises(ConfigError, match="engine_core_address") as caught:
+        AsyncLLM(AsyncEngineArgs(engine_core_address=address))
+    assert caught.value.value == address

@@ -1,0 +1,121 @@
+"""LLM: lists in, lists out, in order, from anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from headrace import LLM, AsyncEngineArgs, EngineDeadError, RequestError, SamplingParams
+from headrace.ipc.oracle import oracle_stream
+from tokenizers import decoders, models, pre_tokenizers
+
+
+@pytest.fixture(scope="module")
+def llm(oracle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """An oracle that speaks bytes: its vocabulary is the 256 bytes and two special tokens."""
+    folder = tmp_path_factory.mktemp("llm")
+    shutil.copy(oracle_folder / "config.json", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 258, "eos_token_id": 257}))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.save(str(folder / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "</s>", "bos_token": "<s>", "chat_template": template})
+    )
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "max_new_tokens": 9}))
+    with LLM(str(folder), load_format="oracle", num_gpu_blocks_override=500) as llm:
+        yield llm
+
+
+def params(seed: int) -> SamplingParams:
+    return SamplingParams(seed=seed, max_tokens=12, ignore_eos=True)
+
+
+def test_outputs_are_in_the_order_of_the_prompts(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [f"prompt {i}" for i in range(40)]
+    outputs = llm.generate(prompts, [params(i) for i in range(40)])
+    tokenizer = llm.get_tokenizer()
+    for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        expected = oracle_stream(tokenizer.encode(prompt), i, 12, 258)
+        assert (output.prompt, output.finished) == (prompt, True)
+        assert output.outputs[0].token_ids == expected
+        assert output.outputs[0].text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert "Processed prompts: 100%" in capsys.readouterr().err
+
+
+def test_forms_of_prompts(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = llm.get_tokenizer().encode("hi")
+    expected = oracle_stream(ids, 1, 12, 258)
+    forms: list[Any] = ["hi", ["hi"], ids, [ids], {"prompt": "hi"}, [{"prompt_token_ids": ids}]]
+    for prompts in forms:
+        (output,) = llm.generate(prompts, params(1), use_tqdm=False)
+        assert output.outputs[0].token_ids == expected
+    assert llm.generate([], params(1), use_tqdm=False) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_the_models_defaults(llm: LLM) -> None:
+    default = llm.get_default_sampling_params()
+    assert (default.temperature, default.max_tokens) == (0.5, 9)
+    (output,) = llm.generate("hi", use_tqdm=False)
+    assert len(output.outputs[0].token_ids) <= 9
+
+
+def test_chat(llm: LLM) -> None:
+    one = [{"role": "user", "content": "hi"}]
+    two = [{"role": "user", "content": "ho"}]
+    expected = [oracle_stream(llm.get_tokenizer().encode(f"<s>{t}<s>"), 1, 12, 258) for t in ("hi", "ho")]
+    (output,) = llm.chat(one, params(1), use_tqdm=False)
+    assert output.outputs[0].token_ids == expected[0]
+    assert output.prompt == "<s>hi<s>"
+    outputs = llm.chat([one, two], params(1), use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in outputs] == expected
+
+
+def test_a_bad_prompt_fails_the_call_and_nothing_else(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="vocabulary"):
+        llm.generate(["a", [999], "b"], params(1), use_tqdm=False)
+    with pytest.raises(RequestError, match="one item for each of the 2 prompts"):
+        llm.generate(["a", "b"], [params(1)], use_tqdm=False)
+    with pytest.raises(RequestError, match="prompts must be"):
+        llm.generate(3, params(1))  # type: ignore[arg-type]
+    assert len(llm.generate(["a"], params(1), use_tqdm=False)) == 1
+
+
+def test_within_a_running_loop(llm: LLM) -> None:
+    async def notebook() -> int:
+        return len(llm.generate(["a", "b"], params(1), use_tqdm=False))
+
+    assert asyncio.run(notebook()) == 2
+
+
+def test_stop_string(llm: LLM) -> None:
+    free = llm.generate("stop here", params(3), use_tqdm=False)[0].outputs[0].text
+    stop = free[4:6]
+    wanted = params(3)
+    wanted.stop = [stop]
+    (output,) = llm.generate("stop here", wanted, use_tqdm=False)
+    assert output.outputs[0].text == free[: free.index(stop)]
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", stop)
+
+
+def test_shutdown(oracle_args: Callable[..., AsyncEngineArgs]) -> None:
+    llm = LLM.from_engine_args(oracle_args())
+    assert llm.reset_prefix_cache()
+    llm.shutdown()
+    llm.close()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        llm.generate([1], params(1), use_tqdm=False)
