@@ -25,9 +25,9 @@ from ..layers import (
 )
 from .causal_lm import CausalLM, LayerCache, require
 
-_POSITION_OFFSET = 2
+POSITION_OFFSET = 2
 """The table's first rows were meant for padding."""
-_NORM_EPS = 1e-5
+NORM_EPS = 1e-5
 
 
 def build(hf_config: dict[str, Any], place: Place, max_model_len: int) -> CausalLM:
@@ -106,10 +106,10 @@ class OPTLayer(nn.Module):
         place.check_divides(config.ffn_size, "ffn_dim")
         self.norm_before = config.norm_before
         self.attention = OPTAttention(config, place)
-        self.attention_norm = LayerNorm(size, _NORM_EPS, place)
+        self.attention_norm = LayerNorm(size, NORM_EPS, place)
         self.fc1 = ColumnLinear(size, [Output("fc1", config.ffn_size, ranks)], config.bias, place)
         self.fc2 = RowLinear(config.ffn_size, size, config.bias, place)
-        self.ffn_norm = LayerNorm(size, _NORM_EPS, place)
+        self.ffn_norm = LayerNorm(size, NORM_EPS, place)
 
     def forward(self, x: Tensor, cache: LayerCache, meta: AttentionMetadata) -> Tensor:
         """[tokens, hidden_size], both sides."""
@@ -142,13 +142,13 @@ class OPT(CausalLM):
         self.num_kv_heads = config.num_heads // place.tp.size
         self.vocab_size = config.vocab_size
         self.embedding = VocabTable(config.vocab_size, embedding_size, place)
-        self.positions = Linear(size, config.num_positions + _POSITION_OFFSET, False, place)
+        self.positions = Linear(size, config.num_positions + POSITION_OFFSET, False, place)
         self.project_in = self.project_out = None
         if embedding_size != size:
             self.project_in = Linear(embedding_size, size, False, place)
             self.project_out = Linear(size, embedding_size, False, place)
         self.layers = nn.ModuleList(OPTLayer(config, place) for _ in range(config.num_layers))
-        self.norm = LayerNorm(size, _NORM_EPS, place) if config.final_norm else None
+        self.norm = LayerNorm(size, NORM_EPS, place) if config.final_norm else None
         self.is_tied = config.tie_embeddings
         self.head = self.embedding if self.is_tied else VocabTable(config.vocab_size, embedding_size, place)
         self.ignored_weights = ("lm_head.weight",) if self.is_tied else ()
@@ -159,7 +159,7 @@ class OPT(CausalLM):
         x = self.embedding.embed(input_ids)
         if self.project_in is not None:
             x = self.project_in(x)
-        x = x + F.embedding(positions + _POSITION_OFFSET, self.positions.weight)
+        x = x + F.embedding(positions + POSITION_OFFSET, self.positions.weight)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, layer_cache, meta)
         return x if self.norm is None else self.norm(x)
