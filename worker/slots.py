@@ -127,6 +127,10 @@ class Slots:
             self.tokens[slots, ends] = tokens
             self.num_tokens[slots] = ends + 1
 
+    def history(self, slots: I64, length: int) -> I32:
+        """int32 [len(slots), length], the first tokens of these slots."""
+        return self.tokens[slots, :length]
+
     def _admit(self, admit: Admit) -> None:
         slot, tokens, blocks = admit.slot, _ints(admit.tokens), _ints(admit.blocks)
         assert 0 <= slot < len(self.in_use), f"there is no slot {slot}"
