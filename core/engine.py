@@ -49,8 +49,9 @@ class Engine:
     """Serves clients of `server` with `workers`, both of which belong to the caller."""
 
     def __init__(
-        self, config: EngineConfig, info: EngineInfo, server: ServerSocket, workers: Workers
+        self, config: EngineConfig, info: EngineInfo, server: ServerSocket, workers: Workers, wake: int
     ) -> None:
+        """`wake` is a descriptor that becomes readable when a signal has come."""
         self._config = config
         self._info = info
         self._server = server
@@ -61,7 +62,7 @@ class Engine:
         self._spins = config.device == "cuda"
         self._poller = zmq.Poller()
         self._poller.register(server.socket, zmq.POLLIN)
-        for descriptor in workers.descriptors():
+        for descriptor in (wake, *workers.descriptors()):
             self._poller.register(descriptor, zmq.POLLIN)
 
     def run(self) -> None:

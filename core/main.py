@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
 from contextlib import suppress
 from functools import partial
@@ -29,9 +30,13 @@ def run(payload: bytes) -> None:
     start = msgspec.json.decode(payload, type=CoreStart)
     level = logging.INFO if start.status_fd is None else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s core %(levelname)s: %(message)s")
+    # A signal that comes just before a wait would not end it; its byte here does.
+    wake, waker = socket.socketpair()
+    waker.setblocking(False)
+    signal.set_wakeup_fd(waker.fileno())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
-    sys.exit(Core(start).run())
+    sys.exit(Core(start, wake.fileno()).run())
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -45,8 +50,9 @@ def _end(number: int, frame: FrameType | None) -> None:
 class Core:
     """Start-up and end around `Engine.run`."""
 
-    def __init__(self, start: CoreStart) -> None:
+    def __init__(self, start: CoreStart, wake: int) -> None:
         self._start = start
+        self._wake = wake
         self._phase = "start"
         self._serving: Engine | None = None
 
@@ -74,7 +80,7 @@ class Core:
         config = self._start.config
         size = workers.bring_up(partial(size_cache, config), self._progress)
         info = EngineInfo(size.max_model_len, size.num_blocks, os.getpid(), __version__)
-        self._serving = Engine(config, info, server, workers)
+        self._serving = Engine(config, info, server, workers, self._wake)
         gc.collect()
         gc.freeze()  # what lives this long stays: later collections look at requests only
         self._report(Ready(self._start.address, info))

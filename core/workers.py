@@ -139,11 +139,11 @@ class Workers:
 
     def _broadcast(self, message: ToWorker) -> None:
         data = frame(self._encoder.encode(message))
-        for pipe in self._pipes:
+        for rank, pipe in enumerate(self._pipes):
             try:
                 pipe.send_frame(data)
             except PipeClosedError:
-                raise self._first_cause() from None
+                raise self._last_words(rank) from None
 
     def _hear(self, rank: int) -> Any:
         """A rank's next message if it is there; when it has failed, raises the first cause."""
@@ -163,21 +163,29 @@ class Workers:
             raise WorkerError(message)
         return message
 
-    def _first_cause(self, *errors: WorkerError) -> WorkerError:
-        """Of all ranks that have failed by now, the one that the others' failures follow from.
+    def _last_words(self, rank: int) -> WorkerError:
+        """Why a rank no longer takes messages: it may have said so."""
+        try:
+            while self._hear(rank) is not None:
+                pass
+        except WorkerError as error:
+            return error
+        return self._failure(rank, "closed its pipe")
+
+    def _first_cause(self, error: WorkerError) -> WorkerError:
+        """Of `error` and whatever else has failed by now, the one that the others follow from.
 
         A rank that dies makes its peers fail in their collective operations, and these may be heard first.
         A rank that went without a word did not fail because of a peer.
         """
-        found = list(errors)
-        for rank in poll_pipes(self._pipes, 0):
+        found = [error]
+        for rank in range(len(self._pipes)):
             try:
-                while self._recv(rank) is not None:
+                while rank != error.fatal.rank and self._recv(rank) is not None:
                     pass
-            except WorkerError as error:
-                found.append(error)
-        found.sort(key=lambda error: not error.silent)
-        return found[0] if found else self._failure(0, "closed its pipe")
+            except WorkerError as other:
+                found.append(other)
+        return next((each for each in found if each.silent), error)
 
     def _death(self, rank: int) -> WorkerError:
         try:

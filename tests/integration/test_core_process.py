@@ -442,6 +442,15 @@ def test_a_configuration_that_cannot_fit(
     assert capfd.readouterr().err == ""  # whoever reads the status pipe says it
 
 
+def test_a_worker_that_cannot_start_says_why(start: Callable[..., Core]) -> None:
+    core = start(num_gpu_blocks_override=10**15)
+    fatal = list(core.news())[-1]
+    assert isinstance(fatal, Fatal)
+    assert (fatal.rank, fatal.phase, fatal.error.kind) == (0, "allocate KV cache", "dead")
+    assert "MemoryError" in fatal.error.message
+    assert core.child.cause_of_death().endswith("exited with code 1")
+
+
 def test_an_address_in_use(start: Callable[..., Core], core: Core) -> None:
     second = Core(core.config, core.address)
     fatal = list(second.news())[-1]
