@@ -1,4 +1,4 @@
-"""One decode step of attention in one launch: norm and rotate, store the new token, attend over a paged cache.
+"""One decode step of attention in one launch: norm and rotate, store the new token, attend over pages.
 
     q, k, v = heads of qkv;  q, k = rotate(norm(q)), rotate(norm(k));  cache[seq_len - 1] = k, v
     out     = softmax(scale * q K^T) V,  K and V being the row's first seq_len tokens in the cache
@@ -63,7 +63,7 @@ class DecodePlan(NamedTuple):
         )
 
     def pieces_each(self, rows: int) -> int:
-        """Pieces that a key-value head aims at. Every row may have one more, since pieces end with the row."""
+        """Pieces that a key-value head aims at. Every row may have one more, its remainder."""
         kv_heads = self.arrivals.shape[1]
         return -(-_target(rows, kv_heads, self.programs) // kv_heads)
 

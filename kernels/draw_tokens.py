@@ -1,0 +1,160 @@
+"""Draw a token per row from its logits at the row's temperature: for rows that want nothing else of sampling.
+
+    token = argmax(logit / temperature + Gumbel(seed, position, token)),  temperature 0: argmax(logit)
+
+The noise is that of `sampling`. Logits are read once, in the dtype that the model left them in, and nothing
+of their size is written: a program finds the winner of a block of columns, a second launch the winner of a
+row's blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .jit import tl, triton
+from .pdl import allow_next, pdl_options, wait_previous
+from .sampling import gumbel_argmax_reference
+
+_BLOCK = 4096
+"""Columns per program with many rows: enough loads under way in each."""
+_SMALL_BLOCK = 1024
+"""With few rows: 126 programs for a row of 128256 columns."""
+
+
+def draw_tokens(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, slots: Tensor | None = None
+) -> Tensor:
+    """The tokens drawn, int64 [rows]. Of equal scores the first wins.
+
+    Args:
+        logits: [rows, vocab], any float dtype, columns adjacent, no NaN; -inf never wins unless all are.
+        temperatures: float32 [slots], seeds: int64 [slots]; both may be columns of tables.
+        positions: [rows], index of the drawn token in its sequence.
+        slots: integer [rows], where row i finds temperature and seed; None: at i.
+    """
+    if logits.is_cuda:
+        return draw_tokens_triton(logits, temperatures, seeds, positions, slots)
+    return draw_tokens_reference(logits, temperatures, seeds, positions, slots)
+
+
+def draw_tokens_reference(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, slots: Tensor | None = None
+) -> Tensor:
+    """`draw_tokens` in torch."""
+    if slots is not None:
+        temperatures, seeds = temperatures[slots.long()], seeds[slots.long()]
+    greedy = temperatures == 0
+    scores = logits.float() / torch.where(greedy, 1.0, temperatures)[:, None]
+    drawn = gumbel_argmax_reference(scores, seeds, positions.long())
+    return torch.where(greedy, logits.argmax(dim=-1), drawn)
+
+
+# --- Triton ------------------------------------------------------------------------------------------
+
+
+def draw_tokens_triton(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, slots: Tensor | None = None
+) -> Tensor:
+    """`draw_tokens` in two launches."""
+    rows, columns = logits.shape
+    assert logits.stride(1) == 1
+    block = _SMALL_BLOCK if rows <= 4 else _BLOCK
+    blocks = triton.cdiv(columns, block)
+    best = torch.empty(rows, blocks, dtype=torch.float32, device=logits.device)
+    winner = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    options = pdl_options(logits)
+    _draw_block_kernel[blocks, rows](
+        logits,
+        temperatures,
+        seeds,
+        positions,
+        positions if slots is None else slots,
+        best,
+        winner,
+        columns,
+        logits.stride(0),
+        temperatures.stride(0),
+        seeds.stride(0),
+        HAS_SLOTS=slots is not None,
+        BLOCK=block,
+        **options,
+    )
+    _draw_row_kernel[(rows,)](
+        best, winner, tokens, blocks, BLOCKS=triton.next_power_of_2(blocks), num_warps=1, **options
+    )
+    return tokens
+
+
+@triton.jit
+def _mix(bits, shift: tl.constexpr):
+    return bits ^ (bits >> shift)
+
+
+@triton.jit
+def _noise(column, seed, position):
+    """Gumbel noise: see `sampling.noise_keys` and `exponential_noise`."""
+    key = seed.to(tl.uint64, bitcast=True) * 0xBF58476D1CE4E5B9
+    key += (position.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
+    key = _mix(key, 30) * 0xBF58476D1CE4E5B9
+    key = _mix(key, 27) * 0x94D049BB133111EB
+    key = _mix(key, 31)
+    bits = (column.to(tl.uint32) * 0x9E3779B1) ^ key.to(tl.uint32)
+    bits = _mix(bits, 16) * 0x85EBCA6B
+    bits = (_mix(bits, 13) + (key >> 32).to(tl.uint32)) * 0xC2B2AE35
+    bits = _mix(bits, 16) & 0x7FFFFFFF
+    uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 4.656612873077393e-10, 0.999999940395355224609375)
+    # -log1p(-uniform): what rounding loses in 1 - uniform cancels in the quotient.
+    rest = 1.0 - uniform
+    exponential = tl.where(rest == 1.0, uniform, -tl.log(rest) * (uniform / (1.0 - rest)))
+    return -tl.log(exponential)
+
+
+@triton.jit
+def _draw_block_kernel(
+    logits_ptr,
+    temperatures_ptr,
+    seeds_ptr,
+    positions_ptr,
+    slots_ptr,
+    best_ptr,
+    winner_ptr,
+    columns,
+    row_stride,
+    temperature_stride,
+    seed_stride,
+    HAS_SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    block = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    allow_next(PDL)
+    wait_previous(PDL)
+    slot = row
+    if HAS_SLOTS:
+        slot = tl.load(slots_ptr + row).to(tl.int64)
+    temperature = tl.load(temperatures_ptr + slot * temperature_stride)
+    seed = tl.load(seeds_ptr + slot * seed_stride)
+    position = tl.load(positions_ptr + row)
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    score = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=-float("inf")).to(tl.float32)
+    if temperature > 0:
+        score = tl.where(inside, score / temperature + _noise(column, seed, position), -float("inf"))
+    best, place = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    at = row * tl.num_programs(0) + block
+    tl.store(best_ptr + at, best)
+    tl.store(winner_ptr + at, block * BLOCK + place)
+
+
+@triton.jit
+def _draw_row_kernel(best_ptr, winner_ptr, tokens_ptr, blocks, BLOCKS: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    allow_next(PDL)
+    wait_previous(PDL)
+    block = tl.arange(0, BLOCKS)
+    score = tl.load(best_ptr + row * blocks + block, mask=block < blocks, other=-float("inf"))
+    place = tl.argmax(score, axis=0, tie_break_left=True)
+    tl.store(tokens_ptr + row, tl.load(winner_ptr + row * blocks + place).to(tl.int64))
