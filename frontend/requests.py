@@ -72,7 +72,7 @@ class Completion:
             return self._watch(self._stops, token)
         request = self.request
         if request.kind is not _FINAL_ONLY:
-            request.wake()
+            request.announce()
         return False
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None, hides_last: bool = False) -> None:
@@ -81,8 +81,10 @@ class Completion:
         self.stop_reason = stop_reason
         self._hides_last = hides_last
         self._has_news = True
-        self.request.num_unfinished -= 1
-        self.request.wake()
+        request = self.request
+        request.num_unfinished -= 1
+        if request.kind is not _FINAL_ONLY or request.num_unfinished == 0:
+            request.announce()
 
     def add_last(self, token: int, finished: Finished, hides_last: bool) -> None:
         """Note the token that ended the completion, and the end."""
@@ -132,7 +134,7 @@ class Completion:
             self.finish(FinishReason.STOP, stops.found)
             return True
         if self.request.kind is not _FINAL_ONLY:
-            self.request.wake()
+            self.request.announce()
         return False
 
 
@@ -144,6 +146,7 @@ class Request:
         "_waiter",
         "completions",
         "first_number",
+        "has_output",
         "include_stop",
         "is_aborted",
         "kind",
@@ -172,6 +175,8 @@ class Request:
         self.completions: list[Completion] = []
         self.num_unfinished = 1
         self.is_aborted = False
+        self.has_output = False
+        """`take` has something to give, or an error to raise."""
         self.num_cached_tokens: int | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._error: Exception | None = None
@@ -193,7 +198,9 @@ class Request:
     def ended(self) -> bool:
         return self.num_unfinished == 0 or self._error is not None
 
-    def wake(self) -> None:
+    def announce(self) -> None:
+        """There is something to take: wake the reader."""
+        self.has_output = True
         waiter = self._waiter
         if waiter is not None:
             self._waiter = None
@@ -203,7 +210,7 @@ class Request:
     def fail(self, error: Exception) -> None:
         """End it with an error, which the reader gets."""
         self._error = error
-        self.wake()
+        self.announce()
 
     def abort(self) -> None:
         """End every completion that still runs; one that has not begun ends as soon as it does."""
@@ -212,16 +219,11 @@ class Request:
             if completion.finish_reason is None:
                 completion.finish(FinishReason.ABORT, None)
 
-    def has_output(self) -> bool:
-        """True when `take` has something to give, or an error to raise."""
-        if self.ended:
-            return True
-        return self.kind is not _FINAL_ONLY and any(part.has_news for part in self.completions)
-
     def take(self) -> RequestOutput:
         """The reader's next output. Raises the error that ended the request."""
         if self._error is not None:
             raise self._error
+        self.has_output = False
         parts = self.completions
         if self.kind is _DELTA and len(parts) > 1:
             outputs = [part.take() for part in parts if part.has_news]
@@ -239,6 +241,6 @@ class Request:
 
     async def wait(self) -> None:
         """Return when there is an output. One reader at a time."""
-        while not self.has_output():
+        while not self.has_output:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter

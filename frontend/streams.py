@@ -46,7 +46,7 @@ class RequestStream:
             request = self._request
             if request is None:
                 request = self._request = await self._start()
-            if not request.has_output():
+            if not request.has_output:
                 await request.wait()
             output = request.take()
         except BaseException:

@@ -86,8 +86,9 @@ def test_chat(llm: LLM) -> None:
 
 
 def test_a_bad_prompt_fails_the_call_and_nothing_else(llm: LLM) -> None:
+    prompts: list[Any] = ["a", [999], "b"]
     with pytest.raises(RequestError, match="vocabulary"):
-        llm.generate(["a", [999], "b"], params(1), use_tqdm=False)
+        llm.generate(prompts, params(1), use_tqdm=False)
     with pytest.raises(RequestError, match="one item for each of the 2 prompts"):
         llm.generate(["a", "b"], [params(1)], use_tqdm=False)
     with pytest.raises(RequestError, match="prompts must be"):
