@@ -86,7 +86,8 @@ def _rms_norm_kernel(
     dense = (outer * inner + row) * size + column
     x = tl.load(x_ptr + place, mask=inside, other=0.0)
     if ADD:
-        x += tl.load(update_ptr + dense, mask=inside, other=0.0)
+        update = tl.load(update_ptr + dense, mask=inside, other=0.0)
+        x = (x.to(tl.float32) + update.to(tl.float32)).to(x.dtype)
         tl.store(x_ptr + place, x, mask=inside)
     values = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, axis=1) / size + eps)[:, None]

@@ -1,0 +1,118 @@
+"""The small kernels of a layer, torch and Triton, against their formulas in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import pytest
+import torch
+from headrace.kernels.kv_write import kv_write, rotate_kv_write_reference, rotate_kv_write_triton
+from headrace.kernels.rms_norm import rms_norm_reference, rms_norm_triton
+from headrace.kernels.silu_mul import silu_mul_reference, silu_mul_triton
+from torch import Tensor
+
+Precision: TypeAlias = tuple[torch.dtype, float]
+"""A type, and the relative and absolute error to allow in it."""
+PRECISIONS: list[Precision] = [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=PRECISIONS, ids=["float32", "bfloat16"])
+def precision(request: pytest.FixtureRequest) -> Precision:
+    found: Precision = request.param
+    return found
+
+
+def assert_close(ours: Tensor, exact: Tensor, precision: Precision) -> None:
+    dtype, tolerance = precision
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.double(), exact, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("norm", [rms_norm_reference, rms_norm_triton])
+@pytest.mark.parametrize("shape", [(1, 576), (5, 64), (3, 2048), (4, 3, 12)])
+@pytest.mark.parametrize("adds", [False, True])
+def test_rms_norm(
+    norm: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    adds: bool,
+    precision: Precision,
+    device: torch.device,
+) -> None:
+    x, update = torch.randn(2, *shape, device=device).to(precision[0]).unbind()
+    weight = torch.randn(shape[-1], device=device).to(precision[0])
+    residual = x + update if adds else x
+    exact = residual.double()
+    exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight.double()
+    assert_close(norm(x, weight, 1e-3, update if adds else None), exact, precision)
+    assert_close(x, residual.double(), precision)  # the sum stays; the interpreter rounds it down
+
+
+def test_rms_norm_of_some_heads_of_each_token(device: torch.device) -> None:
+    heads = torch.randn(3, 7, 16, device=device)
+    weight = torch.randn(16, device=device)
+    some = heads[:, 2:5]
+    expected = rms_norm_reference(some.contiguous(), weight, 1e-6)
+    torch.testing.assert_close(rms_norm_triton(some, weight, 1e-6), expected)
+
+
+@pytest.mark.parametrize("gate", [silu_mul_reference, silu_mul_triton])
+@pytest.mark.parametrize("shape", [(1, 1536), (7, 80), (2, 1025)])
+def test_silu_mul(
+    gate: Callable[[Tensor], Tensor], shape: tuple[int, int], precision: Precision, device: torch.device
+) -> None:
+    tokens, size = shape
+    gate_up = torch.randn(tokens, 2 * size, device=device).to(precision[0])
+    left, right = gate_up.double().chunk(2, dim=-1)
+    assert_close(gate(gate_up), left / (1 + (-left).exp()) * right, precision)
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """x [tokens, heads, head_dim] as complex numbers, turned by angles [tokens, head_dim / 2]."""
+    real, imaginary = x.double().chunk(2, dim=-1)
+    turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+@pytest.mark.parametrize("write", [rotate_kv_write_reference, rotate_kv_write_triton])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 12), (32, 1, 16)])
+def test_rotate_kv_write(
+    write: Callable[..., Tensor],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    precision: Precision,
+    device: torch.device,
+) -> None:
+    tokens, blocks, block_size = 5, 6, 4
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim, device=device).to(precision[0])
+    q, k, v = qkv.clone().split_with_sizes((heads, kv_heads, kv_heads), dim=1)
+    angles = torch.randn(tokens, head_dim // 2, dtype=torch.float64, device=device)
+    rotation = torch.stack((angles.cos(), -angles.sin(), angles.sin()), dim=1).to(precision[0])
+    cache = torch.randn(2, blocks, block_size, kv_heads, head_dim, device=device).to(precision[0])
+    slots = torch.randperm(blocks * block_size, device=device)[:tokens]
+    untouched = torch.ones(blocks * block_size, dtype=torch.bool, device=device)
+    untouched[slots] = False
+    keys, values = (part.view(-1, kv_heads, head_dim) for part in cache.clone())
+
+    ours = write(qkv, rotation, cache[0], cache[1], slots)
+    new_keys, new_values = (part.view(-1, kv_heads, head_dim) for part in cache)
+    assert_close(ours, rotated(q, angles), precision)
+    assert_close(new_keys[slots], rotated(k, angles), precision)
+    assert torch.equal(new_values[slots], v)
+    assert torch.equal(new_keys[untouched], keys[untouched])
+    assert torch.equal(new_values[untouched], values[untouched])
+
+
+def test_kv_write(device: torch.device) -> None:
+    k, v = torch.randn(2, 3, 2, 8, device=device)
+    k_cache, v_cache = torch.zeros(2, 4, 4, 2, 8, device=device)
+    kv_write(k, v, k_cache, v_cache, torch.tensor([5, 15, 0], device=device))
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        assert torch.equal(cache.view(16, 2, 8)[[5, 15, 0]], new)
+        assert cache.count_nonzero() == new.numel()
