@@ -20,10 +20,10 @@ PROMPTS = (
 )
 
 
-async def stream_answer(engine: AsyncLLM, prompt: str, request_id: str) -> float:
+async def stream_answer(engine: AsyncLLM, prompt: str, request_id: str, max_tokens: int) -> float:
     """Print the answer as it grows; returns when its first token came, as seconds since the epoch."""
     params = SamplingParams(
-        max_tokens=100,
+        max_tokens=max_tokens,
         temperature=0.8,
         top_p=0.95,
         seed=42,  # the same text every time, whatever else the engine is doing
@@ -39,20 +39,21 @@ async def stream_answer(engine: AsyncLLM, prompt: str, request_id: str) -> float
     return first_token
 
 
-async def main(model: str, prompts: list[str], since: float) -> None:
-    print(f"starting {model} ...", flush=True)
+async def main(args: argparse.Namespace) -> None:
+    print(f"starting {args.model} ...", flush=True)
     # Leaving the `async with` block shuts the engine down, however it is left; so does `engine.shutdown()`.
-    async with AsyncLLM.from_engine_args(AsyncEngineArgs(model=model)) as engine:
+    async with AsyncLLM.from_engine_args(AsyncEngineArgs(model=args.model)) as engine:
         first_tokens = [
-            await stream_answer(engine, prompt, f"stream-{number}") for number, prompt in enumerate(prompts)
+            await stream_answer(engine, prompt, f"stream-{number}", args.max_tokens)
+            for number, prompt in enumerate(args.prompt or PROMPTS)
         ]
-    print(f"\nfirst token after {first_tokens[0] - since:.1f} s")
+    print(f"\nfirst token after {first_tokens[0] - args.since:.1f} s")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="demo", help="a folder, a .gguf file, a Hugging Face id or `demo`")
     parser.add_argument("--prompt", action="append", help="may be given several times")
+    parser.add_argument("--max-tokens", type=int, default=100)
     parser.add_argument("--since", type=float, default=time.time(), help="the start of the clock, Unix time")
-    args = parser.parse_args()
-    asyncio.run(main(args.model, args.prompt or list(PROMPTS), args.since))
+    asyncio.run(main(parser.parse_args()))

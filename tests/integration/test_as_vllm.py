@@ -58,7 +58,7 @@ await engine.add_request(request_id="text", prompt="The capital of France is", s
 partial = 0
 async for output in engine.generate("text"):
     if output.finished:
-        print(output.outputs[0].text)
+        print(repr(output.outputs[0].text))
     else:
         partial += 1
 print(partial > 0)
