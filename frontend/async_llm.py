@@ -36,8 +36,8 @@ logger = logging.getLogger("headrace")
 
 HEALTH_SECONDS = 10.0
 """A core that does not answer a ping within it is called dead."""
-_LONG_PROMPT = 8192
-"""Characters, about 2 ms of tokenizing; longer prompts are tokenized on a thread."""
+_LONG_PROMPT = 2048
+"""Characters, about 1 ms of tokenizing; longer prompts are tokenized on a thread."""
 _MAX_PRIORITY = 2**31 - 1
 
 

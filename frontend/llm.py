@@ -167,6 +167,11 @@ class LLM:
 
 
 def _stop(engine: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    if threading.current_thread() is thread:  # the collector struck there
+        engine.shutdown()
+        loop.stop()
+        return
+
     async def stop() -> None:
         engine.shutdown()
         others = asyncio.all_tasks() - {asyncio.current_task()}

@@ -9,17 +9,21 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
 from headrace import AsyncEngineArgs, AsyncLLM, ConfigError, EngineDeadError, SamplingParams
+from headrace.frontend import core_client, core_process
 from headrace.frontend.core_process import CoreProcess
 from headrace.frontend.engine_args import resolve
 from headrace.ipc import process
-from headrace.ipc.messages import CoreStart
+from headrace.ipc.messages import CoreStart, FromCore, Refused, Reply
+from headrace.ipc.sockets import ServerSocket
 
 Args = Callable[..., AsyncEngineArgs]
 
@@ -138,21 +142,57 @@ def test_ctrl_c(oracle_folder: Path, temp: Path) -> None:
     assert (code, out, err) == (0, "interrupted\n", "")
 
 
+def test_ctrl_c_while_it_starts(oracle_folder: Path, temp: Path) -> None:
+    child = start(temp, "-c", program(oracle_folder, ""))
+    family = wait_for_children(child.pid)
+    child.send_signal(signal.SIGINT)
+    code, _, err = finish(child)
+    wait_gone(family)
+    assert code in (1, -signal.SIGINT)
+    assert err.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_ctrl_c_in_a_batch_leaves_an_engine_that_works(oracle_folder: Path, temp: Path) -> None:
+    source = f"""
+import os, signal, threading
+from headrace import LLM, SamplingParams
+llm = LLM({str(oracle_folder)!r}, load_format="oracle", skip_tokenizer_init=True, num_gpu_blocks_override=500)
+print(llm._engine._client.info.pid)
+params = SamplingParams(max_tokens=1900, ignore_eos=True, seed=1)
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    while True:
+        llm.generate([[1]] * 8, params, use_tqdm=False)
+except KeyboardInterrupt:
+    pass
+params.max_tokens = 3
+assert len(llm.generate([[1]], params, use_tqdm=False)[0].outputs[0].token_ids) == 3
+"""
+    code, out, err = finish(start(temp, "-c", source))
+    assert (code, err) == (0, "")
+    assert out
+
+
+def wait_for_children(pid: int) -> list[int]:
+    """The process's descendants, once there are any."""
+    parent, deadline = psutil.Process(pid), time.monotonic() + 20
+    while not (family := parent.children(recursive=True)):
+        assert time.monotonic() < deadline
+        os.sched_yield()
+    return [member.pid for member in family]
+
+
 @pytest.mark.parametrize("when", ["starting", "running"])
 def test_a_killed_program_leaves_nothing(when: str, oracle_folder: Path, temp: Path) -> None:
     source = program(oracle_folder, "asyncio.run(first(engine))\ntime.sleep(60)")
     child = start(temp, "-c", source)
-    parent = psutil.Process(child.pid)
     if when == "running":
         assert child.stdout is not None
         child.stdout.readline()
-    deadline = time.monotonic() + 20
-    while not (family := parent.children(recursive=True)):
-        assert time.monotonic() < deadline
-        os.sched_yield()
+    family = wait_for_children(child.pid)
     child.kill()
     child.communicate()
-    wait_gone([member.pid for member in family])
+    wait_gone(family)
 
 
 def test_garbage_collection_ends_the_engine(oracle_args: Args) -> None:
@@ -186,7 +226,8 @@ def test_an_unsupported_architecture_is_named(oracle_folder: Path, oracle_args: 
         AsyncLLM(oracle_args(model=str(tmp_path), load_format="dummy"))
 
 
-def test_a_start_has_a_deadline(oracle_args: Args) -> None:
+def test_a_start_has_a_deadline(oracle_args: Args, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_process, "STOP_GRACE_SECONDS", 0.1)  # a stopped process heeds no SIGTERM
 
     core = CoreProcess(resolve(oracle_args()))
     os.kill(core.pid, signal.SIGSTOP)
@@ -205,9 +246,14 @@ def test_a_core_killed_while_starting_is_reported(oracle_args: Args) -> None:
 # --- a core of its own -----------------------------------------------------------------------------------
 
 
+class Standalone(NamedTuple):
+    address: str
+    child: process.Child
+
+
 @pytest.fixture
-def standalone(oracle_args: Args, tmp_path: Path) -> Iterator[str]:
-    """The address of a core that no frontend started."""
+def standalone(oracle_args: Args, tmp_path: Path) -> Iterator[Standalone]:
+    """A core that no frontend started."""
     (tmp_path / "s").mkdir(mode=0o700)
     address = f"ipc://{tmp_path / 's' / 'core'}"
     ours, theirs = os.pipe()
@@ -218,19 +264,19 @@ def standalone(oracle_args: Args, tmp_path: Path) -> Iterator[str]:
     os.close(theirs)
     with os.fdopen(ours) as status:
         assert any("Ready" in line for line in status)
-        yield address
+        yield Standalone(address, child)
         child.stop(5)
 
 
-def test_attach_and_leave(standalone: str) -> None:
+def test_attach_and_leave(standalone: Standalone) -> None:
     async def visit(engine: AsyncLLM) -> list[int]:
         outputs = [o async for o in engine.generate([1], SamplingParams(seed=1, max_tokens=9))]
         return outputs[-1].outputs[0].token_ids
 
     seen = []
     for args in (
-        AsyncEngineArgs(engine_core_address=standalone),
-        AsyncEngineArgs(engine_core_address=standalone, model="mill"),
+        AsyncEngineArgs(engine_core_address=standalone.address),
+        AsyncEngineArgs(engine_core_address=standalone.address, model="mill"),
     ):
         engine = AsyncLLM(args)
         assert engine.config.served_model_name == "mill"
@@ -238,7 +284,7 @@ def test_attach_and_leave(standalone: str) -> None:
         engine.shutdown()
     assert seen[0] == seen[1]
     with pytest.raises(ConfigError, match="block_size=64"):
-        AsyncLLM(AsyncEngineArgs(engine_core_address=standalone, block_size=64))
+        AsyncLLM(AsyncEngineArgs(engine_core_address=standalone.address, block_size=64))
 
 
 @pytest.mark.parametrize(
@@ -249,3 +295,53 @@ def test_an_unknown_address_is_an_error_at_once(address: str) -> None:
     with pytest.raises(ConfigError, match="engine_core_address") as caught:
         AsyncLLM(AsyncEngineArgs(engine_core_address=address))
     assert caught.value.value == address
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_an_attached_core_that_dies(standalone: Standalone, how: signal.Signals) -> None:
+    async def main() -> None:
+        engine = AsyncLLM(AsyncEngineArgs(engine_core_address=standalone.address))
+        stream = engine.generate([1], SamplingParams(max_tokens=1900, ignore_eos=True))
+        await anext(stream)
+        os.kill(standalone.child.pid, how)
+        with pytest.raises(EngineDeadError):
+            async for _ in stream:
+                pass
+        assert engine.errored
+        engine.shutdown()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+@pytest.mark.parametrize(
+    ("answer", "names"),
+    [
+        (Refused(99, "this core speaks protocol 99"), "speaks protocol 99"),
+        (Reply(1), "no answer within"),
+        (None, "no answer within"),
+    ],
+)
+def test_a_core_that_does_not_fit(
+    answer: FromCore | None, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_client, "HANDSHAKE_SECONDS", 0.3)
+    (tmp_path / "s").mkdir(mode=0o700)
+    server = ServerSocket(f"ipc://{tmp_path / 's' / 'core'}")
+
+    def serve() -> None:
+        while server.socket.poll(5000):
+            received = server.recv()
+            if received is not None:
+                if answer is not None:
+                    server.send(received[0], answer)
+                return
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        with pytest.raises(ConfigError, match=names) as caught:
+            AsyncLLM(AsyncEngineArgs(engine_core_address=f"ipc://{tmp_path / 's' / 'core'}"))
+        assert caught.value.limit == "protocol 1"
+    finally:
+        thread.join()
+        server.close()

@@ -103,6 +103,31 @@ def test_within_a_running_loop(llm: LLM) -> None:
     assert asyncio.run(notebook()) == 2
 
 
+def test_a_long_prompt_is_tokenized_off_the_loop(llm: LLM) -> None:
+    """While half a megabyte is tokenized, another request runs from start to end."""
+
+    async def main() -> None:
+        engine = llm._engine
+        done: list[str] = []
+
+        async def ask(name: str, prompt: str) -> None:
+            try:
+                async for _ in engine.generate(prompt, params(1), name):
+                    pass
+            finally:
+                done.append(name)
+
+        long, short = await asyncio.gather(
+            ask("long", "water wheel " * 50_000), ask("short", "hi"), return_exceptions=True
+        )
+        assert done == ["short", "long"]
+        assert short is None
+        assert isinstance(long, RequestError)
+        assert long.parameter == "prompt"
+
+    asyncio.run_coroutine_threadsafe(main(), llm._loop).result(30)
+
+
 def test_stop_string(llm: LLM) -> None:
     free = llm.generate("stop here", params(3), use_tqdm=False)[0].outputs[0].text
     stop = free[4:6]
