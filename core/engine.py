@@ -112,8 +112,9 @@ class Engine:
             LOGGER.info("refused a message from a client that has not said Hello")
             self._server.send(identity, Refused(PROTOCOL_VERSION, "the first message must be Hello"))
         elif isinstance(message, msgspec.DecodeError):
+            self._server.send(identity, Refused(PROTOCOL_VERSION, f"unreadable message: {message}"))
             if not client.complained:
-                LOGGER.warning("dropped an unreadable message from %s: %s", client.name, message)
+                LOGGER.warning("unreadable message from %s: %s", client.name, message)
                 client.complained = True
         elif isinstance(message, AddRequest):
             self._add(identity, client, message)

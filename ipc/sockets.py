@@ -58,17 +58,19 @@ class ServerSocket:
 
     def __init__(self, address: str) -> None:
         check_address(address, "listen")
+        if address.startswith("ipc://"):
+            _make_private(Path(address.removeprefix("ipc://")))
         self._context = zmq.Context[zmq.Socket[bytes]]()
         self._socket = self._context.socket(zmq.ROUTER)
         _set_options(self._socket)
         # A client that is gone shows as EHOSTUNREACH on the next send to it.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        if address.startswith("ipc://"):
-            _make_private(Path(address.removeprefix("ipc://")))
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
+            self._socket.close()
+            self._context.term()
             message = f"cannot listen on {address!r}: {error}"
             raise ConfigError(message, parameter="listen", value=address) from error
         self._address = address

@@ -336,9 +336,11 @@ def test_bad_frames_harm_nobody(start: Callable[..., Core], capfd: pytest.Captur
         assert f"from the future speaks {PROTOCOL_VERSION + 1}" in refused.message
         raw.send(encode(Hello(PROTOCOL_VERSION, "mumbler")))
         assert isinstance(answer(), Welcome)
-        raw.send(b"\x00")
-        raw.send_multipart([b"a", b"b"])
-        raw.send(encode(["AddRequest", "one", b"", [], 1]))
+        for parts in ([b"\x00"], [b"a", b"b"], [encode(["AddRequest", "one", b"", [], 1])]):
+            raw.send_multipart(parts)
+            refused = answer()
+            assert isinstance(refused, Refused)
+            assert refused.message.startswith("unreadable message: ")
         raw.send(encode(Call(5, "ping")))
         assert answer() == Reply(5)
     client.wait_for(1)

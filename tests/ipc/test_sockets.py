@@ -1,0 +1,126 @@
+"""The sockets between clients and core."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from headrace.ipc.errors import ConfigError
+from headrace.ipc.messages import Bye, Call, Hello, Refused, Reply, ToCore
+from headrace.ipc.sockets import ClientSocket, ServerSocket, check_address
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerSocket]:
+    server = ServerSocket(f"ipc://{tmp_path}/folder/core")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def client(server: ServerSocket, tmp_path: Path) -> Iterator[ClientSocket]:
+    client = ClientSocket(f"ipc://{tmp_path}/folder/core")
+    yield client
+    client.close()
+
+
+def receive(server: ServerSocket) -> tuple[bytes, ToCore | msgspec.DecodeError]:
+    assert server.socket.poll(5000)
+    received = server.recv()
+    assert received is not None
+    return received
+
+
+def test_there_and_back(server: ServerSocket, client: ClientSocket) -> None:
+    assert server.recv() is None
+    assert client.recv() is None
+    client.send(Call(1, "ping"))
+    identity, message = receive(server)
+    assert len(identity) == 16
+    assert message == Call(1, "ping")
+    assert server.send(identity, Reply(1))
+    assert client.recv(5) == Reply(1)
+
+
+def test_a_client_that_is_gone(server: ServerSocket, client: ClientSocket, tmp_path: Path) -> None:
+    assert not server.send(b"nobody", Reply(1))
+    other = ClientSocket(f"ipc://{tmp_path}/folder/core")
+    other.send(Hello(1, "other"))
+    identity, _ = receive(server)
+    other.close()
+    other.close()
+    client.send(Bye())
+    receive(server)
+    while server.send(identity, Reply(1)):  # until the closed connection shows
+        pass
+
+
+def test_the_loss_of_the_core_shows(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/core"
+    server, client = ServerSocket(address), ClientSocket(address)
+    client.send(Bye())
+    receive(server)
+    assert not client.lost_connection()
+    server.close()
+    client._monitor.poll(5000)
+    assert client.lost_connection()
+    assert not client.lost_connection()
+    client.close()
+
+
+def test_last_words_leave_before_the_socket_closes(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/core"
+    server, client = ServerSocket(address), ClientSocket(address)
+    client.send(Bye())
+    identity, _ = receive(server)
+    server.send(identity, Refused(1, "good night"))
+    server.close()
+    assert client.recv(5) == Refused(1, "good night")
+    client.close()
+
+
+def test_the_folder_is_private(server: ServerSocket, tmp_path: Path) -> None:
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o700
+    open_folder = tmp_path / "open"
+    open_folder.mkdir()
+    open_folder.chmod(0o755)
+    with pytest.raises(ConfigError, match="mode 0700, it has 0755"):
+        ServerSocket(f"ipc://{open_folder}/core")
+
+
+def test_one_core_per_address(server: ServerSocket, client: ClientSocket, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="another process listens"):
+        ServerSocket(f"ipc://{tmp_path}/folder/core")
+    client.send(Bye())
+    assert receive(server)[1] == Bye()
+
+
+def test_a_socket_left_by_a_killed_core_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "core"
+    path.touch()
+    server = ServerSocket(f"ipc://{path}")
+    assert stat.S_ISSOCK(os.stat(path).st_mode)
+    server.close()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "address", ["ipc:///run/x/core", "tcp://127.0.0.1:5000", "tcp://localhost:1", "tcp://[::1]:1"]
+)
+def test_good_addresses(address: str) -> None:
+    assert check_address(address, "listen") == address
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp://0.0.0.0:5000", "tcp://*:1", "tcp://127.0.0.1", "http://x", "", "ipc:///" + "x" * 200]
+)
+def test_bad_addresses_name_the_parameter(address: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_address(address, "listen")
+    assert caught.value.parameter == "listen"
+    assert caught.value.value == address
+    assert caught.value.limit is not None
