@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,11 +20,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.sampling import gumbel_argmax
-from .nucleus import Nucleus, keep_likeliest
-from .slots import F64, I64, Batch, SamplingColumns, Slots
+from .nucleus import Nucleus, keep_likeliest, keep_of_all
+from .slots import F64, I32, I64, Batch, SamplingColumns
 
 _HUGE = 3e38
 """Stands for infinity where infinities would subtract to NaN; below float32's largest by a margin."""
+
+
+class Requests(Protocol):
+    """What the sampler asks of the slot table. Columns have a row per slot."""
+
+    sampling: SamplingColumns
+    num_prompt: I64
+    num_tokens: I64
+    """The token that is drawn now is not counted."""
+
+    def history(self, slots: I64, length: int) -> I32 | Tensor:
+        """int32 [len(slots), length], the first tokens of these slots."""
 
 
 @dataclass(slots=True)
@@ -71,7 +83,7 @@ class Sampler:
         self._rows: _Rows | None = None
         self._sampling: I64 | None = None
 
-    def sample(self, logits: Tensor, slots: Slots, batch: Batch) -> Tensor:
+    def sample(self, logits: Tensor, slots: Requests, batch: Batch) -> Tensor:
         """The next tokens, int64 [rows].
 
         Args:
@@ -114,7 +126,7 @@ class Sampler:
             )
         return tokens
 
-    def _describe(self, slots: Slots, batch: Batch) -> _Rows:
+    def _describe(self, slots: Requests, batch: Batch) -> _Rows:
         sampled = batch.slots[batch.sampling]
         columns = slots.sampling
         penalized = (
@@ -159,12 +171,17 @@ class Sampler:
 
 
 def _draw_filtered(scores: Tensor, nucleus: Nucleus, seeds: Tensor, positions: Tensor) -> Tensor:
-    scores, token_ids = keep_likeliest(scores, nucleus)
-    columns = gumbel_argmax(scores, seeds, positions, token_ids)
-    return columns if token_ids is None else token_ids.gather(1, columns[:, None]).squeeze(1)
+    likeliest, token_ids, complete = keep_likeliest(scores, nucleus)
+    columns = gumbel_argmax(likeliest, seeds, positions, token_ids)
+    tokens = token_ids.gather(1, columns[:, None]).squeeze(1)
+    if not complete.all():
+        rest = (~complete).nonzero().squeeze(1)
+        stay = keep_of_all(scores[rest], nucleus.take(rest))
+        tokens[rest] = gumbel_argmax(stay, seeds[rest], positions[rest])
+    return tokens
 
 
-def _hold_back(logits: Tensor, slots: Slots, rows: _Rows) -> None:
+def _hold_back(logits: Tensor, slots: Requests, rows: _Rows) -> None:
     """-inf for the stop tokens of rows that have not generated their min_tokens yet."""
     held = rows.slots[rows.held_back]
     early = slots.num_tokens[held] - slots.num_prompt[held] < slots.sampling.min_tokens[held]
@@ -178,7 +195,7 @@ def _hold_back(logits: Tensor, slots: Slots, rows: _Rows) -> None:
         logits[index, tokens] = -torch.inf
 
 
-def _penalize(logits: Tensor, slots: Slots, rows: _Rows) -> None:
+def _penalize(logits: Tensor, slots: Requests, rows: _Rows) -> None:
     """Repetition (prompt and output), frequency and presence (output only) penalties.
 
     Only the logits of tokens that occur are visited. A token that occurs twice is visited twice, both times
@@ -186,13 +203,13 @@ def _penalize(logits: Tensor, slots: Slots, rows: _Rows) -> None:
     """
     penalized = rows.slots[rows.penalized]
     lengths = slots.num_tokens[penalized]
-    history = slots.tokens[penalized, : lengths.max()].astype(np.int64)
-    place = np.arange(history.shape[1])
-    history = np.where(place < lengths[:, None], history, history[:, :1])
-    generated = (place >= slots.num_prompt[penalized][:, None]) & (place < lengths[:, None])
+    place = np.arange(lengths.max())
+    known = place < lengths[:, None]
+    generated = (place >= slots.num_prompt[penalized][:, None]) & known
 
     device, columns = logits.device, slots.sampling
-    tokens = torch.from_numpy(history).to(device)
+    tokens = torch.as_tensor(slots.history(penalized, len(place))).to(device, torch.int64)
+    tokens = torch.where(torch.from_numpy(known).to(device), tokens, tokens[:, :1])
     counts = torch.zeros(len(penalized), logits.shape[1], device=device)
     counts.scatter_add_(1, tokens, torch.from_numpy(generated.astype(np.float32)).to(device))
     count = counts.gather(1, tokens)

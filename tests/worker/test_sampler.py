@@ -11,7 +11,7 @@ import pytest
 import torch
 from headrace.ipc.messages import Admit, Sampling, StepPlan, pack
 from headrace.kernels.sampling import exponential_noise, noise_keys
-from headrace.worker.nucleus import Nucleus, keep_likeliest
+from headrace.worker.nucleus import Nucleus, keep_likeliest, keep_of_all
 from headrace.worker.sampler import Sampler
 from headrace.worker.slots import Slots
 from numpy.typing import NDArray
@@ -150,9 +150,13 @@ def test_draws_follow_the_filtered_softmax(sampling: Sampling) -> None:
 def kept(scores: list[float], top_k: int = 0, top_p: float = 1.0, repeat: int = 1) -> list[int]:
     """Which of the scores stay; `repeat` pads with impossible tokens, so that the short look is taken."""
     padded = torch.tensor([scores + [-3e38] * (len(scores) * (repeat - 1))])
-    stay, ids = keep_likeliest(padded, Nucleus.of(np.array([top_k]), np.array([top_p]), CPU))
-    alive = (stay[0] > -torch.inf).nonzero().flatten()
-    return sorted((alive if ids is None else ids[0, alive]).tolist())
+    nucleus = Nucleus.of(np.array([top_k]), np.array([top_p]), CPU)
+    stay, ids, complete = keep_likeliest(padded, nucleus)
+    everything = keep_of_all(padded.clone(), nucleus)[0]
+    alive = sorted((everything > -torch.inf).nonzero().flatten().tolist())
+    if complete.all():
+        assert sorted(ids[stay > -torch.inf].tolist()) == alive
+    return alive
 
 
 @pytest.mark.parametrize("repeat", [1, 400])
@@ -173,8 +177,9 @@ def test_boundaries_of_top_k_and_top_p(repeat: int) -> None:
 def test_a_flat_distribution_falls_back_to_the_sort() -> None:
     torch.manual_seed(5)
     scores = torch.randn(1, 8000) * 0.01
-    stay, ids = keep_likeliest(scores.clone(), Nucleus.of(np.array([0]), np.array([0.5]), CPU))
-    assert ids is None
+    nucleus = Nucleus.of(np.array([0]), np.array([0.5]), CPU)
+    assert not keep_likeliest(scores, nucleus)[2].any()
+    stay = keep_of_all(scores.clone(), nucleus)
     alive = stay[0] > -torch.inf
     assert 3900 < int(alive.sum()) < 4000
     probabilities = scores[0].double().softmax(0)

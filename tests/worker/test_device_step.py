@@ -1,0 +1,122 @@
+"""The slot table on the device against the one on the host: the same plans must bring the same tokens."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from headrace.core.request import Request
+from headrace.core.scheduler import Scheduler
+from headrace.ipc.messages import Sampling, StepPlan, StepResult, pack, unpack
+from headrace.worker.cuda_runner import run_packed
+from headrace.worker.device_slots import DeviceSlots
+from headrace.worker.device_step import RESULTS, DeviceStep
+from headrace.worker.in_order import InOrder
+from headrace.worker.models import build_model
+from headrace.worker.models.causal_lm import CausalLM
+from headrace.worker.parallel import TensorParallel
+from headrace.worker.runner import ModelRunner
+from headrace.worker.weights import load_weights
+
+CPU = torch.device("cpu")
+VOCAB, BLOCK, BLOCKS, SLOTS, MAX_LEN = 97, 4, 22, 6, 64
+MODEL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+KINDS = (
+    Sampling(temperature=0.0),
+    Sampling(temperature=1.0, seed=5),
+    Sampling(temperature=0.7, seed=6, top_k=20, top_p=0.9),
+    Sampling(temperature=0.9, seed=7, repetition_penalty=1.3, presence_penalty=0.5),
+    Sampling(temperature=1.0, seed=8, min_tokens=4, stop_token_ids=[3, 4, 5], frequency_penalty=0.2),
+)
+
+
+class OnDevice:
+    """`CudaRunner` without what needs a GPU: no graphs, no events."""
+
+    def __init__(self, model: CausalLM) -> None:
+        slots = DeviceSlots(CPU, SLOTS, MAX_LEN, BLOCK, BLOCKS)
+        shape = (BLOCKS + 1, BLOCK, model.num_kv_heads, model.head_dim)
+        caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(model.num_layers)]
+        self.step = DeviceStep(model, caches, slots, MODEL["num_attention_heads"])
+        self._num_results = 0
+
+    @torch.inference_mode()
+    def submit(self, plan: StepPlan) -> bytes:
+        step = self.step
+        work = step.slots.apply(plan)
+        if not work.decode:
+            run_packed(step, work)
+        elif work.special:
+            step.draw_special(step.decode_logits(work.num_rows), work)
+        elif work.num_rows:
+            step.decode(work.num_rows)
+        row = step.results[self._num_results % RESULTS, : work.num_sampling]
+        self._num_results += work.num_sampling > 0
+        return row.numpy().tobytes()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small only wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_both_tables_bring_the_same_tokens(seed: int, make_config: Any) -> None:
+    config = make_config(
+        hf_config=MODEL,
+        architecture="LlamaForCausalLM",
+        load_format="dummy",
+        max_model_len=MAX_LEN,
+        max_num_seqs=SLOTS,
+        max_num_batched_tokens=24,
+        num_gpu_blocks_override=BLOCKS,
+        vocab_size=VOCAB,
+    )
+    host = InOrder(config, ModelRunner(config, 0, ""))
+    host.load(lambda phase: None)
+    host.allocate(BLOCKS, MAX_LEN)
+    model = build_model("LlamaForCausalLM", MODEL, torch.float32, CPU, TensorParallel(), MAX_LEN)
+    load_weights(model, config, CPU, TensorParallel())
+    device = OnDevice(model)
+
+    rng = random.Random(seed)
+    scheduler = Scheduler(config, BLOCKS, MAX_LEN)
+    requests = 0
+    in_flight: deque[StepResult] = deque()
+    preempted = steady = 0
+    for now in range(400):
+        if requests < 24 and rng.random() < 0.2:
+            prompt = unpack(pack(rng.randrange(VOCAB) for _ in range(rng.randrange(1, 40))))
+            kind = KINDS[rng.randrange(len(KINDS))]
+            scheduler.add(Request(b"", requests, prompt, kind, max_tokens=rng.randrange(1, 24)))
+            requests += 1
+        plan = scheduler.schedule(float(now))
+        if plan is not None:
+            expected = host.submit(plan).tokens()
+            assert device.submit(plan) == expected, f"step {plan.step}"
+            in_flight.append(StepResult(plan.step, expected))
+            steady += plan.slots is None
+        if in_flight and (plan is None or rng.random() < 0.5):
+            scheduler.update(in_flight.popleft())
+        preempted = scheduler.stats().num_preemptions
+    assert requests == 24
+    assert scheduler.stats().num_running == scheduler.stats().num_waiting == 0
+    assert preempted
+    assert steady
