@@ -6,8 +6,6 @@ array, all changes are one upload and one launch, whatever their number.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from .jit import tl, triton
@@ -33,7 +31,7 @@ def copy_segments(target: Tensor, staged: Tensor, count: int, longest: int) -> N
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _copy_segments_kernel(target_ptr: Any, staged_ptr: Any, BLOCK: tl.constexpr) -> None:
+def _copy_segments_kernel(target_ptr, staged_ptr, BLOCK: tl.constexpr) -> None:
     entry = staged_ptr + tl.program_id(0) * 3
     to = tl.load(entry)
     source = tl.load(entry + 1)

@@ -6,8 +6,6 @@ i + head_dim / 2. A rotation is a row [cos, -sin, sin] of a table; see `worker/r
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -105,11 +103,11 @@ def rotate_kv_write_triton(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rotate_kv_write_kernel(
-    qkv_ptr: Any,  # [tokens, HEADS + 2 * KV_HEADS, HEAD_DIM]
-    rotation_ptr: Any,  # [tokens, 3, HEAD_DIM / 2]
-    k_cache_ptr: Any,  # [slots, KV_HEADS, HEAD_DIM]
-    v_cache_ptr: Any,  # [slots, KV_HEADS, HEAD_DIM]
-    slot_mapping_ptr: Any,  # int64 [tokens]
+    qkv_ptr,  # [tokens, HEADS + 2 * KV_HEADS, HEAD_DIM]
+    rotation_ptr,  # [tokens, 3, HEAD_DIM / 2]
+    k_cache_ptr,  # [slots, KV_HEADS, HEAD_DIM]
+    v_cache_ptr,  # [slots, KV_HEADS, HEAD_DIM]
+    slot_mapping_ptr,  # int64 [tokens]
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,

@@ -7,8 +7,6 @@ lengths lie packed in one launch. Decoding rows work too, but without splitting 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -83,18 +81,18 @@ def paged_prefill(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _paged_prefill_kernel(
-    q_ptr: Any,
-    k_cache_ptr: Any,
-    v_cache_ptr: Any,
-    out_ptr: Any,
-    block_tables_ptr: Any,
-    table_rows_ptr: Any,
-    query_start_ptr: Any,
-    seq_lens_ptr: Any,
-    tiles_ptr: Any,
-    scale: Any,  # times log2(e): the softmax is computed with exp2
-    q_stride: Any,
-    table_stride: Any,
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    out_ptr,
+    block_tables_ptr,
+    table_rows_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    tiles_ptr,
+    scale,  # times log2(e): the softmax is computed with exp2
+    q_stride,
+    table_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,15 +63,15 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, update: Tensor | None
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rms_norm_kernel(
-    x_ptr: Any,  # [outer, inner, size]
-    update_ptr: Any,  # as x, dense
-    weight_ptr: Any,  # [size]
-    out_ptr: Any,  # as x, dense
-    inner: Any,
-    outer_stride: Any,
-    inner_stride: Any,
-    size: Any,
-    eps: Any,
+    x_ptr,  # [outer, inner, size]
+    update_ptr,  # as x, dense
+    weight_ptr,  # [size]
+    out_ptr,  # as x, dense
+    inner,
+    outer_stride,
+    inner_stride,
+    size,
+    eps,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ADD: tl.constexpr,

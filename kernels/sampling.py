@@ -6,8 +6,6 @@ neither on the batch nor on which other tokens are in the race, so filtering onl
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -93,13 +91,13 @@ _BLOCK = 2048
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gumbel_kernel(
-    scores_ptr: Any,  # float32 [rows, columns]
-    keys_ptr: Any,  # int32 [rows, 2]
-    best_ptr: Any,  # float32 [rows, blocks]
-    winner_ptr: Any,  # int64 [rows, blocks]
-    columns: Any,
-    row_stride: Any,
-    largest: Any,
+    scores_ptr,  # float32 [rows, columns]
+    keys_ptr,  # int32 [rows, 2]
+    best_ptr,  # float32 [rows, blocks]
+    winner_ptr,  # int64 [rows, blocks]
+    columns,
+    row_stride,
+    largest,
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)

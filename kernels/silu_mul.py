@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,9 +37,9 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _silu_mul_kernel(
-    gate_up_ptr: Any,  # [tokens, 2 * size]
-    out_ptr: Any,  # [tokens, size]
-    size: Any,
+    gate_up_ptr,  # [tokens, 2 * size]
+    out_ptr,  # [tokens, size]
+    size,
     BLOCK: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)

@@ -6,7 +6,7 @@ takes nothing from the host but its launch, and gives it nothing but the sampled
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -217,18 +217,18 @@ def append_tokens_reference(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _decode_inputs_kernel(
-    slots_ptr: Any,
-    lengths_ptr: Any,
-    tokens_ptr: Any,
-    tables_ptr: Any,
-    ids_ptr: Any,
-    positions_ptr: Any,
-    places_ptr: Any,
-    seq_lens_ptr: Any,
-    rows: Any,
-    length_stride: Any,
-    token_stride: Any,
-    table_stride: Any,
+    slots_ptr,
+    lengths_ptr,
+    tokens_ptr,
+    tables_ptr,
+    ids_ptr,
+    positions_ptr,
+    places_ptr,
+    seq_lens_ptr,
+    rows,
+    length_stride,
+    token_stride,
+    table_stride,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -246,19 +246,19 @@ def _decode_inputs_kernel(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _packed_inputs_kernel(
-    slots_ptr: Any,
-    query_start_ptr: Any,
-    starts_ptr: Any,
-    lengths_ptr: Any,
-    tokens_ptr: Any,
-    tables_ptr: Any,
-    ids_ptr: Any,
-    positions_ptr: Any,
-    places_ptr: Any,
-    seq_lens_ptr: Any,
-    length_stride: Any,
-    token_stride: Any,
-    table_stride: Any,
+    slots_ptr,
+    query_start_ptr,
+    starts_ptr,
+    lengths_ptr,
+    tokens_ptr,
+    tables_ptr,
+    ids_ptr,
+    positions_ptr,
+    places_ptr,
+    seq_lens_ptr,
+    length_stride,
+    token_stride,
+    table_stride,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -283,19 +283,19 @@ def _packed_inputs_kernel(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _append_tokens_kernel(
-    sampled_ptr: Any,
-    slots_ptr: Any,
-    ends_ptr: Any,
-    lengths_ptr: Any,
-    tokens_ptr: Any,
-    results_ptr: Any,
-    counter_ptr: Any,
-    rows: Any,
-    padding_slot: Any,
-    steps: Any,
-    result_stride: Any,
-    length_stride: Any,
-    token_stride: Any,
+    sampled_ptr,
+    slots_ptr,
+    ends_ptr,
+    lengths_ptr,
+    tokens_ptr,
+    results_ptr,
+    counter_ptr,
+    rows,
+    padding_slot,
+    steps,
+    result_stride,
+    length_stride,
+    token_stride,
     BLOCK: tl.constexpr,
 ) -> None:
     count = tl.load(counter_ptr)
