@@ -7,6 +7,7 @@ oracle starts without torch.
 from __future__ import annotations
 
 import gc
+import os
 import socket
 import sys
 import traceback
@@ -125,6 +126,9 @@ class Worker:
             from .cuda_runner import CudaRunner  # noqa: PLC0415 (two seconds of imports, after the first message)
 
             return CudaRunner(config, self._start.rank, self._start.rendezvous)
+        # OpenMP's threads spin for milliseconds while they wait, on the cores that everybody else needs:
+        # steps are 10 times slower beside another busy process. This many spins just bridge two operators.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         from .runner import ModelRunner  # noqa: PLC0415 (as above)
 
         return InOrder(config, ModelRunner(config, self._start.rank, self._start.rendezvous))
