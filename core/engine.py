@@ -36,6 +36,7 @@ from ..ipc.messages import (
 from ..ipc.sockets import ServerSocket
 from .clients import Client, Splitter
 from .intake import MAX_N, make_requests
+from .request import Request
 from .scheduler import Outputs, Scheduler
 from .workers import Workers
 
@@ -141,22 +142,24 @@ class Engine:
 
     def _add(self, identity: bytes, client: Client, message: AddRequest) -> None:
         """Queue the message's requests, all or none."""
+        requests: list[Request] = []
         try:
-            requests = make_requests(identity, message, self._config.vocab_size, time.monotonic())
-            for request in requests:
+            for request in make_requests(identity, message, self._config.vocab_size, time.monotonic()):
                 if request.number in client.requests:
                     text = f"request {request.number} is in use"
                     raise RequestError(text, parameter="request", value=request.number)
-            for request in requests:  # equal but for their seeds: either all can run or the first is refused
-                self._scheduler.add(request)
+                self._scheduler.check(request)
+                requests.append(request)
         except RequestError as error:
             info = ErrorInfo.of(error)
             count = message.n if 1 <= message.n <= MAX_N else 1
             numbers = range(message.request, message.request + count)
             finished = [Finished(number, FinishReason.ERROR, error=info) for number in numbers]
             self._send(identity, StepOutputs(b"", b"", finished=finished))
-        else:
-            client.requests.update((request.number, request) for request in requests)
+            return
+        for request in requests:
+            self._scheduler.add(request)
+            client.requests[request.number] = request
 
     def _answer(self, call: Call) -> Reply:
         match call.method:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections.abc import Iterator
 
 import msgspec
 import numpy as np
@@ -34,8 +35,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 }
 
 
-def make_requests(client: bytes, message: AddRequest, vocab_size: int, now: float) -> list[Request]:
-    """The `n` requests of a message, not yet queued. Raises RequestError."""
+def make_requests(client: bytes, message: AddRequest, vocab_size: int, now: float) -> Iterator[Request]:
+    """The `n` requests of a message, made as they are asked for. The first may raise RequestError."""
     last = _INT32 - message.n + 1
     _check(1 <= message.n <= MAX_N, "n", message.n, f">= 1 and <= {MAX_N}")
     _check(0 <= message.request <= last, "request", message.request, f">= 0 and <= {last}")
@@ -43,8 +44,8 @@ def make_requests(client: bytes, message: AddRequest, vocab_size: int, now: floa
     sampling = message.sampling
     _check_sampling(sampling, message.max_tokens, vocab_size)
     prompt = _read_prompt(message.prompt, vocab_size)
-    return [
-        Request(
+    for i in range(message.n):
+        yield Request(
             client=client,
             number=message.request + i,
             tokens=prompt[:],
@@ -53,8 +54,6 @@ def make_requests(client: bytes, message: AddRequest, vocab_size: int, now: floa
             priority=message.priority,
             arrival_time=now,
         )
-        for i in range(message.n)
-    ]
 
 
 def _read_prompt(column: bytes, vocab_size: int) -> array[int]:

@@ -118,12 +118,25 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError when it can never run."""
-        request.max_total_tokens = min(request.max_total_tokens, self._max_model_len)
-        self._check_fits(request)
+        self.check(request)
         request.order = (request.priority if self._by_priority else 0, self._num_added)
         self._num_added += 1
         self._num_live_waiting += 1
         heappush(self._waiting, (request.order, request))
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError, with the arithmetic, when a new request can never run."""
+        request.max_total_tokens = min(request.max_total_tokens, self._max_model_len)
+        self._check_prompt(request.num_prompt_tokens)
+        # The last token's KV is never needed.
+        prompt, total, size = request.num_prompt_tokens, request.max_total_tokens, self._block_size
+        blocks, available = -(-(total - 1) // size), self._pool.num_blocks
+        if blocks > available:
+            message = (
+                f"prompt {prompt} + max_tokens {total - prompt} = {total} tokens need {blocks} KV blocks of "
+                f"{size} tokens; the cache has {available} ({available * size} tokens)"
+            )
+            raise RequestError(message, parameter="max_tokens", value=total - prompt, limit=available * size)
 
     def abort(self, request: Request) -> None:
         """Forget a request in whatever phase; its blocks are free on return."""
@@ -148,8 +161,8 @@ class Scheduler:
             prefix_cache_hits=self._cache_hits,
         )
 
-    def _check_fits(self, request: Request) -> None:
-        prompt, limit = request.num_prompt_tokens, self._max_model_len - 1
+    def _check_prompt(self, prompt: int) -> None:
+        limit = self._max_model_len - 1
         if prompt > limit:
             message = (
                 f"the prompt has {prompt} tokens; max_model_len {self._max_model_len} leaves room for {limit}"
@@ -161,15 +174,6 @@ class Scheduler:
                 f"max_num_batched_tokens {self._budget}"
             )
             raise RequestError(message, parameter="prompt", value=prompt, limit=self._budget)
-        # The last token's KV is never needed.
-        total, size = request.max_total_tokens, self._block_size
-        blocks, available = -(-(total - 1) // size), self._pool.num_blocks
-        if blocks > available:
-            message = (
-                f"prompt {prompt} + max_tokens {total - prompt} = {total} tokens need {blocks} KV blocks of "
-                f"{size} tokens; the cache has {available} ({available * size} tokens)"
-            )
-            raise RequestError(message, parameter="max_tokens", value=total - prompt, limit=available * size)
 
     # --- plans --------------------------------------------------------------------------------------
 
