@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from headrace.ipc.config import EngineConfig
+
+# As the workers do, for tests that compute in their own process: torch's threads must not spin on two cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 DEFAULTS: dict[str, Any] = {
     "model": "oracle",
