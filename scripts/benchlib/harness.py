@@ -63,8 +63,10 @@ def run_benchmark(
 
 
 def percentiles(name: str, seconds: Iterable[float], which: Sequence[int] = (50, 90, 99)) -> Figures:
-    """Mean and percentiles of some times, in milliseconds."""
+    """Mean and percentiles of some times, in milliseconds; no figures where there are no times."""
     values = sorted(1000 * value for value in seconds)
+    if not values:
+        return {}
     figures = {f"{name} mean, ms": statistics.fmean(values)}
     for percent in which:
         place = (len(values) - 1) * percent / 100

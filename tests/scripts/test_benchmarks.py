@@ -53,6 +53,10 @@ def test_percentiles_interpolate() -> None:
     assert figures == {"x mean, ms": 2.5, "x p0, ms": 1.0, "x p50, ms": 2.5, "x p100, ms": 4.0}
 
 
+def test_no_times_no_figures() -> None:
+    assert percentiles("x", []) == {}
+
+
 def test_what_a_trace_says() -> None:
     trace = Trace(10.0, [(11.0, 1), (12.0, 3), (16.0, 1)])
     assert (trace.num_tokens, trace.ttft, trace.e2e) == (5, 1.0, 6.0)
