@@ -1,7 +1,7 @@
-"""The model runner: one rank's model and KV cache, and the way from a batch to its tokens.
+"""The model runner on CPUs: one rank's model and KV cache, and the way from a batch to its tokens.
 
-Knows models, devices and the other ranks; does not know the pipe. Host work per step is a fixed number of
-array operations, whatever the number of rows.
+Knows models and the other ranks; does not know the pipe. Its work per step around the model is a fixed number
+of array operations, whatever the number of rows. GPUs have `cuda_runner`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..ipc.config import EngineConfig
 from ..ipc.messages import Admit, Sampling, StepPlan, pack
 from ..kernels.paged_attention import AttentionMetadata
-from .kv_cache import Budget, CacheSize, cpu_budget, cuda_budget, size_cache
+from .kv_cache import CacheSize, cpu_budget, size_cache
 from .models import build_model
 from .models.causal_lm import CausalLM, LayerCache
 from .parallel import TensorParallel, connect
@@ -51,7 +50,7 @@ class ModelRunner:
         self._config = config
         self._rank = rank
         self._rendezvous = rendezvous
-        self._device = torch.device("cuda", rank) if config.device == "cuda" else torch.device("cpu")
+        self._device = torch.device("cpu")
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._sampler = Sampler(self._device)
         self._kv_caches: list[LayerCache] = []
@@ -62,7 +61,9 @@ class ModelRunner:
     def load(self, progress: Callable[[str], None]) -> CacheSize:
         """Bring the weights onto the device. Raises ConfigError for files that are not as they must be."""
         config = self._config
-        self._prepare_device()
+        # The ranks share the cores that this process may use.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.tensor_parallel_size))
+        _keep_freed_memory()
         if config.tensor_parallel_size > 1:
             progress("connect ranks")
             self._tp = connect(self._rank, config.tensor_parallel_size, self._device, self._rendezvous)
@@ -73,7 +74,7 @@ class ModelRunner:
         load_weights(model, config, self._device, self._tp)
         self._model = model.eval()
         progress("size KV cache")
-        return size_cache(config, self._block_bytes(), self._budget())
+        return size_cache(config, self._block_bytes(), cpu_budget(config))
 
     @torch.inference_mode()
     def allocate(self, num_blocks: int, max_model_len: int) -> None:
@@ -100,7 +101,7 @@ class ModelRunner:
         if inputs.last_tokens is not None:
             hidden = hidden[inputs.last_tokens]
         logits = self._model.compute_logits(hidden)
-        tokens: I32 = self._sampler.sample(logits, slots, batch).cpu().numpy().astype(np.int32)
+        tokens: I32 = self._sampler.sample(logits, slots, batch).numpy().astype(np.int32)
         return tokens
 
     def prepare(self, slots: Slots, batch: Batch) -> ModelInput:
@@ -122,10 +123,10 @@ class ModelRunner:
         )
         everyone = len(batch.sampling) == len(rows)
         return ModelInput(
-            self._tensor(slots.tokens[rows, positions].astype(np.int64)),
-            self._tensor(positions),
+            torch.from_numpy(slots.tokens[rows, positions].astype(np.int64)),
+            torch.from_numpy(positions),
             metadata,
-            None if everyone else self._tensor(batch.sampling),
+            None if everyone else torch.from_numpy(batch.sampling),
         )
 
     def _mixed_input(self, slots: Slots, batch: Batch) -> ModelInput:
@@ -150,10 +151,10 @@ class ModelRunner:
         last_token = np.empty(len(rows), np.int64)  # of each row of the plan
         last_token[order] = query_ends - 1
         return ModelInput(
-            self._tensor(slots.tokens[slot_of_token, positions].astype(np.int64)),
-            self._tensor(positions),
+            torch.from_numpy(slots.tokens[slot_of_token, positions].astype(np.int64)),
+            torch.from_numpy(positions),
             metadata,
-            self._tensor(last_token[batch.sampling]),
+            torch.from_numpy(last_token[batch.sampling]),
         )
 
     def _metadata(
@@ -164,26 +165,15 @@ class ModelRunner:
         query_start = np.zeros(len(rows) + 1, np.int32)
         np.cumsum(query_lens, out=query_start[1:])
         return AttentionMetadata(
-            slot_mapping=self._tensor(slot_mapping),
-            block_tables=self._tensor(slots.block_tables[:, :max_blocks][rows]),
-            query_start=self._tensor(query_start),
-            seq_lens=self._tensor(seq_lens.astype(np.int32)),
+            slot_mapping=torch.from_numpy(slot_mapping),
+            block_tables=torch.from_numpy(slots.block_tables[:, :max_blocks][rows]),
+            query_start=torch.from_numpy(query_start),
+            seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
             num_decodes=num_decodes,
             max_seq_len=max_seq_len,
             query_lens_host=query_lens.tolist(),
             seq_lens_host=seq_lens.tolist(),
         )
-
-    def _tensor(self, values: NDArray[np.int64] | NDArray[np.int32]) -> Tensor:
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
-
-    def _prepare_device(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-            return
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // self._config.tensor_parallel_size))
-        _keep_freed_memory()
 
     def _block_bytes(self) -> int:
         model = self._model
@@ -196,35 +186,10 @@ class ModelRunner:
         return [(self._zeros(shape), self._zeros(shape)) for _ in range(model.num_layers)]
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
-        if self._device.type == "cuda":
-            return torch.zeros(shape, dtype=self._dtype, device=self._device)
         # numpy leaves the zeroing to the kernel: memory counts when a block is first written. torch.zeros
         # writes it all (3 s for 2 GiB).
         num_bytes = int(np.prod(shape)) * self._dtype.itemsize
         return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(self._dtype).view(shape)
-
-    def _budget(self) -> Budget:
-        if self._device.type == "cpu":
-            return cpu_budget(self._config)
-        return self._cuda_budget()
-
-    def _cuda_budget(self) -> Budget:
-        """Run the largest step, to see what is left beside it."""
-        config = self._config
-        rows = min(config.max_num_seqs, config.max_num_batched_tokens)
-        length = min(config.max_num_batched_tokens // rows, config.max_model_len - 1)
-        held = torch.cuda.memory_allocated(self._device)
-        # All rows write to the same blocks: only the shapes matter.
-        num_blocks = -(-(length + 2) // config.block_size)
-        self._kv_caches = self._new_caches(num_blocks)
-        before = torch.cuda.memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        self._rehearse(rows, length, num_blocks)
-        profiled = torch.cuda.max_memory_allocated(self._device) - before
-        self._kv_caches = []
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self._device)
-        return cuda_budget(config, free=free, total=total, held=held, profiled=profiled)
 
     def _rehearse(self, rows: int, length: int, num_blocks: int) -> None:
         """Prefill `rows` prompts of `length` tokens and decode once, through a slot table of its own."""
