@@ -83,9 +83,7 @@ def test_what_is_not_offered_is_refused_with_what_is(
 
 
 def test_optional_imports_can_be_caught(runs: Runs) -> None:
-    text = (
-        "import vllm\nassert not hasattr(vllm, 'x')\ntry: import vllm.x\nexcept ImportError: print('ok')"
-    )
+    text = "import vllm\nassert not hasattr(vllm, 'x')\ntry: import vllm.x\nexcept ImportError: print('ok')"
     assert runs.as_vllm(text).stdout == "ok\n"
 
 
