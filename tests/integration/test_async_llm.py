@@ -253,6 +253,43 @@ def test_leaving_a_stream_aborts_the_request(engine: AsyncLLM) -> None:
     run(main())
 
 
+def test_a_thousand_requests_left_at_random(engine: AsyncLLM) -> None:
+    """Those that are read to their end are exact, the others are gone, and no block is lost."""
+
+    async def main() -> None:
+        rng = random.Random(7)
+        await engine.reset_prefix_cache()
+        free = (await stats(engine)).num_free_blocks
+
+        async def one(seed: int) -> None:
+            prompt = [seed % VOCAB_SIZE] * rng.randrange(1, 40)
+            length, leave, way = rng.randrange(1, 60), rng.randrange(40), rng.randrange(4)
+            stream = engine.generate(prompt, sampling(seed, length), f"x{seed}")
+            got: list[int] = []
+            async for output in stream:
+                got += output.outputs[0].token_ids
+                if len(got) > leave and way == 1:
+                    break
+                if len(got) > leave and way == 2:
+                    await engine.abort(f"x{seed}")
+                if len(got) > leave and way == 3:
+                    await stream.aclose()
+            assert got == oracle(prompt, seed, length)[: len(got)]
+            assert len(got) == length or way
+
+        async def worker(first: int) -> None:
+            for seed in range(first, 1000, 50):
+                await one(seed)
+
+        await asyncio.gather(*(worker(first) for first in range(50)))
+        await until_idle(engine)
+        assert engine.num_unfinished_requests == 0
+        await engine.reset_prefix_cache()
+        assert (await stats(engine)).num_free_blocks == free
+
+    run(main())
+
+
 def test_the_loop_may_end_in_the_middle(engine: AsyncLLM) -> None:
     """`asyncio.run` cancels its tasks; the next loop finds a clean engine."""
 
