@@ -3,8 +3,8 @@
     python scripts/bench_board.py --model scripts/models/llama-3.2-1b --load-format dummy
     python scripts/bench_board.py --compare headrace,vllm --rounds 1 --model ... --load-format dummy
 
-`b1` to `b128`: milliseconds per output token of so many requests at once, 32 tokens in and 128 out, the median
-of some runs. `nano`: output tokens a second of 256 requests, 100 to 1024 tokens in and out, temperature 0.6.
+`b1` to `b128`: milliseconds per output token of so many requests at once, 32 tokens in and 128 out, median of
+some runs. `nano`: output tokens a second of 256 requests, 100 to 1024 tokens in and out, temperature 0.6.
 `prefill`: prompt tokens a second of 65536 tokens in prompts of 4096 (1024 for a short model). All prompts are
 fresh.
 """

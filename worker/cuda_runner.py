@@ -1,0 +1,210 @@
+"""The runner for GPUs: loads a model, sizes its cache, and keeps steps queued on the device.
+
+Knows the life of a worker on a GPU; the slot table, a step and the graphs have files of their own. Nothing
+here waits for the device while steps are under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ipc.config import EngineConfig
+from ..ipc.messages import Admit, Sampling, StepPlan, pack
+from .device_slots import DeviceSlots, Work
+from .device_step import RESULTS, DeviceStep, Logits
+from .graphs import Graphs, graph_sizes
+from .kv_cache import CacheSize, cuda_budget, size_cache
+from .models import build_model
+from .models.causal_lm import CausalLM, LayerCache
+from .parallel import TensorParallel, connect
+from .weights import load_weights
+
+_WARM_UP_TOKENS = 32
+
+
+class Under(NamedTuple):
+    """A step on the device."""
+
+    event: torch.cuda.Event
+    row: Tensor
+    """int32 [num_sampling], pinned; written once `event` has come."""
+
+    def ready(self) -> bool:
+        return bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def tokens(self) -> bytes:
+        self.event.synchronize()
+        return self.row.numpy().tobytes()
+
+
+class CudaRunner:
+    """A worker's runner with a network on one GPU per rank."""
+
+    def __init__(self, config: EngineConfig, rank: int, rendezvous: str) -> None:
+        self._config, self._rank, self._rendezvous = config, rank, rendezvous
+        self._device = torch.device("cuda", rank)
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._tp = TensorParallel()
+        self._model: CausalLM
+        self._step: DeviceStep
+        self._graphs: Graphs[None] | None = None
+        self._special_graphs: Graphs[Logits] | None = None
+        self._events = [torch.cuda.Event() for _ in range(RESULTS)]  # type: ignore[no-untyped-call]
+        self._num_events = 0
+        self._num_results = 0
+
+    # --- starting ------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def load(self, progress: Callable[[str], None]) -> CacheSize:
+        """Bring the weights onto the device. Raises ConfigError for files that are not as they must be."""
+        config = self._config
+        torch.cuda.set_device(self._device)
+        if config.tensor_parallel_size > 1:
+            progress("connect ranks")
+            self._tp = connect(self._rank, config.tensor_parallel_size, self._device, self._rendezvous)
+        progress("load weights")
+        model = build_model(
+            config.architecture, config.hf_config, self._dtype, self._device, self._tp, config.max_model_len
+        )
+        load_weights(model, config, self._device, self._tp)
+        self._model = model.eval()
+        progress("size KV cache")
+        return self._size()
+
+    @torch.inference_mode()
+    def allocate(self, num_blocks: int, max_model_len: int) -> None:
+        """Make the KV cache, with one block more for padding, and the slot table."""
+        self._step = self._new_step(self._config.max_num_seqs, max_model_len, num_blocks)
+        if not self._config.enforce_eager:
+            sizes = graph_sizes(self._config.max_num_seqs)
+            step = self._step
+            self._graphs = Graphs(step.decode, lambda rows: step.decode(rows, rehearsal=True), sizes)
+            self._special_graphs = Graphs(
+                self._special_logits, lambda rows: step.decode(rows, rehearsal=True), sizes
+            )
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile what a first request needs, and record a graph for it."""
+        slots = self._step.slots
+        length = min(_WARM_UP_TOKENS, self._config.max_num_batched_tokens, slots.tokens.shape[1] - 2)
+        _rehearse(self._temporary_step(1, length), 1, length)
+        if self._graphs is not None:
+            self._graphs.record(1)
+        torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def idle(self) -> bool:
+        """Record one more graph."""
+        return self._graphs is not None and self._graphs.record_next()
+
+    # --- steps ---------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def submit(self, plan: StepPlan) -> Under:
+        """Queue the step's kernels."""
+        work = self._step.slots.apply(plan)
+        if work.decode and work.num_rows:
+            self._decode(work)
+        elif work.num_rows:
+            run_packed(self._step, work)
+        event = self._events[self._num_events % RESULTS]
+        self._num_events += 1
+        event.record()
+        row = self._step.results[self._num_results % RESULTS, : work.num_sampling]
+        self._num_results += work.num_sampling > 0
+        return Under(event, row)
+
+    def _decode(self, work: Work) -> None:
+        step = self._step
+        if work.special:
+            logits = (
+                step.decode_logits(work.num_rows)
+                if self._special_graphs is None
+                else self._special_graphs.run(work.num_rows)
+            )
+            step.draw_special(logits, work)
+        elif self._graphs is None:
+            step.decode(work.num_rows)
+        else:
+            self._graphs.run(work.num_rows)
+
+    def _special_logits(self, rows: int) -> Logits:
+        """Logits where every graph leaves them: kept apart they would fill the memory."""
+        logits = self._step.decode_logits(rows)
+        kept = self._kept_logits(logits.logits.dtype)[:rows]
+        kept.copy_(logits.logits)
+        return Logits(kept, logits.slots, logits.ends)
+
+    @cache  # noqa: B019 (the runner lives as long as its process)
+    def _kept_logits(self, dtype: torch.dtype) -> Tensor:
+        rows = len(self._step.slots.rows)
+        return torch.empty(rows, self._model.vocab_size, dtype=dtype, device=self._device)
+
+    # --- sizes ---------------------------------------------------------------------------------------
+
+    def _size(self) -> CacheSize:
+        """Run the largest step, to see what is left beside it."""
+        config = self._config
+        rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+        length = min(config.max_num_batched_tokens // rows, config.max_model_len - 1)
+        held = torch.cuda.memory_allocated(self._device)
+        step = self._temporary_step(rows, length)
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        _rehearse(step, rows, length)
+        profiled = torch.cuda.max_memory_allocated(self._device) - before
+        del step
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        budget = cuda_budget(config, free=free, total=total, held=held, profiled=profiled)
+        return size_cache(config, self._block_bytes(), budget)
+
+    def _block_bytes(self) -> int:
+        model, config = self._model, self._config
+        per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * self._dtype.itemsize
+        return config.block_size * per_token
+
+    def _new_step(self, num_slots: int, max_model_len: int, num_blocks: int) -> DeviceStep:
+        model, block_size = self._model, self._config.block_size
+        shape = (num_blocks + 1, block_size, model.num_kv_heads, model.head_dim)
+        caches: list[LayerCache] = [
+            (
+                torch.zeros(shape, dtype=self._dtype, device=self._device),
+                torch.zeros(shape, dtype=self._dtype, device=self._device),
+            )
+            for _ in range(model.num_layers)
+        ]
+        slots = DeviceSlots(self._device, num_slots, max_model_len, block_size, num_blocks)
+        heads = int(self._config.hf_config["num_attention_heads"]) // self._tp.size
+        return DeviceStep(model, caches, slots, heads)
+
+    def _temporary_step(self, rows: int, length: int) -> DeviceStep:
+        """For `_rehearse`."""
+        return self._new_step(rows, length + 2, -(-(length + 1) // self._config.block_size))
+
+
+def run_packed(step: DeviceStep, work: Work) -> None:
+    """A step of any composition."""
+    logits = step.packed_logits(work)
+    if logits is not None and work.special:
+        step.draw_special(logits, work)
+    elif logits is not None:
+        step.draw(logits)
+
+
+def _rehearse(step: DeviceStep, rows: int, length: int) -> None:
+    """Prefill `rows` prompts of `length` tokens and decode once, all in the same blocks: shapes matter."""
+    slots = step.slots
+    blocks = pack(range(slots.padding_block))
+    prompt = pack([0] * length)
+    admitted = [Admit(slot, prompt, length, 0, blocks, Sampling()) for slot in range(rows)]
+    run_packed(step, slots.apply(StepPlan(0, b"", admitted, b"", pack(range(rows)), pack([length] * rows))))
+    work = slots.apply(StepPlan(1, b"", [], b"", None, pack([1] * rows)))
+    step.decode(work.num_rows)

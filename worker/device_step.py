@@ -1,0 +1,232 @@
+"""One engine step on the device: from the slot table through the model to sampled tokens back in the table.
+
+Two forms. A decode step takes everything from the device and can be recorded in a CUDA graph; a packed step
+(any mix of prompts, chunks and decodes) takes its composition from the host. Knows models and sampling; does
+not know when graphs are recorded, nor processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels.draw_tokens import draw_tokens
+from ..kernels.paged_attention import AttentionMetadata
+from ..kernels.paged_prefill import tile_tokens
+from ..kernels.slot_table import StepInputs, append_tokens, decode_inputs, packed_inputs
+from .device_slots import DeviceSlots, Work
+from .fused_decode import fused_decode
+from .models.causal_lm import CausalLM, LayerCache
+from .sampler import Requests, Sampler
+from .slots import I64, Batch, SamplingColumns
+from .staging import Staging
+
+RESULTS = 8
+"""Steps whose tokens the results ring holds: more than are ever in flight."""
+
+
+@dataclass(slots=True)
+class Logits:
+    """A step whose tokens remain to be drawn."""
+
+    logits: Tensor
+    """[rows, vocab], float32 or the model's dtype"""
+    slots: Tensor
+    """int32 [rows]"""
+    ends: Tensor
+    """int32 [rows], where the sampled tokens go"""
+
+
+@dataclass(slots=True)
+class _Scene:
+    """Which rows a decode step runs and where it reports."""
+
+    rows: Tensor
+    results: Tensor
+    counter: Tensor
+
+
+@dataclass(slots=True)
+class _SpecialRequests:
+    """The slot table as the sampler's stages for special requests want to see it."""
+
+    sampling: SamplingColumns
+    num_prompt: I64
+    num_tokens: I64
+    table: DeviceSlots
+
+    def history(self, slots: I64, length: int) -> Tensor:
+        return self.table.history(slots, length)
+
+
+class DeviceStep:
+    """Runs steps of `slots` through `model`; the tokens appear in `results`."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        caches: Sequence[LayerCache],
+        slots: DeviceSlots,
+        num_heads: int,
+    ) -> None:
+        self.slots = slots
+        self._model, self._caches = model, caches
+        self._fused = fused_decode(model, caches, num_heads, len(slots.rows))
+        self._sampler = Sampler(slots.device)
+        device, on_gpu = slots.device, slots.device.type == "cuda"
+        # Written by the device, read by the host: no copy in between.
+        self.results = torch.zeros(RESULTS, len(slots.rows), dtype=torch.int32, pin_memory=on_gpu)
+        self._real = _Scene(slots.rows, self.results, slots.counter)
+        self._rehearsed = _Scene(
+            torch.full_like(slots.rows, slots.padding_slot),
+            torch.zeros_like(self.results, device=device),
+            torch.zeros_like(slots.counter),
+        )
+        self._staging = Staging(device)
+        self._tile_tokens = tile_tokens(num_heads, model.num_kv_heads)
+        starts = torch.arange(len(slots.rows) + 1, dtype=torch.int32, device=device)
+        self._each_row = starts
+        self._each_tile = torch.stack((starts, torch.zeros_like(starts)), dim=1)
+
+    # --- decode steps: nothing here depends on anything on the host but `rows` -----------------------
+
+    def decode(self, rows: int, rehearsal: bool = False) -> None:
+        """A whole step of the first `rows` slots of `slots.rows`, sampled with temperature alone.
+
+        A rehearsal launches the same kernels for padding and leaves no trace.
+        """
+        scene = self._rehearsed if rehearsal else self._real
+        self.draw(self.decode_logits(rows, rehearsal), scene)
+
+    def decode_logits(self, rows: int, rehearsal: bool = False) -> Logits:
+        """The first part of `decode`: run the model."""
+        table = self.slots
+        slots = (self._rehearsed if rehearsal else self._real).rows[:rows]
+        inputs = decode_inputs(slots, table.lengths, table.tokens, table.block_tables, table.block_size)
+        if self._fused is not None:
+            return Logits(self._fused(inputs, slots, table.block_tables), slots, inputs.seq_lens)
+        meta = self._decode_metadata(slots, inputs)
+        hidden = self._model(inputs.input_ids, inputs.positions, self._caches, meta)
+        return Logits(self._model.compute_logits(hidden), slots, inputs.seq_lens)
+
+    def draw(self, drawn: Logits, scene: _Scene | None = None) -> None:
+        """Sample with temperature alone, and append."""
+        table = self.slots
+        tokens = draw_tokens(drawn.logits, table.temperatures, table.seeds, drawn.ends, drawn.slots)
+        self._append(tokens, drawn, scene)
+
+    def draw_special(self, drawn: Logits, work: Work) -> None:
+        """Sample with every stage, and append. `work` has its columns."""
+        table, count = self.slots, work.num_sampling
+        sampled = work.slots[work.sampling]
+        num_tokens = table.num_tokens.copy()
+        num_tokens[sampled] -= 1
+        requests: Requests = _SpecialRequests(table.sampling, table.num_prompt, num_tokens, table)
+        batch = Batch(
+            slots=work.slots,
+            num_scheduled=work.num_scheduled,
+            starts=work.starts,
+            ends=work.starts + work.num_scheduled,
+            sampling=work.sampling,
+            one_each=work.decode,
+            changed=True,
+        )
+        tokens = self._sampler.sample(drawn.logits[:count].float(), requests, batch)
+        self._append(tokens, Logits(drawn.logits, drawn.slots[:count], drawn.ends[:count]))
+
+    def _append(self, tokens: Tensor, drawn: Logits, scene: _Scene | None = None) -> None:
+        table, scene = self.slots, scene or self._real
+        append_tokens(
+            tokens, drawn.slots, drawn.ends, table.lengths, table.tokens, scene.results, scene.counter
+        )
+
+    # --- packed steps --------------------------------------------------------------------------------
+
+    def packed_logits(self, work: Work) -> Logits | None:
+        """Run the model for `work`; None when no row samples."""
+        table = self.slots
+        single = work.num_scheduled == 1
+        order = np.concatenate((np.flatnonzero(single), np.flatnonzero(~single)))
+        query_lens, starts = work.num_scheduled[order], work.starts[order]
+        query_start = np.concatenate(([0], np.cumsum(query_lens)))
+        last_token = np.empty(len(order), np.int64)
+        last_token[order] = query_start[1:] - 1
+        sampled = work.slots[work.sampling]
+        ends = (work.starts + work.num_scheduled)[work.sampling]
+        slots, starts_there, query_start_there, tiles, last, sampling_slots, sampling_ends = (
+            self._staging.send(
+                work.slots[order],
+                starts,
+                query_start,
+                self._tiles(query_lens),
+                last_token[work.sampling],
+                sampled,
+                ends,
+            )
+        )
+        num_tokens = int(query_start[-1])
+        inputs = packed_inputs(
+            slots,
+            query_start_there,
+            starts_there,
+            table.lengths,
+            table.tokens,
+            table.block_tables,
+            table.block_size,
+            num_tokens,
+            int(query_lens.max()),
+        )
+        seq_lens = starts + query_lens
+        meta = AttentionMetadata(
+            slot_mapping=inputs.slot_mapping,
+            block_tables=table.block_tables,
+            query_start=query_start_there,
+            seq_lens=inputs.seq_lens,
+            num_decodes=int(single.sum()),
+            max_seq_len=int(seq_lens.max()),
+            query_lens_host=query_lens.tolist(),
+            seq_lens_host=seq_lens.tolist(),
+            table_rows=slots,
+            tiles=tiles.view(-1, 2),
+        )
+        hidden = self._model(inputs.input_ids, inputs.positions, self._caches, self._portable(meta, slots))
+        if not work.num_sampling:
+            return None
+        logits = self._model.compute_logits(hidden.index_select(0, last))
+        return Logits(logits, sampling_slots, sampling_ends)
+
+    def _tiles(self, query_lens: I64) -> I64:
+        """As `paged_prefill` takes them, flat; long tiles of late tokens first, so that none straggles."""
+        counts = -(-query_lens // self._tile_tokens)
+        rows = np.repeat(np.arange(len(counts)), counts)
+        number = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.stack((rows, number * self._tile_tokens), axis=1)[::-1].reshape(-1)
+
+    def _decode_metadata(self, slots: Tensor, inputs: StepInputs) -> AttentionMetadata:
+        rows = len(slots)
+        meta = AttentionMetadata(
+            slot_mapping=inputs.slot_mapping,
+            block_tables=self.slots.block_tables,
+            query_start=self._each_row[: rows + 1],
+            seq_lens=inputs.seq_lens,
+            num_decodes=rows,
+            max_seq_len=0,
+            table_rows=slots,
+            tiles=self._each_tile[:rows],
+        )
+        if slots.is_cuda:
+            return meta
+        lens = inputs.seq_lens.tolist()
+        meta = replace(meta, max_seq_len=max(lens), query_lens_host=[1] * rows, seq_lens_host=lens)
+        return self._portable(meta, slots)
+
+    def _portable(self, meta: AttentionMetadata, slots: Tensor) -> AttentionMetadata:
+        """`meta` for the torch path, when that is what runs."""
+        if slots.is_cuda:
+            return meta
+        tables = self.slots.block_tables[slots.long()]
+        return replace(meta, block_tables=tables, table_rows=None, tiles=None)

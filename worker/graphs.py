@@ -1,0 +1,70 @@
+"""CUDA graphs of decode steps, one for every batch size that is worth one, recorded when there is time.
+
+A replay costs the host one call, whatever the model. Knows batch sizes and recording; what is recorded is a
+function of the batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+_EVERY_SIZE = 32
+_STEP = 8
+_STRETCH = 2
+"""A step may run padded to so many times its size rather than wait for a recording."""
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Every size to 32, then every 8th; the last holds `max_num_seqs`."""
+    sizes = list(range(1, min(_EVERY_SIZE, max_num_seqs) + 1))
+    return sizes + list(range(_EVERY_SIZE + _STEP, max_num_seqs + _STEP, _STEP))
+
+
+class Graphs(Generic[Result]):
+    """Recordings of `step(size)`, which launches the same work on the same tensors whenever it is called."""
+
+    def __init__(
+        self, step: Callable[[int], Result], rehearse: Callable[[int], None], sizes: list[int]
+    ) -> None:
+        self._step = step
+        self._rehearse = rehearse
+        self._sizes = sizes
+        self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, Result]] = {}
+        self._pool: Any = None
+        doubling = [size for size in sizes if size & (size - 1) == 0]
+        self._missing = [*(s for s in sizes if s not in doubling), *reversed([sizes[-1], *doubling])]
+
+    def run(self, rows: int) -> Result:
+        """Launch the step for at least `rows` rows, recording it first if nothing near is recorded."""
+        size = next(size for size in self._sizes if size >= rows)
+        if size not in self._recorded:
+            larger = (s for s in self._sizes if size < s <= _STRETCH * size and s in self._recorded)
+            size = next(larger, size)
+        if size not in self._recorded:
+            self.record(size)
+        graph, result = self._recorded[size]
+        graph.replay()
+        return result
+
+    def record_next(self) -> bool:
+        """Record one of the missing sizes; False when there is none."""
+        while self._missing:
+            size = self._missing.pop()
+            if size not in self._recorded:
+                self.record(size)
+                return True
+        return False
+
+    def record(self, size: int) -> None:
+        # Once for real: kernels are compiled and loaded, which a recording must not do.
+        self._rehearse(size)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = self._step(size)
+        self._pool = graph.pool()
+        self._recorded[size] = graph, result

@@ -1,0 +1,51 @@
+"""Integers on their way from the host to the device: one pinned buffer, one copy, nobody waits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_TURNS = 3
+"""Copies that may be under way: the host writes the next buffer while the device reads the last."""
+_SMALLEST = 4096
+_ALIGNMENT = 4
+"""int32 words: Triton makes wider loads where addresses are multiples of 16 bytes."""
+
+
+class Staging:
+    """Sends arrays to `device` in the order of its current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._on_gpu = device.type == "cuda"
+        self._turn = 0
+        self._buffers = [self._buffer(_SMALLEST) for _ in range(_TURNS)]
+        self._sent: list[torch.cuda.Event | None] = [None] * _TURNS
+
+    def send(self, *arrays: NDArray[Any]) -> Sequence[Tensor]:
+        """The arrays of integers, flat, as int32 on the device; they lie behind one another in one tensor."""
+        sizes = [-(-array.size // _ALIGNMENT) * _ALIGNMENT for array in arrays]
+        total = sum(sizes)
+        turn = self._turn = (self._turn + 1) % _TURNS
+        sent = self._sent[turn]
+        if sent is not None:
+            sent.synchronize()
+        if len(self._buffers[turn]) < total:
+            self._buffers[turn] = self._buffer(2 * total)
+        buffer = self._buffers[turn][:total]
+        at, host = 0, buffer.numpy()
+        for array, size in zip(arrays, sizes, strict=True):
+            host[at : at + array.size] = array.reshape(-1)
+            at += size
+        there = buffer.to(self._device, non_blocking=True) if self._on_gpu else buffer.clone()
+        if self._on_gpu:
+            sent = self._sent[turn] = sent or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            sent.record()
+        return [part[: array.size] for part, array in zip(torch.split(there, sizes), arrays, strict=True)]
+
+    def _buffer(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, pin_memory=self._on_gpu)
