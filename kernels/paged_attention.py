@@ -165,7 +165,7 @@ def _make_plan(meta: AttentionMetadata, block_size: int) -> _Plan:
     for row in range(meta.num_decodes, len(meta.seq_lens_host)):
         query_len, seq_len = meta.query_lens_host[row], meta.seq_lens_host[row]
         blocks = meta.block_tables[row, : -(-seq_len // block_size)]
-        mask = _causal_mask(query_len, seq_len) if query_len < seq_len else None
+        mask = _causal_mask(query_len, seq_len, blocks.device) if query_len < seq_len else None
         prefills.append(_Prefill(slice(start, start + query_len), blocks, seq_len, mask))
         start += query_len
     return _Plan(decodes, prefills, is_one_group=len(decodes) == 1 and not prefills)
@@ -184,12 +184,13 @@ def _similar_rows(meta: AttentionMetadata) -> list[list[int]]:
 
 def _decode_group(meta: AttentionMetadata, rows: list[int], block_size: int) -> _Decodes:
     max_blocks = -(-max(meta.seq_lens_host[row] for row in rows) // block_size)
-    index = torch.tensor(rows)
+    device = meta.block_tables.device
+    index = torch.tensor(rows, device=device)
     blocks = meta.block_tables[index, :max_blocks]
-    padding = torch.arange(max_blocks * block_size) >= meta.seq_lens[index, None]
-    bias = torch.zeros(padding.shape).masked_fill_(padding, -torch.inf)
+    padding = torch.arange(max_blocks * block_size, device=device) >= meta.seq_lens[index, None]
+    bias = torch.zeros(padding.shape, device=device).masked_fill_(padding, -torch.inf)
     return _Decodes(index, blocks.flatten(), bias[:, None, None])
 
 
-def _causal_mask(query_len: int, seq_len: int) -> Tensor:
-    return torch.ones(query_len, seq_len, dtype=torch.bool).tril_(seq_len - query_len)
+def _causal_mask(query_len: int, seq_len: int, device: torch.device) -> Tensor:
+    return torch.ones(query_len, seq_len, dtype=torch.bool, device=device).tril_(seq_len - query_len)

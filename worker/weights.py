@@ -53,8 +53,9 @@ def fill_dummy(model: CausalLM, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(_DUMMY_PERIOD, generator=generator).mul_(_DUMMY_SCALE)
+    noise = noise.to(next(model.parameters()).dtype)
     for name, weight in model.weights().items():
-        weight.load(_dummy(name, weight.shape, noise.to(weight.target.dtype)))
+        weight.load(_dummy(name, weight.shape, noise))
 
 
 def _dummy(name: str, shape: tuple[int, ...], noise: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Qwen3Attention(LlamaAttention):
     def project(self, x: Tensor) -> Tensor:
         heads = super().project(x)
         kv_heads = (heads.shape[1] - self.num_heads) // 2
-        q, k, v = heads.split((self.num_heads, kv_heads, kv_heads), dim=1)
+        q, k, v = heads.split_with_sizes((self.num_heads, kv_heads, kv_heads), dim=1)
         return torch.cat((self.q_norm(q), self.k_norm(k), v), dim=1)
 
     def weights(self, prefix: str) -> Weights:
