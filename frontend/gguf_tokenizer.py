@@ -1,8 +1,8 @@
 """The tokenizer that a GGUF file's metadata describes: byte-level BPE ("gpt2" in GGUF's words).
 
 How text is split before the merges apply is `tokenizer.ggml.pre`, a name that llama.cpp's sources define.
-transformers reads the same files but ignores that name: it splits off no digits for SmolLM, unlike the model's
-own tokenizer.
+transformers reads the same files but ignores that name: it splits off no digits for SmolLM, unlike the
+model's own tokenizer.
 """
 
 from __future__ import annotations
