@@ -69,7 +69,8 @@ def spawn(
 
     The child has its own session, so that Ctrl-C reaches the parent alone, which then ends the child in
     good order. Its standard output goes to standard error: a program's output stays its own. `-P` keeps the
-    working directory off `sys.path`. A child whose parent vanishes deletes the folder `remove` and exits.
+    working directory off `sys.path`. A child whose parent vanishes exits; at its end, whichever it is, it
+    deletes the folder `remove`.
     """
     command = [sys.executable, "-P", "-m", __name__, entry, str(os.getpid()), remove or ""]
     process = subprocess.Popen(
@@ -111,7 +112,11 @@ def main() -> None:
         following = (int(parent), remove)
         threading.Thread(target=_follow_parent, args=following, name="parent", daemon=True).start()
     module, _, function = entry.partition(":")
-    getattr(importlib.import_module(module), function)(payload)
+    try:
+        getattr(importlib.import_module(module), function)(payload)
+    finally:
+        if remove:  # a parent that was killed cannot do it
+            shutil.rmtree(remove, ignore_errors=True)
 
 
 if __name__ == "__main__":
