@@ -96,4 +96,5 @@ def measure(args: argparse.Namespace) -> Figures:
         return runner.run(run())
 
 
-run_benchmark(__doc__, measure, add_flags, engines=("headrace",))
+if __name__ == "__main__":  # vLLM imports the main module again in its children
+    run_benchmark(__doc__, measure, add_flags, engines=("headrace",))

@@ -70,4 +70,5 @@ def _wall(command: list[str]) -> float:
     return min(seconds)
 
 
-run_benchmark(__doc__, measure, add_flags, engines=("headrace", "vllm"))
+if __name__ == "__main__":  # vLLM imports the main module again in its children
+    run_benchmark(__doc__, measure, add_flags, engines=("headrace", "vllm"))

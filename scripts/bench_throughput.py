@@ -51,4 +51,5 @@ def measure(args: argparse.Namespace) -> Figures:
     }
 
 
-run_benchmark(__doc__, measure, add_flags)
+if __name__ == "__main__":  # vLLM imports the main module again in its children
+    run_benchmark(__doc__, measure, add_flags)
