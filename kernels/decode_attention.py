@@ -38,8 +38,10 @@ class DecodePlan(NamedTuple):
     """float32 [pieces, heads, 2], largest score and sum of a piece, to base 2."""
     arrivals: Tensor
     """int32 [rows, kv_heads], finished pieces; zero between launches."""
-    programs: int = 1056
-    """Fewest to aim at with long contexts: 8 for each of an H200's 132 multiprocessors."""
+    programs: int = 528
+    """To aim at with few rows of long context: 4 for each of an H200's 132 multiprocessors."""
+    min_piece: int = 64
+    """Tokens below which a row is not cut, as long as the rows alone do not make `programs / 2` programs."""
 
     @classmethod
     def empty(
@@ -49,7 +51,8 @@ class DecodePlan(NamedTuple):
         kv_heads: int,
         head_dim: int,
         device: torch.device,
-        programs: int = 1056,
+        programs: int = 528,
+        min_piece: int = 64,
     ) -> DecodePlan:
         """For steps of at most `rows` rows."""
         pieces = rows - (-_target(rows, kv_heads, programs) // kv_heads)
@@ -60,6 +63,7 @@ class DecodePlan(NamedTuple):
             stats=torch.empty(pieces, heads, 2, **floats),
             arrivals=torch.zeros(rows, kv_heads, dtype=torch.int32, device=device),
             programs=programs,
+            min_piece=min_piece,
         )
 
     def pieces_each(self, rows: int) -> int:
@@ -77,9 +81,9 @@ def _target(rows: int, kv_heads: int, programs: int) -> int:
     return programs + 2 * rows * kv_heads
 
 
-def _min_piece(rows: int, kv_heads: int) -> int:
-    """Tokens below which a row is not cut: few rows need every multiprocessor, many have enough programs."""
-    return _GRAIN if rows * kv_heads < 264 else 4 * _GRAIN
+def _is_small(rows: int, kv_heads: int) -> bool:
+    """Rows alone do not fill the GPU: latency counts, not bandwidth."""
+    return rows * kv_heads < 264
 
 
 def plan_decode(plan: DecodePlan, seq_lens: Tensor, table_rows: Tensor | None = None) -> None:
@@ -98,7 +102,7 @@ def plan_decode(plan: DecodePlan, seq_lens: Tensor, table_rows: Tensor | None = 
         plan.max_pieces(rows),
         plan.work.shape[1],
         plan.pieces_each(rows),
-        _min_piece(rows, kv_heads),
+        plan.min_piece if _is_small(rows, kv_heads) else 256,
         GRAIN=_GRAIN,
         ROWS=triton.next_power_of_2(rows),
         HAS_TABLE_ROWS=table_rows is not None,
@@ -163,9 +167,9 @@ class DecodeTuning(NamedTuple):
 
 
 def _tuning(rows: int, kv_heads: int, head_dim: int) -> DecodeTuning:
-    if rows * kv_heads < 264:
-        return DecodeTuning(64, 4, 5)
-    return DecodeTuning(32, 2 if head_dim <= 64 else 4, 5)
+    if _is_small(rows, kv_heads):
+        return DecodeTuning(64, 2 if head_dim <= 64 else 4, 3)
+    return DecodeTuning(32 if head_dim <= 64 else 16, 1, 5)
 
 
 def decode_attention(
@@ -182,6 +186,7 @@ def decode_attention(
     eps: float = 1e-6,
     reads_ahead: bool = False,
     tuning: DecodeTuning | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token per row; its key and value are stored in the cache.
 
@@ -194,14 +199,17 @@ def decode_attention(
         q_norm, k_norm: [head_dim], weights of an RMS norm of each head; None: no norm.
         reads_ahead: read plan and cache before the kernel in front has ended. Sound if this step's plan was
             complete when the layer before attended: in every layer but the first.
+        out: where to put the result.
 
     Returns: [rows, heads * head_dim].
     """
     rows = len(qkv)
     block_size, kv_heads, head_dim = k_cache.shape[1:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    width = triton.next_power_of_2(head_dim)
     chosen = tuning or _tuning(rows, kv_heads, head_dim)
-    out = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
+    if out is None:
+        out = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     _decode_attention_kernel[kv_heads, plan.max_pieces(rows)](
         qkv,
         qkv if q_norm is None else q_norm,
@@ -226,11 +234,11 @@ def decode_attention(
         ROTATE=rotation is not None,
         NORM=q_norm is not None,
         GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
-        WIDTH=triton.next_power_of_2(head_dim),
+        WIDTH=width,
         TILE=chosen.tile,
-        AT_ONCE=16,
+        AT_ONCE=max(2, 2048 * chosen.num_warps // (triton.next_power_of_2(heads // kv_heads) * width)),
         STAGES=chosen.num_stages,
-        FIRST_TILE=rows * kv_heads < 264,
+        FIRST_TILE=_is_small(rows, kv_heads),
         READS_AHEAD=reads_ahead,
         num_warps=chosen.num_warps,
         **pdl_options(qkv),
@@ -239,37 +247,48 @@ def decode_attention(
 
 
 @triton.jit
+def _load_heads(heads_ptr, inside, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROTATE: tl.constexpr):
+    """Heads [n, WIDTH] at pointers [n, 1], and the components that a rotation pairs them with."""
+    column = tl.arange(0, WIDTH)[None, :]
+    x = tl.load(heads_ptr + column, mask=inside, other=0.0)
+    partner = x
+    if ROTATE:
+        HALF: tl.constexpr = HEAD_DIM // 2
+        partner = tl.load(
+            heads_ptr + tl.where(column < HALF, column + HALF, column - HALF), mask=inside, other=0.0
+        )
+    return x, partner
+
+
+@triton.jit
+def _load_norm(norm_ptr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Weights of a head's norm, as `_load_heads` loads heads."""
+    return _load_heads(norm_ptr, tl.arange(0, WIDTH)[None, :] < HEAD_DIM, HEAD_DIM, WIDTH, True)
+
+
+@triton.jit
 def _prepared(
-    heads_ptr,  # pointers [n, 1] to n heads of qkv
-    norm_ptr,
+    x,
+    partner,
+    weight,
+    partner_weight,
     cos,
     sin,
-    inside,
     eps,
     HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
     NORM: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """Heads [n, WIDTH], normed and rotated, in float32."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    column = tl.arange(0, WIDTH)[None, :]
-    partner = tl.where(column < HALF, column + HALF, column - HALF)
-    x = tl.load(heads_ptr + column, mask=inside, other=0.0)
+    """Heads normed and rotated, in float32; rounded in between as separate kernels would."""
     dtype = x.dtype
-    factor = 1.0
-    if NORM:
-        wide = x.to(tl.float32)
-        factor = tl.rsqrt(tl.sum(wide * wide, 1) / HEAD_DIM + eps)[:, None]
-        weight = tl.load(norm_ptr + column, mask=column < HEAD_DIM, other=0.0).to(tl.float32)
-        x = (wide * factor * weight).to(dtype)
     x = x.to(tl.float32)
+    partner = partner.to(tl.float32)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
+        x = (x * factor * weight.to(tl.float32)).to(dtype).to(tl.float32)
+        partner = (partner * factor * partner_weight.to(tl.float32)).to(dtype).to(tl.float32)
     if ROTATE:
-        other = tl.load(heads_ptr + partner, mask=inside, other=0.0)
-        if NORM:
-            weight = tl.load(norm_ptr + partner, mask=column < HEAD_DIM, other=0.0).to(tl.float32)
-            other = (other.to(tl.float32) * factor * weight).to(dtype)
-        x = x * cos + other.to(tl.float32) * sin
+        x = x * cos + partner * sin
     return x
 
 
@@ -370,7 +389,7 @@ def _decode_attention_kernel(
     GROUP: tl.constexpr,  # heads that share keys and values, padded to a matrix unit's 16 rows
     WIDTH: tl.constexpr,  # head_dim, padded to a power of two
     TILE: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # pieces combined at once: 64 registers
     STAGES: tl.constexpr,
     FIRST_TILE: tl.constexpr,  # load it above the wait
     READS_AHEAD: tl.constexpr,
@@ -416,47 +435,38 @@ def _decode_attention_kernel(
         offset = _token_offsets(table_ptr, token, inside, BLOCK_SIZE, STRIDE)[:, None]
         k = tl.load(k_ptr + offset, mask=inside[:, None] & in_head, other=0.0)
         v = tl.load(v_ptr + offset, mask=inside[:, None] & in_head, other=0.0)
+    q_weight, q_partner_weight = 0.0, 0.0
+    k_weight, k_partner_weight = 0.0, 0.0
+    if NORM:
+        q_weight, q_partner_weight = _load_norm(q_norm_ptr, HEAD_DIM, WIDTH)
+        k_weight, k_partner_weight = _load_norm(k_norm_ptr, HEAD_DIM, WIDTH)
+    new_block = tl.load(table_ptr + new // BLOCK_SIZE).to(tl.int64)
+    new_offset = (new_block * BLOCK_SIZE + new % BLOCK_SIZE) * STRIDE
     if READS_AHEAD:
         wait_previous(PDL)
         allow_next(PDL)
 
+    # All loads together: what follows the wait is what a step waits for.
     in_row = qkv_ptr + row.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
     dtype = k_cache_ptr.dtype.element_ty
-    q = _prepared(
-        in_row + (kv_head * SHARING + member)[:, None] * HEAD_DIM,
-        q_norm_ptr,
-        cos,
-        sin,
-        (member < SHARING)[:, None] & in_head,
-        eps,
-        HEAD_DIM,
-        WIDTH,
-        NORM,
-        ROTATE,
+    in_group = (member < SHARING)[:, None] & in_head
+    q, q_partner = _load_heads(
+        in_row + (kv_head * SHARING + member)[:, None] * HEAD_DIM, in_group, HEAD_DIM, WIDTH, ROTATE
     )
-    # Rounded as the unfused path rounds it; the scale then costs no rounding of scores.
+    new_k, k_partner = _load_heads(in_row + (HEADS + kv_head) * HEAD_DIM, in_head, HEAD_DIM, WIDTH, ROTATE)
+    new_v = tl.load(
+        in_row + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + column[None, :], mask=in_head, other=0.0
+    )
+    q = _prepared(q, q_partner, q_weight, q_partner_weight, cos, sin, eps, HEAD_DIM, NORM, ROTATE)
+    # Rounded as the unfused path rounds it; scaling it costs the old tokens' scores one more rounding.
     q = q.to(dtype).to(tl.float32)
     largest = tl.full([GROUP], -1e30, tl.float32)
     total = tl.zeros([GROUP], tl.float32)
     values = tl.zeros([GROUP, WIDTH], tl.float32)
     if is_last:
         new_k = _prepared(
-            in_row + (HEADS + kv_head) * HEAD_DIM + tl.zeros([1, 1], tl.int32),
-            k_norm_ptr,
-            cos,
-            sin,
-            in_head,
-            eps,
-            HEAD_DIM,
-            WIDTH,
-            NORM,
-            ROTATE,
+            new_k, k_partner, k_weight, k_partner_weight, cos, sin, eps, HEAD_DIM, NORM, ROTATE
         ).to(dtype)
-        new_v = tl.load(
-            in_row + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + column[None, :], mask=in_head, other=0.0
-        )
-        new_block = tl.load(table_ptr + new // BLOCK_SIZE).to(tl.int64)
-        new_offset = (new_block * BLOCK_SIZE + new % BLOCK_SIZE) * STRIDE
         tl.store(k_ptr + new_offset, new_k, mask=in_head)
         tl.store(v_ptr + new_offset, new_v.to(dtype), mask=in_head)
         largest = tl.sum(q * new_k.to(tl.float32), 1) * scale
@@ -478,23 +488,22 @@ def _decode_attention_kernel(
         largest, total, values = _attend(q, k, v, inside, largest, total, values)
 
     head = kv_head * SHARING
-    in_group = member < SHARING
     out_row = out_ptr + row.to(tl.int64) * (HEADS * HEAD_DIM)
     if pieces == 1:
         tl.store(
             out_row + (head + member)[:, None] * HEAD_DIM + column[None, :],
             (values / total[:, None]).to(out_ptr.dtype.element_ty),
-            mask=in_group[:, None] & in_head,
+            mask=in_group,
         )
     else:
         place = piece * HEADS + head + member
         tl.store(
             partial_ptr + place[:, None] * HEAD_DIM + column[None, :],
             values,
-            mask=in_group[:, None] & in_head,
+            mask=in_group,
         )
-        tl.store(stats_ptr + place * 2, largest, mask=in_group)
-        tl.store(stats_ptr + place * 2 + 1, total, mask=in_group)
+        tl.store(stats_ptr + place * 2, largest, mask=member < SHARING)
+        tl.store(stats_ptr + place * 2 + 1, total, mask=member < SHARING)
         tl.debug_barrier()
         arrivals = arrivals_ptr + row * KV_HEADS + kv_head
         if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == pieces - 1:

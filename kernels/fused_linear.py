@@ -4,12 +4,13 @@
     norm_gate_up_silu   y = silu(norm(x) G^T) * (norm(x) U^T),  W = [G; U]
     linear_add          r = r + x W^T + b, in place
 
-A decode layer is four of these around an attention. At a batch of a few tokens each is one Triton kernel that
-streams its weights at the memory's speed; above, it is a cuBLAS product and the norm's or gate's kernel.
+A decode layer is four of these around an attention. For one token each is one Triton kernel that streams its
+weights at the memory's speed; for a few, one kernel of `small_batch_linear`; above, a cuBLAS product and the
+norm's or gate's kernel.
 
-The Triton kernel is a matrix-vector product per token. A program loads all its weight rows into registers
-before it waits for the kernel in front of it (see `pdl`), so the weights of the next operation are under way
-while the last one finishes; then it loads x. The scale of an RMS norm is applied to the sums.
+The Triton kernel here is a matrix-vector product per token. A program loads all its weight rows into
+registers before it waits for the kernel in front of it (see `pdl`), so the weights of the next operation are
+under way while the last one finishes; then it loads x. The scale of an RMS norm is applied to the sums.
 """
 
 # mypy: disable-error-code="assignment"
@@ -24,15 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import small_batch_linear as small_batch
 from .jit import tl, triton
 from .pdl import allow_next, pdl_options, wait_previous
 from .rms_norm import rms_norm
 from .silu_mul import silu_mul
 
-MAX_TOKENS = 2
-"""Largest batch of the Triton kernel. Each token costs one pass over the weights in registers; from 4 tokens
-on cuBLAS is as fast (Llama-3.2-1B on an H200: 0.68 ms a step at 1 token, 0.92 at 2, 1.0 at 4; cuBLAS 1.02).
-"""
+MAX_TOKENS = 1
+"""Largest batch of this file's kernel, in which each token costs one pass over the weights in registers. More
+tokens are `small_batch_linear`'s, up to its limit, and then cuBLAS's."""
 
 
 def norm_linear(
@@ -56,6 +57,12 @@ def norm_linear(
         return norm_linear_triton(
             x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, relu=relu
         )
+    if small_batch.serves(x):
+        if norm_bias is not None:
+            x, norm_weight = _norm(x, norm_weight, norm_bias, eps), None
+        return small_batch.small_batch_linear(
+            x, weight, norm_weight=norm_weight, eps=eps, bias=bias, relu=relu
+        )
     y = F.linear(_norm(x, norm_weight, norm_bias, eps), weight, bias)
     return F.relu_(y) if relu else y
 
@@ -67,6 +74,8 @@ def norm_gate_up_silu(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float
     """
     if x.is_cuda and len(x) <= MAX_TOKENS:
         return norm_gate_up_silu_triton(x, norm_weight, weight, eps)
+    if small_batch.serves(x):
+        return small_batch.small_batch_linear(x, weight, norm_weight=norm_weight, eps=eps, gated=True)
     return silu_mul(F.linear(_norm(x, norm_weight, None, eps), weight))
 
 
@@ -74,6 +83,8 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
     """`residual += x @ weight.T + bias`. x: [tokens, in_features]; residual: [tokens, out_features]."""
     if x.is_cuda and len(x) <= MAX_TOKENS:
         return linear_add_triton(x, weight, bias, residual)
+    if small_batch.serves(x):
+        return small_batch.small_batch_linear(x, weight, bias=bias, residual=residual)
     if bias is not None:
         residual += bias
     return residual.addmm_(x, weight.t())
@@ -104,13 +115,18 @@ class Tiling(NamedTuple):
 
 @cache
 def tiling(out_features: int, in_features: int, gated: bool) -> Tiling:
-    """At most 128 weights (64 registers) a thread, and 256 programs if the rows suffice (of 132 SMs)."""
-    num_warps = 4 if in_features <= 2048 else 8 if in_features <= 4096 else 16
-    halves = 2 if gated else 1
-    rows = 8
-    while rows > 1 and (
-        rows * halves * in_features > 128 * 32 * num_warps or triton.cdiv(out_features, rows) < 256
-    ):
+    """Four rows (of each half), few warps, up to 96 weights a thread (48 registers), a gated layer 128.
+
+    On an H200 within 3 % of the best of a sweep for each matrix of the models in scripts/models.
+    """
+    halves, most = (2, 128) if gated else (1, 96)
+    rows = 4
+    while rows > 1 and triton.cdiv(out_features, rows) < 132:
+        rows //= 2
+    num_warps = 4
+    while num_warps < 16 and rows * halves * in_features > most * 32 * num_warps:
+        num_warps *= 2
+    while rows > 1 and rows * halves * in_features > 128 * 32 * num_warps:
         rows //= 2
     return Tiling(rows, _block_k(in_features), num_warps)
 

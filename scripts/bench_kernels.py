@@ -25,16 +25,22 @@ from typing import Any
 import torch
 import triton
 from benchlib.decode_chain import MODELS, DecodeChain, LayerWeights, Shape, Weights
-from headrace.kernels import fused_linear
-from headrace.kernels.decode_attention import DecodeTuning, decode_attention_reference, plan_decode
+from headrace.kernels import fused_linear, small_batch_linear
+from headrace.kernels.decode_attention import (
+    DecodePlan,
+    DecodeTuning,
+    decode_attention_reference,
+    plan_decode,
+)
 from headrace.kernels.draw_tokens import draw_tokens
-from headrace.kernels.fused_linear import Tiling, tiling
+from headrace.kernels.fused_linear import Tiling
+from headrace.kernels.small_batch_linear import Split
 from torch import Tensor
 
 BYTES_PER_US = 4.3e6
 """The floor's memory speed, 4.3 TB/s: what a plain read of the weights reaches on an H200."""
-CUBLAS, FUSED = 0, 1 << 30
-"""Values of `fused_linear.MAX_TOKENS` that force one or the other."""
+IMPLEMENTATIONS = {"vector": (1 << 30, 0), "matrix": (0, 1 << 30), "cublas": (0, 0)}
+"""Of the linear layers: the limits of `fused_linear` and `small_batch_linear` that force them."""
 
 Call = Callable[[], object]
 Row = dict[str, Any]
@@ -84,14 +90,19 @@ def compiled_in_parallel() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def limit_of_fused(limit: int) -> Iterator[None]:
-    """Inside, the fused linear kernels serve up to `limit` tokens."""
-    before = fused_linear.MAX_TOKENS
-    fused_linear.MAX_TOKENS = limit
+def forced(implementation: str) -> Iterator[None]:
+    """Inside, linear layers are computed in this one way, whatever the number of tokens."""
+    before = fused_linear.MAX_TOKENS, small_batch_linear.MAX_TOKENS
+    fused_linear.MAX_TOKENS, small_batch_linear.MAX_TOKENS = IMPLEMENTATIONS[implementation]
     try:
         yield
     finally:
-        fused_linear.MAX_TOKENS = before
+        fused_linear.MAX_TOKENS, small_batch_linear.MAX_TOKENS = before
+
+
+def implementations(tokens: int) -> list[str]:
+    """Those worth trying."""
+    return [name for name, most in (("vector", 2), ("matrix", 16), ("cublas", 1 << 30)) if tokens <= most]
 
 
 def report(title: str, rows: list[Row]) -> None:
@@ -109,8 +120,8 @@ def report(title: str, rows: list[Row]) -> None:
 # --- linear operations -------------------------------------------------------------------------------
 
 
-def linear_calls(shape: Shape, weights: Weights, tokens: int) -> dict[str, tuple[int, Call, Tiling]]:
-    """By name: bytes of one layer's weights, a call that goes over all layers, the tiling by default."""
+def linear_calls(shape: Shape, weights: Weights, tokens: int) -> dict[str, tuple[int, Call]]:
+    """By name: bytes of one layer's weights, and a call that goes over all layers."""
     x = torch.randn(tokens, shape.hidden, device=weights.device).bfloat16()
     attended = torch.randn(tokens, shape.heads * shape.head_dim, device=weights.device).bfloat16()
     inner = torch.randn(tokens, shape.inner, device=weights.device).bfloat16()
@@ -132,50 +143,39 @@ def linear_calls(shape: Shape, weights: Weights, tokens: int) -> dict[str, tuple
         return fused_linear.norm_gate_up_silu(x, w.norms[1], w.up, 1e-5)
 
     first = weights.layers[0]
-    ups = shape.inner
     return {
-        "qkv": (
-            2 * first.qkv.numel(),
-            over_layers(qkv),
-            tiling(len(first.qkv), shape.hidden, False),
-        ),
+        "qkv": (2 * first.qkv.numel(), over_layers(qkv)),
         "out": (
             2 * first.out.numel(),
             over_layers(lambda w: fused_linear.linear_add(attended, w.out, w.out_bias, residual)),
-            tiling(shape.hidden, attended.shape[1], False),
         ),
-        "up": (2 * first.up.numel(), over_layers(up), tiling(ups, shape.hidden, not shape.is_opt)),
+        "up": (2 * first.up.numel(), over_layers(up)),
         "down": (
             2 * first.down.numel(),
             over_layers(lambda w: fused_linear.linear_add(inner, w.down, w.down_bias, residual)),
-            tiling(shape.hidden, shape.inner, False),
         ),
         "head": (
             2 * weights.table.numel(),
             lambda: fused_linear.norm_linear(
                 x, weights.table, norm_weight=weights.norm, norm_bias=weights.norm_bias
             ),
-            tiling(shape.vocab, shape.hidden, False),
         ),
     }
 
 
 def bench_linear(shape: Shape, weights: Weights, batches: list[int]) -> list[Row]:
-    """Each operation, fused and by cuBLAS."""
+    """Each operation in each way."""
     rows = []
     for tokens in batches:
-        for name, (size, call, _) in linear_calls(shape, weights, tokens).items():
+        for name, (size, call) in linear_calls(shape, weights, tokens).items():
             row: Row = {"tokens": tokens, "op": name, "floor us": size / BYTES_PER_US}
+            row |= {"vector": "-", "matrix": "-"}
             count = 1 if name == "head" else shape.layers
-            for label, limit in (("fused us", FUSED), ("cublas us", CUBLAS)):
-                if limit == FUSED and tokens > 4:
-                    continue
-                with limit_of_fused(limit):
-                    row[label] = graph_us(call) / count
-            best = min(row[label] for label in ("fused us", "cublas us") if label in row)
-            row |= {"fused us": row.get("fused us", "-"), "TB/s": size / best / 1e6, "% floor": 0.0}
-            row["% floor"] = 100 * row["floor us"] / best
-            rows.append(row)
+            for way in implementations(tokens):
+                with forced(way):
+                    row[way] = graph_us(call) / count
+            best = min(row[way] for way in implementations(tokens))
+            rows.append(row | {"TB/s": size / best / 1e6, "% floor": 100 * row["floor us"] / best})
     return rows
 
 
@@ -183,36 +183,50 @@ def bench_linear(shape: Shape, weights: Weights, batches: list[int]) -> list[Row
 
 
 def check_linear(shape: Shape, weights: Weights) -> list[Row]:
-    """Relative errors of every fused operation against float64."""
-    w, rows = weights.layers[0], []
-    for tokens in (1, 2):
-        x, attended, inner = (
-            torch.randn(tokens, size, device=weights.device).bfloat16()
-            for size in (shape.hidden, shape.heads * shape.head_dim, shape.inner)
-        )
-        residual = torch.randn_like(x)
-        norms: dict[str, Any] = {"norm_weight": w.norms[0], "norm_bias": w.norm_biases[0]}
-        errors = {
-            "qkv": error(
-                fused_linear.norm_linear_triton(x, w.qkv, w.qkv_bias, **norms),
-                fused_linear.norm_linear_reference(*wide(x, w.qkv, w.qkv_bias), **wide_named(norms)),
-            ),
-            "out": error(
-                fused_linear.linear_add_triton(attended, w.out, w.out_bias, residual.clone()),
-                fused_linear.linear_add_reference(*wide(attended, w.out, w.out_bias, residual)),
-            ),
-            "down": error(
-                fused_linear.linear_add_triton(inner, w.down, w.down_bias, residual.clone()),
-                fused_linear.linear_add_reference(*wide(inner, w.down, w.down_bias, residual)),
-            ),
-        }
-        if not shape.is_opt:
-            errors["up"] = error(
-                fused_linear.norm_gate_up_silu_triton(x, w.norms[1], w.up, 1e-5),
-                fused_linear.norm_gate_up_silu_reference(*wide(x, w.norms[1], w.up, 1e-5)),
-            )
-        rows.append({"tokens": tokens, **errors})
+    """Relative errors of every operation in every way against float64."""
+    rows = []
+    for tokens in (1, 2, 7, 16):
+        for way in implementations(tokens):
+            with forced(way):
+                rows.append({"tokens": tokens, "way": way, **linear_errors(shape, weights, tokens)})
     return rows
+
+
+def linear_errors(shape: Shape, weights: Weights, tokens: int) -> dict[str, float]:
+    """By operation."""
+    w = weights.layers[0]
+    x, attended, inner = (
+        torch.randn(tokens, size, device=weights.device).bfloat16()
+        for size in (shape.hidden, shape.heads * shape.head_dim, shape.inner)
+    )
+    residual = torch.randn_like(x)
+    norms: dict[str, Any] = {"norm_weight": w.norms[0], "norm_bias": w.norm_biases[0]}
+    wide_norms = dict(zip(norms, wide(*norms.values()), strict=True))
+    errors = {
+        "qkv": error(
+            fused_linear.norm_linear(x, w.qkv, w.qkv_bias, **norms),
+            fused_linear.norm_linear_reference(*wide(x, w.qkv, w.qkv_bias), **wide_norms),
+        )
+    }
+    for name, (inputs, weight, bias) in {
+        "out": (attended, w.out, w.out_bias),
+        "down": (inner, w.down, w.down_bias),
+    }.items():
+        errors[name] = error(
+            fused_linear.linear_add(inputs, weight, bias, residual.clone()),
+            fused_linear.linear_add_reference(*wide(inputs, weight, bias, residual)),
+        )
+    if shape.is_opt:
+        errors["up"] = error(
+            fused_linear.norm_linear(x, w.up, w.up_bias, **norms, relu=True),
+            fused_linear.norm_linear_reference(*wide(x, w.up, w.up_bias), **wide_norms, relu=True),
+        )
+    else:
+        errors["up"] = error(
+            fused_linear.norm_gate_up_silu(x, w.norms[1], w.up, 1e-5),
+            fused_linear.norm_gate_up_silu_reference(*wide(x, w.norms[1], w.up, 1e-5)),
+        )
+    return errors
 
 
 def check_attention(shape: Shape, weights: Weights) -> list[Row]:
@@ -258,19 +272,19 @@ def check_attention(shape: Shape, weights: Weights) -> list[Row]:
 
 
 def check_step(shape: Shape, weights: Weights) -> list[Row]:
-    """Logits of a whole step, fused and by cuBLAS, against each other; a replayed graph against plain launches."""
+    """Logits of a whole step, by each kernel and by cuBLAS; a graph replayed often against plain launches."""
     rows = []
-    for batch in (1, 2):
+    for batch, way in ((1, "vector"), (1, "matrix"), (2, "vector"), (8, "matrix"), (16, "matrix")):
         chain = DecodeChain(weights, [100 + 7 * row for row in range(batch)])
         tokens = chain.tokens.clone()
         results = {}
-        for label, limit in (("fused", FUSED), ("cublas", CUBLAS)):
-            with limit_of_fused(limit):
+        for implementation in (way, "cublas"):
+            with forced(implementation):
                 chain.rewind()
                 chain.tokens.copy_(tokens)
                 chain.step()
-                results[label] = chain.logits.clone()
-        with limit_of_fused(FUSED):
+                results[implementation] = chain.logits.clone()
+        with forced(way):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 chain.step()
@@ -279,14 +293,9 @@ def check_step(shape: Shape, weights: Weights) -> list[Row]:
             chain.rewind()
             chain.tokens.copy_(tokens)
             graph.replay()
-            differing = max(differing, error(chain.logits, results["fused"]))
-        rows.append(
-            {
-                "batch": batch,
-                "fused to cublas": error(results["fused"], results["cublas"]),
-                "worst of 50 replays": differing,
-            }
-        )
+            differing = max(differing, error(chain.logits, results[way]))
+        distance = error(results[way], results["cublas"])
+        rows.append({"batch": batch, "way": way, "to cublas": distance, "worst of 50 replays": differing})
     return rows
 
 
@@ -298,10 +307,6 @@ def wide(*values: Any) -> list[Any]:
     return [value.double() if isinstance(value, Tensor) else value for value in values]
 
 
-def wide_named(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
-    return {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
-
-
 # --- attention and steps -----------------------------------------------------------------------------
 
 
@@ -310,6 +315,7 @@ def bench_attention(
 ) -> list[Row]:
     """Attention of all layers over rows whose contexts are spread evenly between two lengths."""
     rows = []
+    plans = [(528, 64), (264, 64), (528, 128), (264, 128), (1056, 64)] if len(tunings) > 1 else [(528, 64)]
     for batch, low, high in cases:
         contexts = [low + (high - low) * row // max(batch - 1, 1) for row in range(batch)]
         chain = DecodeChain(weights, contexts)
@@ -322,13 +328,17 @@ def bench_attention(
             for layer in range(shape.layers):
                 chain.attention(qkv, layer)
 
-        for tuning in tunings:
+        for tuning, (programs, piece) in itertools.product(tunings, plans if batch <= 8 else plans[:1]):
             chain.tuning = tuning
+            heads = shape.heads, shape.kv_heads, shape.head_dim
+            chain.plan = DecodePlan.empty(batch, *heads, weights.device, programs, piece)
             us = graph_us(run)
             rows.append(
                 {
                     "rows": batch,
                     "contexts": f"{low}-{high}",
+                    "programs": programs,
+                    "piece": piece,
                     "tuning": "default" if tuning is None else str(tuple(tuning)),
                     "us/layer": us / shape.layers,
                     "TB/s": shape.kv_bytes(sum(contexts)) / us / 1e6,
@@ -345,15 +355,13 @@ def bench_steps(shape: Shape, weights: Weights, batches: list[int], contexts: li
     for batch, context in itertools.product(batches, contexts):
         chain = DecodeChain(weights, [context] * batch)
         floor = (shape.weight_bytes + shape.kv_bytes(batch * context)) / BYTES_PER_US / 1e3
-        row: Row = {"batch": batch, "context": context, "floor ms": floor, "fused ms": "-"}
-        for label, limit in (("fused ms", FUSED), ("cublas ms", CUBLAS)):
-            if limit == CUBLAS or batch <= 4:
-                with limit_of_fused(limit):
-                    chain.rewind()
-                    row[label] = graph_us(chain.step) / 1e3
-        best = min(v for v in (row["fused ms"], row["cublas ms"]) if not isinstance(v, str))
-        row["% floor"] = 100 * floor / best
-        rows.append(row)
+        row: Row = {"batch": batch, "context": context, "floor ms": floor, "vector": "-", "matrix": "-"}
+        for way in implementations(batch):
+            with forced(way):
+                chain.rewind()
+                row[way] = graph_us(chain.step) / 1e3
+        best = min(row[way] for way in implementations(batch))
+        rows.append(row | {"% floor": 100 * floor / best})
         del chain
         gc.collect()
     return rows
@@ -389,7 +397,7 @@ def bench_tilings(shape: Shape, weights: Weights) -> list[Row]:
         "head": (shape.vocab, shape.hidden, False),
     }
     try:
-        with limit_of_fused(FUSED):
+        with forced("vector"):
             calls = linear_calls(shape, weights, 1)
             with compiled_in_parallel():
                 for name, key in keys.items():
@@ -434,6 +442,61 @@ def candidates(default: Tiling, key: tuple[int, int, bool]) -> list[Tiling]:
     return found
 
 
+def bench_splits(shape: Shape, weights: Weights, tokens: int) -> list[Row]:
+    """Each operation by matrix instructions, its warps and columns shared out in every way; the best of each."""
+    sizes = {
+        "qkv": shape.hidden,
+        "out": shape.heads * shape.head_dim,
+        "up": shape.hidden,
+        "down": shape.inner,
+        "head": shape.hidden,
+    }
+    rows, original = [], small_batch_linear.split
+    chosen: Split | None = None
+    small_batch_linear.split = lambda size: chosen or original(size)  # type: ignore[assignment]
+    try:
+        with forced("matrix"):
+            calls = linear_calls(shape, weights, tokens)
+            with compiled_in_parallel():
+                for name, size in sizes.items():
+                    for chosen in splits(size):
+                        calls[name][1]()
+            for name, size in sizes.items():
+                count = 1 if name == "head" else shape.layers
+                chosen = None
+                default = graph_us(calls[name][1], 10) / count
+                timed = []
+                for chosen in splits(size):
+                    us = graph_us(calls[name][1], 10) / count
+                    timed.append((us, tuple(chosen)))
+                floor = calls[name][0] / BYTES_PER_US
+                for us, best in sorted(timed)[:3]:
+                    rows.append(
+                        {
+                            "op": name,
+                            "tokens": tokens,
+                            "split": best,
+                            "us": us,
+                            "default": default,
+                            "floor": floor,
+                        }
+                    )
+    finally:
+        small_batch_linear.split = original
+    return rows
+
+
+def splits(in_features: int) -> list[Split]:
+    """With 64 or 128 weights of a thread under way."""
+    return [
+        Split(warps, columns, min(ahead * 2 // columns, in_features // (warps * columns)))
+        for warps, columns, ahead in itertools.product((2, 4, 8, 16), (32, 64, 128), (64, 128))
+        if in_features % (warps * columns) == 0
+        and ahead * 2 % columns == 0
+        and ahead * warps * 2 <= 2 * in_features
+    ]
+
+
 # --- all of it ---------------------------------------------------------------------------------------
 
 
@@ -445,17 +508,16 @@ def run_model(name: str, args: argparse.Namespace, device: torch.device) -> dict
     if args.tune:
         tunings += [
             DecodeTuning(tile, warps, stages)
-            for tile, warps, stages in itertools.product((16, 32, 64), (1, 2, 4), (3, 5, 7))
-            if 16 <= tile * shape.head_dim / (32 * warps) <= 64
+            for tile, warps, stages in itertools.product((16, 32, 64, 128), (1, 2, 4), (3, 5))
+            if 32 <= tile * shape.head_dim / (32 * warps) <= 128
         ]
     cases = [(1, 64, 64), (1, 2048, 2048), (8, 1024, 1024), (128, 32, 160), (256, 100, 1100)]
     with torch.inference_mode(), compiled_in_parallel():
-        for batch in (1, 2, 4, 8, 32, 128, 256):
+        for batch in (1, 2, 7, 16, 32, 128, 256):
             chain = DecodeChain(weights, [8] * batch)
-            for limit in (FUSED, CUBLAS):
-                if limit == CUBLAS or batch <= 4:
-                    with limit_of_fused(limit):
-                        chain.step()
+            for way in implementations(batch):
+                with forced(way):
+                    chain.step()
             if batch in (1, 128):
                 for chain.tuning in tunings:
                     chain.step()
@@ -471,10 +533,11 @@ def run_model(name: str, args: argparse.Namespace, device: torch.device) -> dict
         add("errors of attention", check_attention(shape, weights))
         add("errors of steps", check_step(shape, weights))
         add("steps", bench_steps(shape, weights, args.batches, args.contexts))
-        add("linear operations", bench_linear(shape, weights, [1, 2, 4]))
+        add("linear operations", bench_linear(shape, weights, [1, 2, 4, 8, 16]))
         add("attention", bench_attention(shape, weights, cases, tunings))
         if args.tune:
             add("tilings", bench_tilings(shape, weights))
+            add("splits", bench_splits(shape, weights, 8))
     return tables
 
 
@@ -486,7 +549,7 @@ def main() -> None:
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 32, 128])
     parser.add_argument("--contexts", nargs="+", type=int, default=[64, 1024])
-    parser.add_argument("--tune", action="store_true", help="try tilings and attention's tunings, too")
+    parser.add_argument("--tune", action="store_true", help="try tilings, splits and tunings, too")
     args = parser.parse_args()
     device = torch.device("cuda", 0)
     results: dict[str, Any] = {}
