@@ -71,3 +71,24 @@ def test_kernels_stays_a_namespace() -> None:
 def test_imports_without_torch(module: str) -> None:
     code = f"import sys, {module}; assert not {HEAVY!r} & set(sys.modules)"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def test_no_code_from_bytes() -> None:
+    """Nothing that is received or read can name code to run. as_vllm.py runs the user's own program."""
+    modules = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+    calls = {"eval", "exec", "torch.load", "torch.save"}
+    bad = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for folder in MAY_IMPORT
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line, name in [*imports(path), *called(path)]
+        if (name.split(".")[0] in modules or name in calls) and path.name != "as_vllm.py"
+    ]
+    assert not bad, "\n".join(bad)
+
+
+def called(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every call of a plain name or a module's attribute."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
+            yield node.lineno, ast.unparse(node.func)

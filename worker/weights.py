@@ -113,26 +113,26 @@ def _mismatch(source: Path, what: str, names: list[str]) -> ConfigError:
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, mapped rather than read where the container allows."""
-    if files := _shards(folder, "model.safetensors.index.json", "*.safetensors"):
+    if files := _shards(folder):
         return {name: tensor for file in files for name, tensor in _read_safetensors(file)}
-    if files := _shards(folder, "pytorch_model.bin.index.json", "pytorch_model.bin"):
-        return {name: tensor for file in files for name, tensor in _read_torch(file)}
     raise ConfigError(
-        f"model: {str(folder)!r} has no weights: neither *.safetensors nor pytorch_model.bin. "
+        f"model: {str(folder)!r} has no weights: no *.safetensors (pickled weights are never opened); "
         f"load_format='dummy' makes random ones",
         parameter="model",
         value=folder,
     )
 
 
-def _shards(folder: Path, index: str, pattern: str) -> list[Path]:
-    if not (folder / index).exists():
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
         # Mistral's folders hold the weights twice, once under names of its own.
-        return sorted(file for file in folder.glob(pattern) if not file.name.startswith("consolidated"))
+        files = folder.glob("*.safetensors")
+        return sorted(file for file in files if not file.name.startswith("consolidated"))
     try:
-        names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(folder / index, error) from error
+        raise _damaged(index, error) from error
     return [folder / name for name in names]
 
 
@@ -141,14 +141,6 @@ def _read_safetensors(file: Path) -> Iterable[tuple[str, Tensor]]:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             return [(name, tensors.get_tensor(name)) for name in tensors.keys()]  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
-        raise _damaged(file, error) from error
-
-
-def _read_torch(file: Path) -> Iterable[tuple[str, Tensor]]:
-    try:
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        return [(str(name), tensor) for name, tensor in tensors.items()]
-    except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
         raise _damaged(file, error) from error
 
 

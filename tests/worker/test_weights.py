@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -98,17 +97,12 @@ def test_tied_embeddings_need_no_head(
     assert_holds(load(tmp_path, tie_word_embeddings=True), tensors)
 
 
-def test_torch_files(tmp_path: Path, peer: transformers.LlamaForCausalLM, load: Load) -> None:
-    tensors = peer.state_dict()
-    torch.save(tensors, tmp_path / "pytorch_model.bin")
-    assert_holds(load(tmp_path), tensors)
-    names = sorted(tensors)
-    torch.save({name: tensors[name] for name in names[:5]}, tmp_path / "a.bin")
-    torch.save({name: tensors[name] for name in names[5:]}, tmp_path / "b.bin")
-    weight_map = {name: "a.bin" if name in names[:5] else "b.bin" for name in names}
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (tmp_path / "pytorch_model.bin").write_bytes(b"not read when there is an index")
-    assert_holds(load(tmp_path), tensors)
+def test_pickled_weights_are_never_opened(
+    tmp_path: Path, peer: transformers.LlamaForCausalLM, load: Load
+) -> None:
+    torch.save(peer.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="pickled weights are never opened"):
+        load(tmp_path)
 
 
 def test_what_other_programs_leave_is_ignored(
@@ -175,13 +169,6 @@ def test_a_damaged_index_is_named(tmp_path: Path, load: Load, content: str) -> N
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(content)
     with pytest.raises(ConfigError, match=f"cannot read '{index}'"):
-        load(tmp_path)
-
-
-def test_damaged_torch_files_are_named(tmp_path: Path, load: Load) -> None:
-    file = tmp_path / "pytorch_model.bin"
-    file.write_bytes(b"garbage")
-    with pytest.raises(ConfigError, match=f"cannot read '{file}'"):
         load(tmp_path)
 
 
