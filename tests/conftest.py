@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,10 @@ from headrace.ipc.config import EngineConfig
 
 # As the workers do, for tests that compute in their own process: torch's threads must not spin on two cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Kernels run in Triton's interpreter where there is no GPU. Triton reads it when it is first imported, by
+# whichever test module comes first.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DEFAULTS: dict[str, Any] = {
     "model": "oracle",
