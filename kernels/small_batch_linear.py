@@ -40,8 +40,6 @@ else:
 MAX_TOKENS = 16
 ROWS = 16
 """Weight rows of a program: those of a matrix instruction."""
-_WEIGHTS_AHEAD = 128
-"""Weights that a thread loads before the wait: 64 of its registers."""
 
 
 class Split(NamedTuple):
@@ -55,16 +53,19 @@ class Split(NamedTuple):
 
 
 @cache
-def split(in_features: int) -> Split | None:
-    """None where the columns cannot be shared out evenly."""
-    num_warps = 4 if in_features <= 1024 else 8 if in_features <= 4096 else 16
+def split(in_features: int, gated: bool = False) -> Split | None:
+    """Four warps with 128 weights a thread under way; None where the columns cannot be shared out evenly.
+
+    On an H200 at 8 tokens: more warps only pay for long rows, fewer only where there are very many rows.
+    """
+    num_warps = 2 if gated and in_features >= 2048 else 4 if in_features <= 4096 else 8
     while num_warps > 1 and in_features % (32 * num_warps):
         num_warps //= 2
     if in_features % 32:
         return None
     each = in_features // num_warps
-    columns = min(each & -each, 128 if num_warps <= 8 else 64)
-    ahead = max(_WEIGHTS_AHEAD * 32 // (ROWS * columns), 1)
+    columns = min(each & -each, 64)
+    ahead = (64 if num_warps == 2 else 128) * 2 // columns
     return Split(num_warps, columns, min(ahead, each // columns))
 
 
@@ -264,7 +265,7 @@ def small_batch_linear(
     out = residual
     if out is None:
         out = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
-    shares = chosen or split(in_features)
+    shares = chosen or split(in_features, gated)
     assert shares is not None, f"{in_features} columns"
     outputs = ROWS // 2 if gated else ROWS
     _small_batch_kernel[(-(-out_features // outputs),)](

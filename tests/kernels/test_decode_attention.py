@@ -47,7 +47,7 @@ class Case:
         self.q_norm: Tensor | None = norms[0] if norm else None
         self.k_norm: Tensor | None = norms[1] if norm else None
         self.tables, self.seq_lens = tables.to(device), torch.tensor(seq_lens, dtype=torch.int32).to(device)
-        self.plan = DecodePlan.empty(rows + 1, heads, kv_heads, head_dim, device, programs=24)
+        self.plan = DecodePlan.empty(rows + 1, heads, kv_heads, head_dim, device, 24, 64)
         self.scale = head_dim**-0.5
 
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
