@@ -7,8 +7,8 @@ its operands spread over a warp's threads in small pieces; but as a sum over K m
 takes 8 neighbouring weights for 4 instructions at once, and the weights go from memory to the registers of
 the instruction in 16 byte loads, past shared memory. Hence Gluon, Triton's dialect with explicit layouts.
 
-A program owns 16 rows of W; its warps share the columns and add their sums at the end. As in `fused_linear`,
-weights are loaded before the wait for the kernel in front.
+A program owns 16 or more rows of W; its warps share the columns and add their sums at the end. As in
+`fused_linear`, weights are loaded before the wait for the kernel in front.
 """
 
 # mypy: disable-error-code="assignment"
@@ -38,8 +38,6 @@ else:
     AVAILABLE = True
 
 MAX_TOKENS = 16
-ROWS = 16
-"""Weight rows of a program: those of a matrix instruction."""
 
 
 class Split(NamedTuple):
@@ -50,6 +48,8 @@ class Split(NamedTuple):
     """Of each warp in one piece; a power of two, at least 32."""
     ahead: int
     """Pieces loaded before the wait, and kept under way after it."""
+    rows: int = 16
+    """Weight rows of a program, a multiple of a matrix instruction's 16. Every program reads all tokens."""
 
 
 @cache
@@ -157,7 +157,7 @@ def _small_batch_kernel(
         gdc_launch_dependents()
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, LEFT)))
     inside = first + row % OUTPUTS < N
-    # Gated: 8 rows of the gate above the same 8 of up, which so meet in one thread.
+    # Gated: rows of the gate above the same rows of up, which so meet in one thread.
     row = first + row % OUTPUTS + (row // OUTPUTS) * N
     weights = ()
     for i in gl.static_range(AHEAD):
@@ -267,7 +267,7 @@ def small_batch_linear(
         out = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
     shares = chosen or split(in_features, gated)
     assert shares is not None, f"{in_features} columns"
-    outputs = ROWS // 2 if gated else ROWS
+    outputs = shares.rows // 2 if gated else shares.rows
     _small_batch_kernel[(-(-out_features // outputs),)](
         x,
         x if norm_weight is None else norm_weight,
@@ -285,7 +285,7 @@ def small_batch_linear(
         RELU=relu,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        ROWS=ROWS,
+        ROWS=shares.rows,
         WARPS=shares.num_warps,
         COLUMNS=shares.columns,
         AHEAD=shares.ahead,

@@ -489,11 +489,13 @@ def bench_splits(shape: Shape, weights: Weights, tokens: int) -> list[Row]:
 def splits(in_features: int) -> list[Split]:
     """With 64 or 128 weights of a thread under way."""
     return [
-        Split(warps, columns, min(ahead * 2 // columns, in_features // (warps * columns)))
-        for warps, columns, ahead in itertools.product((2, 4, 8, 16), (32, 64, 128), (64, 128))
+        Split(warps, columns, ahead * 32 // (rows * columns), rows)
+        for warps, columns, ahead, rows in itertools.product(
+            (2, 4, 8), (32, 64, 128), (64, 128), (16, 32, 64)
+        )
         if in_features % (warps * columns) == 0
-        and ahead * 2 % columns == 0
-        and ahead * warps * 2 <= 2 * in_features
+        and ahead * 32 % (rows * columns) == 0
+        and ahead * 32 * warps <= rows * in_features
     ]
 
 
@@ -524,20 +526,22 @@ def run_model(name: str, args: argparse.Namespace, device: torch.device) -> dict
         del chain
     tables: dict[str, list[Row]] = {}
 
-    def add(title: str, rows: list[Row]) -> None:
-        report(f"{name}: {title}", rows)
-        tables[title] = rows
+    def add(title: str, make: Callable[[], list[Row]]) -> None:
+        if args.tables is None or title.split(",")[0] in args.tables:
+            tables[title] = make()
+            report(f"{name}: {title}", tables[title])
 
     with torch.inference_mode():
-        add("errors of linear operations", check_linear(shape, weights))
-        add("errors of attention", check_attention(shape, weights))
-        add("errors of steps", check_step(shape, weights))
-        add("steps", bench_steps(shape, weights, args.batches, args.contexts))
-        add("linear operations", bench_linear(shape, weights, [1, 2, 4, 8, 16]))
-        add("attention", bench_attention(shape, weights, cases, tunings))
+        add("errors of linear operations", lambda: check_linear(shape, weights))
+        add("errors of attention", lambda: check_attention(shape, weights))
+        add("errors of steps", lambda: check_step(shape, weights))
+        add("steps", lambda: bench_steps(shape, weights, args.batches, args.contexts))
+        add("linear operations", lambda: bench_linear(shape, weights, [1, 2, 4, 8, 16]))
+        add("attention", lambda: bench_attention(shape, weights, cases, tunings))
         if args.tune:
-            add("tilings", bench_tilings(shape, weights))
-            add("splits", bench_splits(shape, weights, 8))
+            add("tilings", lambda: bench_tilings(shape, weights))
+            add("splits, 8 tokens", lambda: bench_splits(shape, weights, 8))
+            add("splits, 16 tokens", lambda: bench_splits(shape, weights, 16))
     return tables
 
 
@@ -550,6 +554,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 32, 128])
     parser.add_argument("--contexts", nargs="+", type=int, default=[64, 1024])
     parser.add_argument("--tune", action="store_true", help="try tilings, splits and tunings, too")
+    parser.add_argument("--tables", nargs="+", help="only those of these titles")
     args = parser.parse_args()
     device = torch.device("cuda", 0)
     results: dict[str, Any] = {}
