@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from headrace.frontend.core_process import CoreProcess
 from headrace.frontend.engine_args import resolve
 from headrace.ipc import process
 from headrace.ipc.messages import CoreStart, FromCore, Refused, Reply
+from headrace.ipc.oracle import oracle_stream
 from headrace.ipc.sockets import ServerSocket
 
 Args = Callable[..., AsyncEngineArgs]
@@ -285,6 +287,19 @@ def test_attach_and_leave(standalone: Standalone) -> None:
     assert seen[0] == seen[1]
     with pytest.raises(ConfigError, match="block_size=64"):
         AsyncLLM(AsyncEngineArgs(engine_core_address=standalone.address, block_size=64))
+
+
+def test_the_client_in_the_protocol_document(standalone: Standalone) -> None:
+    """Greedy means nothing to the oracle: the program's seed, 0, picks the tokens."""
+    document = Path(__file__).parents[2].joinpath("docs", "protocol.md").read_text()
+    listing = document.partition("## A client in full")[2].partition("\n## ")[0]
+    program = textwrap.dedent(listing).replace("ipc:///run/headrace/core", standalone.address)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    welcome, *tokens = done.stdout.splitlines()
+    assert welcome == "Welcome"
+    spoken = [token for line in tokens for token in json.loads(line)]
+    assert spoken == oracle_stream([1, 2], 0, 8, 1000)
 
 
 @pytest.mark.parametrize(
