@@ -23,9 +23,12 @@ def copy_segments(target: Tensor, staged: Tensor, count: int, longest: int) -> N
             Segments must not overlap in `target`.
         longest: at least the largest length.
     """
-    if not target.is_cuda:
-        copy_segments_reference(target, staged, count)
-        return
+    copy = copy_segments_triton if target.is_cuda else copy_segments_reference
+    copy(target, staged, count, longest)
+
+
+def copy_segments_triton(target: Tensor, staged: Tensor, count: int, longest: int) -> None:
+    """`copy_segments` in one launch."""
     grid = (count, min(triton.cdiv(longest, _BLOCK), 64))
     _copy_segments_kernel[grid](target, staged, BLOCK=_BLOCK, num_warps=4)
 
@@ -43,7 +46,7 @@ def _copy_segments_kernel(target_ptr, staged_ptr, BLOCK: tl.constexpr) -> None:
         tl.store(target_ptr + to + offset, values, mask=inside)
 
 
-def copy_segments_reference(target: Tensor, staged: Tensor, count: int) -> None:
+def copy_segments_reference(target: Tensor, staged: Tensor, count: int, longest: int) -> None:
     """`copy_segments` in torch, one copy at a time."""
     table: list[list[int]] = staged[: 3 * count].view(count, 3).tolist()
     for to, source, length in table:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .jit import tl, triton
+from .jit import INTERPRETED, tl, triton
 from .pdl import allow_next, pdl_options, wait_previous
 from .sampling import gumbel_argmax_reference
 
@@ -105,9 +105,9 @@ def _noise(column, seed, position):
     bits = (_mix(bits, 13) + (key >> 32).to(tl.uint32)) * 0xC2B2AE35
     bits = _mix(bits, 16) & 0x7FFFFFFF
     uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 4.656612873077393e-10, 0.999999940395355224609375)
-    # -log1p(-uniform): what rounding loses in 1 - uniform cancels in the quotient.
-    rest = 1.0 - uniform
-    exponential = tl.where(rest == 1.0, uniform, -tl.log(rest) * (uniform / (1.0 - rest)))
+    # -log1p(-uniform): small values by their series, which is exact to 1e-6 there and needs no division.
+    series = uniform * (1.0 + uniform * (0.5 + uniform * (0.3333333333 + uniform * 0.25)))
+    exponential = tl.where(uniform < 0.03125, series, -tl.log(1.0 - uniform))
     return -tl.log(exponential)
 
 
@@ -142,7 +142,7 @@ def _draw_block_kernel(
     inside = column < columns
     score = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=-float("inf")).to(tl.float32)
     if temperature > 0:
-        score = tl.where(inside, score / temperature + _noise(column, seed, position), -float("inf"))
+        score = tl.where(inside, score * (1.0 / temperature) + _noise(column, seed, position), -float("inf"))
     best, place = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
     at = row * tl.num_programs(0) + block
     tl.store(best_ptr + at, best)

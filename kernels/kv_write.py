@@ -81,64 +81,122 @@ def rotate_kv_write_triton(
     slot_mapping: Tensor,
 ) -> Tensor:
     """`rotate_kv_write` in one launch, in place: of a dense `qkv`, the queries and keys come out rotated."""
+    finish_heads(qkv, k_cache, v_cache, slot_mapping, rotation=rotation)
+    return qkv[:, : qkv.shape[1] - 2 * k_cache.shape[2]]
+
+
+def finish_heads(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    rotation: Tensor | None = None,
+    positions: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """What happens to projections before attention, in place and in one launch: norm, rotate, store.
+
+    Args:
+        qkv: [tokens, heads + 2 * kv_heads, head_dim], dense.
+        rotation: [., 3, head_dim / 2]; None: no rotary embedding.
+        positions: int64 [tokens], each token's row of `rotation`; None: token i has row i.
+        q_norm, k_norm: [head_dim], weights of an RMS norm of each head; None: no norm.
+        k_cache, v_cache, slot_mapping: as for `kv_write`.
+    """
     tokens, all_heads, head_dim = qkv.shape
     kv_heads = k_cache.shape[2]
-    heads = all_heads - 2 * kv_heads
     assert qkv.is_contiguous()
-    assert rotation.is_contiguous()
-    _rotate_kv_write_kernel[tokens, triton.cdiv(all_heads, _HEADS)](
+    assert rotation is None or rotation.is_contiguous()
+    _finish_heads_kernel[tokens, triton.cdiv(all_heads, _HEADS)](
         qkv,
-        rotation,
+        qkv if rotation is None else rotation,
+        slot_mapping if positions is None else positions,
+        qkv if q_norm is None else q_norm,
+        qkv if k_norm is None else k_norm,
         k_cache,
         v_cache,
         slot_mapping,
-        HEADS=heads,
+        eps,
+        HEADS=all_heads - 2 * kv_heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         HALF=triton.next_power_of_2(head_dim // 2),
+        ROTATE=rotation is not None,
+        INDEXED=positions is not None,
+        NORM=q_norm is not None,
         BLOCK=_HEADS,
     )
-    return qkv[:, :heads]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _rotate_kv_write_kernel(
+@triton.jit
+def _finish_heads_kernel(
     qkv_ptr,  # [tokens, HEADS + 2 * KV_HEADS, HEAD_DIM]
-    rotation_ptr,  # [tokens, 3, HEAD_DIM / 2]
+    rotation_ptr,  # [., 3, HEAD_DIM / 2]
+    positions_ptr,  # int64 [tokens]
+    q_norm_ptr,  # [HEAD_DIM]
+    k_norm_ptr,  # [HEAD_DIM]
     k_cache_ptr,  # [slots, KV_HEADS, HEAD_DIM]
     v_cache_ptr,  # [slots, KV_HEADS, HEAD_DIM]
     slot_mapping_ptr,  # int64 [tokens]
+    eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
+    ROTATE: tl.constexpr,
+    INDEXED: tl.constexpr,
+    NORM: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     half: tl.constexpr = HEAD_DIM // 2
     column = tl.arange(0, HALF)[None, :]
-    inside = (column < half) & (head < HEADS + 2 * KV_HEADS)
+    in_half = column < half
+    inside = in_half & (head < HEADS + 2 * KV_HEADS)
+    is_query = head < HEADS
+    is_value = head >= HEADS + KV_HEADS
     place = qkv_ptr + (token * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM + column
     low = tl.load(place, mask=inside, other=0.0)
     high = tl.load(place + half, mask=inside, other=0.0)
-    angle = rotation_ptr + token * 3 * half + column
-    cos = tl.load(angle, mask=column < half, other=0.0).to(tl.float32)
-    sin = tl.load(angle + 2 * half, mask=column < half, other=0.0).to(tl.float32)
-    is_value = head >= HEADS + KV_HEADS
-    first, second = low.to(tl.float32), high.to(tl.float32)
-    low = tl.where(is_value, low, (first * cos - second * sin).to(low.dtype))
-    high = tl.where(is_value, high, (second * cos + first * sin).to(high.dtype))
-    rotated = inside & (head < HEADS + KV_HEADS)
-    tl.store(place, low, mask=rotated)
-    tl.store(place + half, high, mask=rotated)
+    if NORM:
+        first, second = low.to(tl.float32), high.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(first * first + second * second, 1) / HEAD_DIM + eps)[:, None]
+        low_weight = tl.where(
+            is_query,
+            tl.load(q_norm_ptr + column, mask=in_half, other=0.0),
+            tl.load(k_norm_ptr + column, mask=in_half, other=0.0),
+        ).to(tl.float32)
+        high_weight = tl.where(
+            is_query,
+            tl.load(q_norm_ptr + half + column, mask=in_half, other=0.0),
+            tl.load(k_norm_ptr + half + column, mask=in_half, other=0.0),
+        ).to(tl.float32)
+        low = tl.where(is_value, low, (first * scale * low_weight).to(low.dtype))
+        high = tl.where(is_value, high, (second * scale * high_weight).to(high.dtype))
+    if ROTATE:
+        row = token
+        if INDEXED:
+            row = tl.load(positions_ptr + token)
+        angle = rotation_ptr + row * 3 * half + column
+        cos = tl.load(angle, mask=in_half, other=0.0).to(tl.float32)
+        sin = tl.load(angle + 2 * half, mask=in_half, other=0.0).to(tl.float32)
+        first, second = low.to(tl.float32), high.to(tl.float32)
+        low = tl.where(is_value, low, (first * cos - second * sin).to(low.dtype))
+        high = tl.where(is_value, high, (second * cos + first * sin).to(high.dtype))
+    if NORM or ROTATE:
+        changed = inside & (head < HEADS + KV_HEADS)
+        tl.store(place, low, mask=changed)
+        tl.store(place + half, high, mask=changed)
 
     slot = tl.load(slot_mapping_ptr + token)
     is_key = inside & (head >= HEADS) & (head < HEADS + KV_HEADS)
     key = k_cache_ptr + (slot * KV_HEADS + head - HEADS) * HEAD_DIM + column
     tl.store(key, low, mask=is_key)
     tl.store(key + half, high, mask=is_key)
-    is_value = inside & is_value
     value = v_cache_ptr + (slot * KV_HEADS + head - HEADS - KV_HEADS) * HEAD_DIM + column
-    tl.store(value, low, mask=is_value)
-    tl.store(value + half, high, mask=is_value)
+    tl.store(value, low, mask=inside & is_value)
+    tl.store(value + half, high, mask=inside & is_value)

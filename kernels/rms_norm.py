@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .jit import tl, triton
+from .pdl import allow_next, pdl_options, wait_previous
 
 _PROGRAM_SIZE = 4096
 """Numbers that one program should see at least: short rows (heads) are normed several at a time."""
@@ -56,6 +57,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, update: Tensor | None
         ROWS=rows_each,
         COLUMNS=columns,
         ADD=update is not None,
+        **pdl_options(x),
         num_warps=8 if columns >= 2048 else 4,
     )
     return out
@@ -75,6 +77,7 @@ def _rms_norm_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     outer = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -82,6 +85,9 @@ def _rms_norm_kernel(
     inside = (row < inner) & (column < size)
     place = outer * outer_stride + row * inner_stride + column
     dense = (outer * inner + row) * size + column
+    weight = tl.load(weight_ptr + column, mask=column < size, other=0.0).to(tl.float32)
+    allow_next(PDL)
+    wait_previous(PDL)
     x = tl.load(x_ptr + place, mask=inside, other=0.0)
     if ADD:
         update = tl.load(update_ptr + dense, mask=inside, other=0.0)
@@ -89,5 +95,4 @@ def _rms_norm_kernel(
         tl.store(x_ptr + place, x, mask=inside)
     values = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, axis=1) / size + eps)[:, None]
-    weight = tl.load(weight_ptr + column, mask=column < size, other=0.0).to(tl.float32)
     tl.store(out_ptr + dense, values * scale * weight, mask=inside)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .jit import tl, triton
+from .pdl import allow_next, pdl_options, wait_previous
 
 _BLOCK = 1024
 
@@ -31,7 +32,9 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
     """The same in one launch; `gate_up` is dense. The gate is not rounded before the product."""
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, size, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul_kernel[tokens, triton.cdiv(size, _BLOCK)](gate_up, out, size, BLOCK=_BLOCK)
+    _silu_mul_kernel[tokens, triton.cdiv(size, _BLOCK)](
+        gate_up, out, size, BLOCK=_BLOCK, **pdl_options(gate_up)
+    )
     return out
 
 
@@ -41,10 +44,13 @@ def _silu_mul_kernel(
     out_ptr,  # [tokens, size]
     size,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
+    allow_next(PDL)
+    wait_previous(PDL)
     gate = tl.load(gate_up_ptr + token * 2 * size + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + token * 2 * size + size + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * size + column, gate * tl.sigmoid(gate) * up, mask=inside)

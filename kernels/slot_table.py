@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .jit import tl, triton
+from .pdl import allow_next, pdl_options, wait_previous
 
 _TOKENS = 256
 """Tokens of a row that one program lays out."""
@@ -41,8 +42,15 @@ def decode_inputs(
         tokens: int32 [slots, max_tokens]
         block_tables: int32 [slots, max_blocks]
     """
-    if not slots.is_cuda:
-        return decode_inputs_reference(slots, lengths, tokens, block_tables, block_size)
+    if slots.is_cuda:
+        return decode_inputs_triton(slots, lengths, tokens, block_tables, block_size)
+    return decode_inputs_reference(slots, lengths, tokens, block_tables, block_size)
+
+
+def decode_inputs_triton(
+    slots: Tensor, lengths: Tensor, tokens: Tensor, block_tables: Tensor, block_size: int
+) -> StepInputs:
+    """`decode_inputs` in one launch."""
     rows = len(slots)
     ids, positions, places = torch.empty(3, rows, dtype=torch.int64, device=slots.device)
     seq_lens = torch.empty(rows, dtype=torch.int32, device=slots.device)
@@ -62,6 +70,7 @@ def decode_inputs(
         BLOCK_SIZE=block_size,
         BLOCK=32,
         num_warps=1,
+        **pdl_options(slots),
     )
     return StepInputs(ids, positions, places, seq_lens)
 
@@ -102,10 +111,22 @@ def packed_inputs(
         longest: at least the largest number of tokens of a row.
         slots, lengths, tokens, block_tables: as for `decode_inputs`.
     """
-    if not slots.is_cuda:
-        return packed_inputs_reference(
-            slots, query_start, starts, lengths, tokens, block_tables, block_size, num_tokens
-        )
+    inputs = packed_inputs_triton if slots.is_cuda else packed_inputs_reference
+    return inputs(slots, query_start, starts, lengths, tokens, block_tables, block_size, num_tokens, longest)
+
+
+def packed_inputs_triton(
+    slots: Tensor,
+    query_start: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    block_tables: Tensor,
+    block_size: int,
+    num_tokens: int,
+    longest: int,
+) -> StepInputs:
+    """`packed_inputs` in one launch."""
     ids, positions, places = torch.empty(3, num_tokens, dtype=torch.int64, device=slots.device)
     seq_lens = torch.empty(len(slots), dtype=torch.int32, device=slots.device)
     _packed_inputs_kernel[len(slots), triton.cdiv(longest, _TOKENS)](
@@ -124,6 +145,7 @@ def packed_inputs(
         block_tables.stride(0),
         BLOCK_SIZE=block_size,
         BLOCK=_TOKENS,
+        **pdl_options(slots),
     )
     return StepInputs(ids, positions, places, seq_lens)
 
@@ -137,6 +159,7 @@ def packed_inputs_reference(
     block_tables: Tensor,
     block_size: int,
     num_tokens: int,
+    longest: int,
 ) -> StepInputs:
     """`packed_inputs` in torch."""
     counts = query_start.diff().long()
@@ -173,9 +196,20 @@ def append_tokens(
         counter: int32 [1]: goes up by one.
         lengths, tokens: as for `decode_inputs`.
     """
-    if not sampled.is_cuda:
-        append_tokens_reference(sampled, slots, ends, lengths, tokens, results, counter)
-        return
+    append = append_tokens_triton if sampled.is_cuda else append_tokens_reference
+    append(sampled, slots, ends, lengths, tokens, results, counter)
+
+
+def append_tokens_triton(
+    sampled: Tensor,
+    slots: Tensor,
+    ends: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    results: Tensor,
+    counter: Tensor,
+) -> None:
+    """`append_tokens` in one launch."""
     _append_tokens_kernel[(1,)](
         sampled,
         slots,
@@ -191,6 +225,7 @@ def append_tokens(
         lengths.stride(0),
         tokens.stride(0),
         BLOCK=min(triton.next_power_of_2(len(sampled)), 1024),
+        **pdl_options(sampled),
     )
 
 
@@ -231,7 +266,10 @@ def _decode_inputs_kernel(
     table_stride,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    allow_next(PDL)
+    wait_previous(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     slot = tl.load(slots_ptr + row, mask=inside, other=0).to(tl.int64)
@@ -261,7 +299,10 @@ def _packed_inputs_kernel(
     table_stride,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    allow_next(PDL)
+    wait_previous(PDL)
     row = tl.program_id(0)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     first = tl.load(query_start_ptr + row)
@@ -297,7 +338,10 @@ def _append_tokens_kernel(
     length_stride,
     token_stride,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    allow_next(PDL)
+    wait_previous(PDL)
     count = tl.load(counter_ptr)
     result_ptr = results_ptr + (count % steps) * result_stride
     for begin in range(0, rows, BLOCK):

@@ -6,7 +6,7 @@ here waits for the device while steps are under way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..ipc.config import EngineConfig
 from ..ipc.messages import Admit, Sampling, StepPlan, pack
+from ..kernels.causal_attention import padded_lengths
 from .device_slots import DeviceSlots, Work
 from .device_step import RESULTS, DeviceStep, Logits
-from .graphs import Graphs, graph_sizes
+from .graphs import Graphs, graph_sizes, most_useful
 from .kv_cache import CacheSize, cuda_budget, size_cache
 from .models import build_model
 from .models.causal_lm import CausalLM, LayerCache
@@ -56,6 +57,7 @@ class CudaRunner:
         self._special_graphs: Graphs[Logits] | None = None
         self._events = [torch.cuda.Event() for _ in range(RESULTS)]  # type: ignore[no-untyped-call]
         self._num_events = 0
+        self._chores = self._prepare()
         self._num_results = 0
 
     # --- starting ------------------------------------------------------------------------------------
@@ -101,8 +103,24 @@ class CudaRunner:
 
     @torch.inference_mode()
     def idle(self) -> bool:
-        """Record one more graph."""
-        return self._graphs is not None and self._graphs.record_next()
+        """Prepare one more kind of step."""
+        return next(self._chores, False)
+
+    def _prepare(self) -> Iterator[bool]:
+        """What makes steps faster and can wait, the most useful first. Each takes some 30 ms."""
+        sizes = graph_sizes(self._config.max_num_seqs)
+        if self._graphs is not None:
+            for size in most_useful(sizes):
+                self._graphs.record(size)
+                yield True
+        longest = min(self._config.max_num_batched_tokens, self._step.slots.tokens.shape[1])
+        for length in padded_lengths(longest):
+            self._step.prepare_whole(length)
+            yield True
+        if self._graphs is not None:
+            for size in sizes:
+                self._graphs.record(size)
+                yield True
 
     # --- steps ---------------------------------------------------------------------------------------
 

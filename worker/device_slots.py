@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..ipc.messages import Admit, Sampling, StepPlan
 from ..kernels.copy_segments import copy_segments
-from .slots import I32, I64, SamplingColumns
+from .slots import I32, I64, Bools, SamplingColumns
 from .staging import Staging
 
 NUM_COLUMNS = 4
@@ -36,13 +35,16 @@ class Work:
     num_sampling: int
     """How many rows sample; all of them in a decode step."""
     decode: bool
-    """Every row computes one token and samples."""
+    """Every row continues its request by one token and samples."""
     special: bool
     """Some row wants more than temperature: top_k, top_p, min_p, penalties or min_tokens."""
     slots: I64
     starts: I64
     """Position of each row's first token."""
     num_scheduled: I64
+    continuing: Bools
+    """The rows that compute one token and were admitted before. A row admitted now may share blocks that
+    another row fills in this very step: it must not read before that one has written."""
     sampling: I64
     """The rows that sample, ascending."""
 
@@ -103,7 +105,7 @@ class DeviceSlots:
         self._room = 0
         """Decode steps for which the current rows have blocks, counted from `_behind` = 0."""
         none = np.zeros(0, np.int64)
-        self._work = Work(0, 0, True, False, none, none, none, none)
+        self._work = Work(0, 0, True, False, none, none, none, none > 0, none)
 
     @property
     def lengths(self) -> Tensor:
@@ -179,23 +181,25 @@ class DeviceSlots:
         assert (ends <= num_tokens).all(), f"step {plan.step} runs past the tokens: {ends} of {num_tokens}"
         room = self._num_blocks[rows] * self.block_size - ends
         assert (room >= 0).all(), f"step {plan.step} runs past the blocks by {-room} positions"
-        self._work = self._run(rows, starts, num_scheduled, samples)
+        continuing = (num_scheduled == 1) & ~np.isin(rows, [admit.slot for admit in plan.admitted])
+        self._work = self._run(rows, starts, num_scheduled, continuing, samples)
         # The row's next step writes at `ends`; its sampled token has its place already.
         self._room = int(min(room.min(initial=0), self._length - 1 - ends.max(initial=0)))
         return self._work
 
-    def _run(self, rows: I64, starts: I64, num_scheduled: I64, samples: NDArray[np.bool_]) -> Work:
+    def _run(self, rows: I64, starts: I64, num_scheduled: I64, continuing: Bools, samples: Bools) -> Work:
         sampling = np.flatnonzero(samples)
         self.num_computed[rows] = starts + num_scheduled
         self.num_tokens[rows[sampling]] += 1
         return Work(
             num_rows=len(rows),
             num_sampling=len(sampling),
-            decode=len(sampling) == len(rows) and bool((num_scheduled == 1).all()),
+            decode=len(sampling) == len(rows) and bool(continuing.all()),
             special=bool(self._special[rows[sampling]].any()),
             slots=rows,
             starts=starts,
             num_scheduled=num_scheduled,
+            continuing=continuing,
             sampling=sampling,
         )
 

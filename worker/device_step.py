@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.causal_attention import SHORTEST, padded_length, prepare
 from ..kernels.draw_tokens import draw_tokens
 from ..kernels.paged_attention import AttentionMetadata
 from ..kernels.paged_prefill import tile_tokens
 from ..kernels.slot_table import StepInputs, append_tokens, decode_inputs, packed_inputs
 from .device_slots import DeviceSlots, Work
-from .fused_decode import fused_decode
+from .fused import Packed, fuse
 from .models.causal_lm import CausalLM, LayerCache
 from .sampler import Requests, Sampler
 from .slots import I64, Batch, SamplingColumns
@@ -73,9 +74,10 @@ class DeviceStep:
         slots: DeviceSlots,
         num_heads: int,
     ) -> None:
+        self.num_heads = num_heads
         self.slots = slots
         self._model, self._caches = model, caches
-        self._fused = fused_decode(model, caches, num_heads, len(slots.rows))
+        self._fused = fuse(model, caches, slots.block_tables, num_heads, len(slots.rows))
         self._sampler = Sampler(slots.device)
         device, on_gpu = slots.device, slots.device.type == "cuda"
         # Written by the device, read by the host: no copy in between.
@@ -87,6 +89,7 @@ class DeviceStep:
             torch.zeros_like(slots.counter),
         )
         self._staging = Staging(device)
+        self._whole_lengths: list[int] = []
         self._tile_tokens = tile_tokens(num_heads, model.num_kv_heads)
         starts = torch.arange(len(slots.rows) + 1, dtype=torch.int32, device=device)
         self._each_row = starts
@@ -108,7 +111,7 @@ class DeviceStep:
         slots = (self._rehearsed if rehearsal else self._real).rows[:rows]
         inputs = decode_inputs(slots, table.lengths, table.tokens, table.block_tables, table.block_size)
         if self._fused is not None:
-            return Logits(self._fused(inputs, slots, table.block_tables), slots, inputs.seq_lens)
+            return Logits(self._fused.decode(inputs, slots), slots, inputs.seq_lens)
         meta = self._decode_metadata(slots, inputs)
         hidden = self._model(inputs.input_ids, inputs.positions, self._caches, meta)
         return Logits(self._model.compute_logits(hidden), slots, inputs.seq_lens)
@@ -149,62 +152,98 @@ class DeviceStep:
     def packed_logits(self, work: Work) -> Logits | None:
         """Run the model for `work`; None when no row samples."""
         table = self.slots
-        single = work.num_scheduled == 1
-        order = np.concatenate((np.flatnonzero(single), np.flatnonzero(~single)))
+        order = np.concatenate((np.flatnonzero(work.continuing), np.flatnonzero(~work.continuing)))
         query_lens, starts = work.num_scheduled[order], work.starts[order]
         query_start = np.concatenate(([0], np.cumsum(query_lens)))
         last_token = np.empty(len(order), np.int64)
         last_token[order] = query_start[1:] - 1
-        sampled = work.slots[work.sampling]
-        ends = (work.starts + work.num_scheduled)[work.sampling]
-        slots, starts_there, query_start_there, tiles, last, sampling_slots, sampling_ends = (
-            self._staging.send(
-                work.slots[order],
-                starts,
-                query_start,
-                self._tiles(query_lens),
-                last_token[work.sampling],
-                sampled,
-                ends,
-            )
+        num_decodes = int(work.continuing.sum())
+        tiled, whole = self._split(num_decodes, query_lens, starts, query_start)
+        sent = self._staging.send(
+            work.slots[order],
+            starts,
+            query_start,
+            self._tiles(query_lens, tiled),
+            last_token[work.sampling],
+            work.slots[work.sampling],
+            (work.starts + work.num_scheduled)[work.sampling],
         )
-        num_tokens = int(query_start[-1])
+        slots, there, first_tokens, tiles, last, sampling_slots, sampling_ends = sent
         inputs = packed_inputs(
             slots,
-            query_start_there,
-            starts_there,
+            first_tokens,
+            there,
             table.lengths,
             table.tokens,
             table.block_tables,
             table.block_size,
-            num_tokens,
+            int(query_start[-1]),
             int(query_lens.max()),
         )
-        seq_lens = starts + query_lens
+        tokens = last if work.num_sampling else None
+        if self._fused is not None:
+            step = Packed(inputs, slots, first_tokens, num_decodes, tiles.view(-1, 2), whole)
+            logits = self._fused.packed(step, tokens)
+        else:
+            meta = self._packed_metadata(inputs, slots, first_tokens, tiles, query_lens, starts + query_lens)
+            hidden = self._model(inputs.input_ids, inputs.positions, self._caches, meta)
+            logits = None if tokens is None else self._model.compute_logits(hidden.index_select(0, tokens))
+        return None if logits is None else Logits(logits, sampling_slots, sampling_ends)
+
+    def _split(
+        self, num_decodes: int, query_lens: I64, starts: I64, query_start: I64
+    ) -> tuple[I64, list[tuple[int, int]]]:
+        """Which rows are for `paged_prefill`, and where those for `causal_attention` are."""
+        if self._fused is None:
+            return np.arange(len(query_lens)), []
+        whole = (starts == 0) & (query_lens >= SHORTEST)
+        whole &= np.isin([padded_length(length) for length in query_lens.tolist()], self._whole_lengths)
+        whole[:num_decodes] = False
+        tiled = ~whole
+        tiled[:num_decodes] = False
+        places = [(int(query_start[row]), int(query_lens[row])) for row in np.flatnonzero(whole)]
+        return np.flatnonzero(tiled), places
+
+    def prepare_whole(self, length: int) -> None:
+        """Prompts that are computed at this padded length may from now on go to `causal_attention`."""
+        blocks, heads, head_dim = self._caches[0][0], self._model.num_kv_heads, self._model.head_dim
+        if self._fused is not None and prepare(
+            length, self.num_heads, heads, head_dim, head_dim**-0.5, blocks.dtype, blocks.device
+        ):
+            self._whole_lengths.append(length)
+
+    def _packed_metadata(
+        self,
+        inputs: StepInputs,
+        slots: Tensor,
+        query_start: Tensor,
+        tiles: Tensor,
+        query_lens: I64,
+        seq_lens: I64,
+    ) -> AttentionMetadata:
+        # The torch path wants rows of one token first, and has no use for knowing which continue.
+        single = query_lens == 1
+        num_decodes = len(single) if single.all() else int(single.argmin())
         meta = AttentionMetadata(
             slot_mapping=inputs.slot_mapping,
-            block_tables=table.block_tables,
-            query_start=query_start_there,
+            block_tables=self.slots.block_tables,
+            query_start=query_start,
             seq_lens=inputs.seq_lens,
-            num_decodes=int(single.sum()),
+            num_decodes=num_decodes,
             max_seq_len=int(seq_lens.max()),
             query_lens_host=query_lens.tolist(),
             seq_lens_host=seq_lens.tolist(),
             table_rows=slots,
             tiles=tiles.view(-1, 2),
         )
-        hidden = self._model(inputs.input_ids, inputs.positions, self._caches, self._portable(meta, slots))
-        if not work.num_sampling:
-            return None
-        logits = self._model.compute_logits(hidden.index_select(0, last))
-        return Logits(logits, sampling_slots, sampling_ends)
+        return self._portable(meta, slots)
 
-    def _tiles(self, query_lens: I64) -> I64:
-        """As `paged_prefill` takes them, flat; long tiles of late tokens first, so that none straggles."""
-        counts = -(-query_lens // self._tile_tokens)
-        rows = np.repeat(np.arange(len(counts)), counts)
-        number = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.stack((rows, number * self._tile_tokens), axis=1)[::-1].reshape(-1)
+    def _tiles(self, query_lens: I64, rows: I64) -> I64:
+        """The tiles of these rows as `paged_prefill` takes them, flat; the shortest come last."""
+        counts = -(-query_lens[rows] // self._tile_tokens)
+        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        tiles = np.stack((np.repeat(rows, counts), number * self._tile_tokens), axis=1)
+        return tiles[np.argsort(-number, kind="stable")].reshape(-1)
 
     def _decode_metadata(self, slots: Tensor, inputs: StepInputs) -> AttentionMetadata:
         rows = len(slots)

@@ -25,6 +25,11 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return sizes + list(range(_EVERY_SIZE + _STEP, max_num_seqs + _STEP, _STEP))
 
 
+def most_useful(sizes: list[int]) -> list[int]:
+    """A few of the sizes, within reach of which every other one is, and the largest."""
+    return [*(size for size in sizes if size & (size - 1) == 0), sizes[-1]]
+
+
 class Graphs(Generic[Result]):
     """Recordings of `step(size)`, which launches the same work on the same tensors whenever it is called."""
 
@@ -36,8 +41,6 @@ class Graphs(Generic[Result]):
         self._sizes = sizes
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, Result]] = {}
         self._pool: Any = None
-        doubling = [size for size in sizes if size & (size - 1) == 0]
-        self._missing = [*(s for s in sizes if s not in doubling), *reversed([sizes[-1], *doubling])]
 
     def run(self, rows: int) -> Result:
         """Launch the step for at least `rows` rows, recording it first if nothing near is recorded."""
@@ -45,22 +48,15 @@ class Graphs(Generic[Result]):
         if size not in self._recorded:
             larger = (s for s in self._sizes if size < s <= _STRETCH * size and s in self._recorded)
             size = next(larger, size)
-        if size not in self._recorded:
-            self.record(size)
+        self.record(size)
         graph, result = self._recorded[size]
         graph.replay()
         return result
 
-    def record_next(self) -> bool:
-        """Record one of the missing sizes; False when there is none."""
-        while self._missing:
-            size = self._missing.pop()
-            if size not in self._recorded:
-                self.record(size)
-                return True
-        return False
-
     def record(self, size: int) -> None:
+        """Record the step of `size` rows, unless that is done."""
+        if size in self._recorded:
+            return
         # Once for real: kernels are compiled and loaded, which a recording must not do.
         self._rehearse(size)
         graph = torch.cuda.CUDAGraph()

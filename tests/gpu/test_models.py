@@ -174,7 +174,8 @@ def test_chunks_and_preemptions_change_nothing_of_note(peer: Peer, gpu_config: M
     config = gpu_config(peer.folder, num_gpu_blocks_override=40, max_num_batched_tokens=48)
     answers, preemptions = generate(config, requests_of(Sampling(temperature=0.0)))
     assert preemptions
-    assert regrets(peer.model, answers).max() < 0.15
+    ours, theirs = regrets(peer.model, answers), regrets_of_bfloat16(peer, answers)
+    assert ours.max() < max(0.15, 2 * float(theirs.max()))
 
 
 def test_graphs_and_eager_steps_agree(peer: Peer, gpu_config: MakeConfig) -> None:

@@ -1,0 +1,251 @@
+"""Models by kernels that do each of a layer's operations together with what surrounds it.
+
+The same computation as the models' `forward`, in fewer launches and fewer passes over memory. Knows the parts
+of models and which kernel suits which rows; a model that it does not know or that is split over ranks is not
+fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.causal_attention import causal_attention, padded_length
+from ..kernels.decode_attention import DecodePlan, decode_attention, plan_decode
+from ..kernels.fused_linear import linear_add, norm_gate_up_silu, norm_linear
+from ..kernels.kv_write import finish_heads
+from ..kernels.paged_prefill import paged_prefill
+from ..kernels.slot_table import StepInputs
+from .models.causal_lm import CausalLM, LayerCache
+from .models.llama import Llama, LlamaLayer
+from .models.opt import NORM_EPS, OPT, POSITION_OFFSET, OPTLayer
+from .models.qwen3 import Qwen3Attention
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What a layer does to its heads before they attend."""
+
+    scale: float
+    rotation: Tensor | None = None
+    """[positions, 3, head_dim / 2]"""
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    eps: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The rows of a packed step. The first `num_decodes` have one token each, and read nothing that another
+    row of the step writes.
+    """
+
+    inputs: StepInputs
+    slots: Tensor
+    """int32 [rows]"""
+    query_start: Tensor
+    """int32 [rows + 1]"""
+    num_decodes: int
+    tiles: Tensor
+    """int32 [tiles, 2], as `paged_prefill` takes them, of the rows that it computes."""
+    whole: Sequence[tuple[int, int]]
+    """(first token in the step, number of tokens) of the rows that `causal_attention` computes."""
+
+
+Attend: TypeAlias = Callable[[int, Tensor, Heads], Tensor]
+"""(layer, qkv [tokens, (heads + 2 * kv_heads) * head_dim], what to do to the heads) to
+[tokens, heads * head_dim]; stores the keys and values."""
+_Run: TypeAlias = Callable[[StepInputs, Attend], Tensor]
+_Logits: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Fused:
+    """A model's steps on a GPU."""
+
+    def __init__(
+        self,
+        run: _Run,
+        logits: _Logits,
+        caches: Sequence[LayerCache],
+        block_tables: Tensor,
+        num_heads: int,
+        max_rows: int,
+    ) -> None:
+        self._run, self._logits = run, logits
+        self._caches, self._tables = caches, block_tables
+        _, _, kv_heads, head_dim = caches[0][0].shape
+        self._kv_heads, self._head_dim, self._num_heads = kv_heads, head_dim, num_heads
+        self._plan = DecodePlan.empty(max_rows, num_heads, kv_heads, head_dim, block_tables.device)
+
+    def decode(self, inputs: StepInputs, slots: Tensor) -> Tensor:
+        """Logits [rows, vocab], in the model's dtype, of rows of one token each; `slots`: int32 [rows]."""
+        plan_decode(self._plan, inputs.seq_lens, slots)
+        return self._logits(self._run(inputs, self._attend_decodes))
+
+    def packed(self, step: Packed, last: Tensor | None) -> Tensor | None:
+        """Logits [n, vocab] of the tokens `last`, int64 [n]; None when there are none."""
+        if step.num_decodes:
+            plan_decode(self._plan, step.inputs.seq_lens[: step.num_decodes], step.slots[: step.num_decodes])
+        hidden = self._run(step.inputs, lambda layer, qkv, heads: self._attend(step, layer, qkv, heads))
+        return None if last is None else self._logits(hidden.index_select(0, last))
+
+    def _attend_decodes(self, layer: int, qkv: Tensor, heads: Heads, out: Tensor | None = None) -> Tensor:
+        return decode_attention(
+            qkv,
+            *self._caches[layer],
+            self._tables,
+            self._plan,
+            scale=heads.scale,
+            rotation=heads.rotation,
+            q_norm=heads.q_norm,
+            k_norm=heads.k_norm,
+            eps=heads.eps,
+            reads_ahead=layer > 0 and out is None,
+            out=out,
+        )
+
+    def _attend(self, step: Packed, layer: int, qkv: Tensor, heads: Heads) -> Tensor:
+        decodes, size = step.num_decodes, self._num_heads * self._head_dim
+        out = torch.empty(len(qkv), size, dtype=qkv.dtype, device=qkv.device)
+        if decodes:
+            self._attend_decodes(layer, qkv[:decodes], heads, out[:decodes])
+        each = qkv.view(len(qkv), -1, self._head_dim)
+        if len(qkv) > decodes:
+            finish_heads(
+                each[decodes:],
+                *self._caches[layer],
+                step.inputs.slot_mapping[decodes:],
+                rotation=heads.rotation,
+                positions=step.inputs.positions[decodes:],
+                q_norm=heads.q_norm,
+                k_norm=heads.k_norm,
+                eps=heads.eps,
+            )
+        for first, length in step.whole:
+            self._attend_whole(each, first, length, heads.scale, out)
+        if len(step.tiles):
+            paged_prefill(
+                each[:, : self._num_heads],
+                *self._caches[layer],
+                block_tables=self._tables,
+                table_rows=step.slots,
+                query_start=step.query_start,
+                seq_lens=step.inputs.seq_lens,
+                tiles=step.tiles,
+                scale=heads.scale,
+                out=out,
+            )
+        return out
+
+    def _attend_whole(self, each: Tensor, first: int, length: int, scale: float, out: Tensor) -> None:
+        """A prompt over itself; what follows it in the step serves as padding, if there is enough."""
+        padded = padded_length(length)
+        rows = each[first : first + padded]
+        if len(rows) < padded:
+            rows = F.pad(rows, (0, 0, 0, 0, 0, padded - len(rows)))
+        q, k, v = torch.split(rows, [self._num_heads, self._kv_heads, self._kv_heads], dim=1)
+        attended = causal_attention(q, k, v, scale)
+        out[first : first + length] = attended[:length].reshape(length, -1)
+
+
+def fuse(
+    model: CausalLM, caches: Sequence[LayerCache], block_tables: Tensor, num_heads: int, max_rows: int
+) -> Fused | None:
+    """`model`'s steps on the GPU, with up to `max_rows` decoding rows; None if it must run its `forward`."""
+    rest = caches, block_tables, num_heads, max_rows
+    if not block_tables.is_cuda:
+        return None
+    if isinstance(model, Llama) and _is_plain_llama(model):
+        return Fused(lambda i, a: _llama(model, i, a), lambda h: _llama_logits(model, h), *rest)
+    if isinstance(model, OPT) and _is_plain_opt(model):
+        return Fused(lambda i, a: _opt(model, i, a), lambda h: _opt_logits(model, h), *rest)
+    return None
+
+
+# --- Llama, Mistral, Qwen2, Qwen3 --------------------------------------------------------------------
+
+
+def _is_plain_llama(model: Llama) -> bool:
+    first = model.layers[0]
+    assert isinstance(first, LlamaLayer)
+    return model.embedding.tp.size == 1 and first.mlp.gate_up_proj.bias is None
+
+
+def _llama(model: Llama, inputs: StepInputs, attend: Attend) -> Tensor:
+    residual = model.embedding.embed(inputs.input_ids)
+    for number, layer in enumerate(model.layers):
+        assert isinstance(layer, LlamaLayer)
+        attention, mlp, eps = layer.attention, layer.mlp, layer.input_norm.eps
+        qkv = norm_linear(
+            residual,
+            attention.qkv_proj.weight,
+            attention.qkv_proj.bias,
+            norm_weight=layer.input_norm.weight,
+            eps=eps,
+        )
+        heads = Heads(attention.scale, model.rotation)
+        if isinstance(attention, Qwen3Attention):
+            q_norm, k_norm = attention.q_norm.weight, attention.k_norm.weight
+            heads = Heads(attention.scale, model.rotation, q_norm, k_norm, eps)
+        linear_add(attend(number, qkv, heads), attention.o_proj.weight, attention.o_proj.bias, residual)
+        gated = norm_gate_up_silu(residual, layer.mlp_norm.weight, mlp.gate_up_proj.weight, eps)
+        linear_add(gated, mlp.down_proj.weight, None, residual)
+    return residual
+
+
+def _llama_logits(model: Llama, hidden: Tensor) -> Tensor:
+    return norm_linear(hidden, model.head.weight, norm_weight=model.norm.weight, eps=model.norm.eps)
+
+
+# --- OPT ---------------------------------------------------------------------------------------------
+
+
+def _is_plain_opt(model: OPT) -> bool:
+    first = model.layers[0]
+    assert isinstance(first, OPTLayer)
+    return model.embedding.tp.size == 1 and first.norm_before and model.project_in is None
+
+
+def _opt(model: OPT, inputs: StepInputs, attend: Attend) -> Tensor:
+    residual = model.embedding.embed(inputs.input_ids)
+    residual += F.embedding(inputs.positions + POSITION_OFFSET, model.positions.weight)
+    for number, layer in enumerate(model.layers):
+        assert isinstance(layer, OPTLayer)
+        attention = layer.attention
+        qkv = norm_linear(
+            residual,
+            attention.qkv_proj.weight,
+            attention.qkv_proj.bias,
+            norm_weight=layer.attention_norm.weight,
+            norm_bias=layer.attention_norm.bias,
+            eps=NORM_EPS,
+        )
+        attended = attend(number, qkv, Heads(attention.head_dim**-0.5))
+        linear_add(attended, attention.out_proj.weight, attention.out_proj.bias, residual)
+        hidden = norm_linear(
+            residual,
+            layer.fc1.weight,
+            layer.fc1.bias,
+            norm_weight=layer.ffn_norm.weight,
+            norm_bias=layer.ffn_norm.bias,
+            eps=NORM_EPS,
+            relu=True,
+        )
+        linear_add(hidden, layer.fc2.weight, layer.fc2.bias, residual)
+    return residual
+
+
+def _opt_logits(model: OPT, hidden: Tensor) -> Tensor:
+    assert model.norm is not None
+    return norm_linear(
+        hidden,
+        model.head.weight,
+        norm_weight=model.norm.weight,
+        norm_bias=model.norm.bias,
+        eps=NORM_EPS,
+    )
