@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .jit import INTERPRETED, tl, triton
+from .jit import tl, triton
 from .pdl import allow_next, pdl_options, wait_previous
 from .sampling import gumbel_argmax_reference
 
