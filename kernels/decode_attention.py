@@ -166,7 +166,7 @@ class DecodeTuning(NamedTuple):
     have one tile of keys and values under way, 5 have two, 7 three."""
 
 
-def _tuning(rows: int, head_dim: int) -> DecodeTuning:
+def _tuning(rows: int, kv_heads: int, head_dim: int) -> DecodeTuning:
     """Best on average of a sweep over five models on an H200.
 
     One row has latency to hide, by a large tile that is loaded before anything else. Many rows have loads to
@@ -174,6 +174,8 @@ def _tuning(rows: int, head_dim: int) -> DecodeTuning:
     """
     if rows == 1:
         return DecodeTuning(128, 4, 3)
+    if _is_small(rows, kv_heads):
+        return DecodeTuning(64, 2, 5)
     return DecodeTuning(32, 1, 5 if head_dim <= 64 else 3)
 
 
@@ -212,7 +214,7 @@ def decode_attention(
     block_size, kv_heads, head_dim = k_cache.shape[1:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     width = triton.next_power_of_2(head_dim)
-    chosen = tuning or _tuning(rows, head_dim)
+    chosen = tuning or _tuning(rows, kv_heads, head_dim)
     if out is None:
         out = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     _decode_attention_kernel[kv_heads, plan.max_pieces(rows)](
