@@ -453,7 +453,7 @@ def bench_splits(shape: Shape, weights: Weights, tokens: int) -> list[Row]:
     }
     rows, original = [], small_batch_linear.split
     chosen: Split | None = None
-    small_batch_linear.split = lambda size, gated: chosen or original(size, gated)  # type: ignore[assignment]
+    small_batch_linear.split = lambda size, gated=False: chosen or original(size, gated)  # type: ignore[assignment]
     try:
         with forced("matrix"):
             calls = linear_calls(shape, weights, tokens)
