@@ -61,7 +61,7 @@ def paged_prefill(
         query_start: int32 [rows + 1], each row's first token in `q`.
         seq_lens: int32 [rows], a row's tokens, of which its query tokens are the last.
         tiles: int32 [count, 2]: a row, and the tile's first query token in it, a multiple of
-            `tile_tokens(heads, kv_heads)`.
+            `tile_tokens(heads, kv_heads)`. A row of -1 is no tile.
         out: where to put the result, dense.
 
     Returns: [tokens, heads * head_dim]; tokens in no tile are undefined.
@@ -172,6 +172,8 @@ def _paged_prefill_kernel(
     BLOCK_N: tl.constexpr,
 ) -> None:
     row = tl.load(tiles_ptr + 2 * tl.program_id(0))
+    if row < 0:
+        return
     first = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1)
     kv_head = tl.program_id(1)
     start = tl.load(query_start_ptr + row)

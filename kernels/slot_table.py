@@ -103,7 +103,8 @@ def packed_inputs(
 ) -> StepInputs:
     """The step in which row i computes tokens `starts[i]`, `starts[i] + 1`, ... of slot `slots[i]`.
 
-    Sets `lengths` of these slots to what is computed after the step.
+    Sets `lengths` of these slots, but of the last one of the table, which is padding, to what is computed after
+    the step.
 
     Args:
         query_start: int32 [rows + 1]: each row's first token in the step; the last is `num_tokens`.
@@ -140,6 +141,7 @@ def packed_inputs_triton(
         positions,
         places,
         seq_lens,
+        len(tokens) - 1,
         lengths.stride(0),
         tokens.stride(0),
         block_tables.stride(0),
@@ -168,7 +170,8 @@ def packed_inputs_reference(
     index = slots.long()[row]
     blocks = block_tables[index, positions // block_size].long()
     seq_lens = (starts + counts).int()
-    lengths[slots.long()] = seq_lens
+    real = slots != len(tokens) - 1
+    lengths[slots[real].long()] = seq_lens[real]
     return StepInputs(
         tokens[index, positions].long(),
         positions,
@@ -294,6 +297,7 @@ def _packed_inputs_kernel(
     positions_ptr,
     places_ptr,
     seq_lens_ptr,
+    padding_slot,
     length_stride,
     token_stride,
     table_stride,
@@ -309,8 +313,9 @@ def _packed_inputs_kernel(
     count = tl.load(query_start_ptr + row + 1) - first
     start = tl.load(starts_ptr + row)
     if tl.program_id(1) == 0:
-        tl.store(lengths_ptr + slot * length_stride, start + count)
         tl.store(seq_lens_ptr + row, start + count)
+        if slot != padding_slot:
+            tl.store(lengths_ptr + slot * length_stride, start + count)
     offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < count
     position = start + offset

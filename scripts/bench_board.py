@@ -1,12 +1,12 @@
-"""A model's row of the performance board, measured with one engine: start, b1, b32, b128, nano, prefill.
+"""A model's row of the performance board, all measured with one engine.
 
     python scripts/bench_board.py --model scripts/models/llama-3.2-1b --load-format dummy
     python scripts/bench_board.py --compare headrace,vllm --rounds 1 --model ... --load-format dummy
 
 `b1` to `b128`: milliseconds per output token of so many requests at once, 32 tokens in and 128 out, median of
 some runs. `nano`: output tokens a second of 256 requests, 100 to 1024 tokens in and out, temperature 0.6.
-`prefill`: prompt tokens a second of 65536 tokens in prompts of 4096 (1024 for a short model). All prompts are
-fresh.
+`prefill`: prompt tokens a second of 65536 tokens in prompts of 4096 (1024 for a short model). `poisson`:
+arrivals at 40 requests a second for 4 seconds, 512 tokens in and 128 out. All prompts are fresh.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import statistics
 import time
 
 from benchlib.engines import Engine, Request, random_prompt, started
-from benchlib.harness import Figures, run_benchmark
+from benchlib.harness import Figures, percentiles, run_benchmark
 
-_CASES = ("b1", "b32", "b128", "nano", "prefill")
+_CASES = ("b1", "b32", "b128", "nano", "prefill", "poisson")
 _PREFILL_TOKENS = 65536
 
 
@@ -40,6 +40,8 @@ def measure(args: argparse.Namespace) -> Figures:
         for case in cases:
             if case == "nano":
                 figures["nano, tokens/s"] = _nano(engine, rng)
+            elif case == "poisson":
+                figures |= _poisson(engine, rng)
             elif case == "prefill":
                 figures["prefill, tokens/s"] = _prefill(engine, rng, args.max_model_len)
             else:
@@ -64,6 +66,15 @@ def _nano(engine: Engine, rng: random.Random) -> float:
     )
     seconds = max(t.outputs[-1][0] for t in traces) - min(t.begun for t in traces)
     return sum(output for _, output in sizes) / seconds
+
+
+def _poisson(engine: Engine, rng: random.Random) -> Figures:
+    arrival, requests = 0.0, []
+    while (arrival := arrival + rng.expovariate(40)) < 4:
+        requests.append(Request(random_prompt(rng, 512), 128, arrival=arrival))
+    traces = engine.run(requests)
+    first = percentiles("poisson TTFT", (trace.ttft for trace in traces), (50, 99))
+    return first | percentiles("poisson ITL", (gap for t in traces for gap in t.gaps), (50, 99))
 
 
 def _prefill(engine: Engine, rng: random.Random, max_model_len: int) -> float:

@@ -18,11 +18,13 @@ from ..ipc.messages import Admit, Sampling, StepPlan, pack
 from ..kernels.causal_attention import padded_lengths
 from .device_slots import DeviceSlots, Work
 from .device_step import RESULTS, DeviceStep, Logits
-from .graphs import Graphs, graph_sizes, most_useful
+from .graphs import Graphs, Recorder, graph_sizes, most_useful
 from .kv_cache import CacheSize, cuda_budget, size_cache
 from .models import build_model
 from .models.causal_lm import CausalLM, LayerCache
+from .packed_graphs import PackedGraphs, Shape
 from .parallel import TensorParallel, connect
+from .slots import I32, I64
 from .weights import load_weights
 
 _WARM_UP_TOKENS = 32
@@ -33,14 +35,17 @@ class Under(NamedTuple):
 
     event: torch.cuda.Event
     row: Tensor
-    """int32 [num_sampling], pinned; written once `event` has come."""
+    """int32, pinned; written once `event` has come."""
+    places: I64 | slice
+    """Where in it the tokens are."""
 
     def ready(self) -> bool:
         return bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def tokens(self) -> bytes:
         self.event.synchronize()
-        return self.row.numpy().tobytes()
+        tokens: I32 = self.row.numpy()[self.places]
+        return tokens.tobytes()
 
 
 class CudaRunner:
@@ -55,6 +60,7 @@ class CudaRunner:
         self._step: DeviceStep
         self._graphs: Graphs[None] | None = None
         self._special_graphs: Graphs[Logits] | None = None
+        self._packed_graphs: PackedGraphs | None = None
         self._events = [torch.cuda.Event() for _ in range(RESULTS)]  # type: ignore[no-untyped-call]
         self._num_events = 0
         self._chores = self._prepare()
@@ -85,11 +91,14 @@ class CudaRunner:
         self._step = self._new_step(self._config.max_num_seqs, max_model_len, num_blocks)
         if not self._config.enforce_eager:
             sizes = graph_sizes(self._config.max_num_seqs)
-            step = self._step
-            self._graphs = Graphs(step.decode, lambda rows: step.decode(rows, rehearsal=True), sizes)
-            self._special_graphs = Graphs(
-                self._special_logits, lambda rows: step.decode(rows, rehearsal=True), sizes
-            )
+            step, recorder = self._step, Recorder()
+
+            def rehearse(rows: int) -> None:
+                step.decode(rows, rehearsal=True)
+
+            self._graphs = Graphs(recorder, step.decode, rehearse, sizes)
+            self._special_graphs = Graphs(recorder, self._special_logits, rehearse, sizes)
+            self._packed_graphs = PackedGraphs(recorder, step) if step.is_fused else None
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -113,9 +122,18 @@ class CudaRunner:
             for size in most_useful(sizes):
                 self._graphs.record(size)
                 yield True
+        packed: Iterator[Shape] = (
+            iter(()) if self._packed_graphs is None else self._packed_graphs.record_next()
+        )
+        for shape in packed:
+            yield True
+            if shape.decodes:
+                break
         longest = min(self._config.max_num_batched_tokens, self._step.slots.tokens.shape[1])
         for length in padded_lengths(longest):
             self._step.prepare_whole(length)
+            yield True
+        for _ in packed:
             yield True
         if self._graphs is not None:
             for size in sizes:
@@ -128,16 +146,22 @@ class CudaRunner:
     def submit(self, plan: StepPlan) -> Under:
         """Queue the step's kernels."""
         work = self._step.slots.apply(plan)
+        places: I64 | slice = slice(work.num_sampling)
+        appended = work.num_sampling > 0
         if work.decode and work.num_rows:
             self._decode(work)
         elif work.num_rows:
-            run_packed(self._step, work)
+            found = None if self._packed_graphs is None else self._packed_graphs.run(work)
+            if found is None:
+                run_packed(self._step, work)
+            else:
+                places, appended = found, True
         event = self._events[self._num_events % RESULTS]
         self._num_events += 1
         event.record()
-        row = self._step.results[self._num_results % RESULTS, : work.num_sampling]
-        self._num_results += work.num_sampling > 0
-        return Under(event, row)
+        row = self._step.results[self._num_results % RESULTS]
+        self._num_results += appended
+        return Under(event, row, places)
 
     def _decode(self, work: Work) -> None:
         step = self._step

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,28 @@ from .staging import Staging
 
 RESULTS = 8
 """Steps whose tokens the results ring holds: more than are ever in flight."""
+
+
+_MORE_RESULTS = 64
+"""A step padded to a graph's shape may report more rows than there are slots."""
+
+
+class PackedTensors(NamedTuple):
+    """A packed step's composition: the rows, and those that sample. All int32."""
+
+    slots: Tensor
+    """[rows], continuing ones first"""
+    starts: Tensor
+    """[rows], position of each row's first token"""
+    query_start: Tensor
+    """[rows + 1], each row's first token in the step; the last is the number of tokens"""
+    tiles: Tensor
+    """[2 * tiles], as `paged_prefill` takes them"""
+    last: Tensor
+    """[sampling rows], the last token of each in the step"""
+    sampling_slots: Tensor
+    sampling_ends: Tensor
+    """[sampling rows], where the sampled tokens go"""
 
 
 @dataclass(slots=True)
@@ -81,19 +104,24 @@ class DeviceStep:
         self._sampler = Sampler(slots.device)
         device, on_gpu = slots.device, slots.device.type == "cuda"
         # Written by the device, read by the host: no copy in between.
-        self.results = torch.zeros(RESULTS, len(slots.rows), dtype=torch.int32, pin_memory=on_gpu)
+        width = len(slots.rows) + _MORE_RESULTS
+        self.results = torch.zeros(RESULTS, width, dtype=torch.int32, pin_memory=on_gpu)
         self._real = _Scene(slots.rows, self.results, slots.counter)
         self._rehearsed = _Scene(
             torch.full_like(slots.rows, slots.padding_slot),
             torch.zeros_like(self.results, device=device),
             torch.zeros_like(slots.counter),
         )
-        self._staging = Staging(device)
+        self.staging = Staging(device)
         self._whole_lengths: list[int] = []
-        self._tile_tokens = tile_tokens(num_heads, model.num_kv_heads)
+        self.tile_tokens = tile_tokens(num_heads, model.num_kv_heads)
         starts = torch.arange(len(slots.rows) + 1, dtype=torch.int32, device=device)
         self._each_row = starts
         self._each_tile = torch.stack((starts, torch.zeros_like(starts)), dim=1)
+
+    @property
+    def is_fused(self) -> bool:
+        return self._fused is not None
 
     # --- decode steps: nothing here depends on anything on the host but `rows` -----------------------
 
@@ -102,8 +130,7 @@ class DeviceStep:
 
         A rehearsal launches the same kernels for padding and leaves no trace.
         """
-        scene = self._rehearsed if rehearsal else self._real
-        self.draw(self.decode_logits(rows, rehearsal), scene)
+        self.draw(self.decode_logits(rows, rehearsal), rehearsal)
 
     def decode_logits(self, rows: int, rehearsal: bool = False) -> Logits:
         """The first part of `decode`: run the model."""
@@ -116,11 +143,11 @@ class DeviceStep:
         hidden = self._model(inputs.input_ids, inputs.positions, self._caches, meta)
         return Logits(self._model.compute_logits(hidden), slots, inputs.seq_lens)
 
-    def draw(self, drawn: Logits, scene: _Scene | None = None) -> None:
+    def draw(self, drawn: Logits, rehearsal: bool = False) -> None:
         """Sample with temperature alone, and append."""
         table = self.slots
         tokens = draw_tokens(drawn.logits, table.temperatures, table.seeds, drawn.ends, drawn.slots)
-        self._append(tokens, drawn, scene)
+        self._append(tokens, drawn, rehearsal)
 
     def draw_special(self, drawn: Logits, work: Work) -> None:
         """Sample with every stage, and append. `work` has its columns."""
@@ -141,8 +168,8 @@ class DeviceStep:
         tokens = self._sampler.sample(drawn.logits[:count].float(), requests, batch)
         self._append(tokens, Logits(drawn.logits, drawn.slots[:count], drawn.ends[:count]))
 
-    def _append(self, tokens: Tensor, drawn: Logits, scene: _Scene | None = None) -> None:
-        table, scene = self.slots, scene or self._real
+    def _append(self, tokens: Tensor, drawn: Logits, rehearsal: bool = False) -> None:
+        table, scene = self.slots, self._rehearsed if rehearsal else self._real
         append_tokens(
             tokens, drawn.slots, drawn.ends, table.lengths, table.tokens, scene.results, scene.counter
         )
@@ -151,7 +178,6 @@ class DeviceStep:
 
     def packed_logits(self, work: Work) -> Logits | None:
         """Run the model for `work`; None when no row samples."""
-        table = self.slots
         order = np.concatenate((np.flatnonzero(work.continuing), np.flatnonzero(~work.continuing)))
         query_lens, starts = work.num_scheduled[order], work.starts[order]
         query_start = np.concatenate(([0], np.cumsum(query_lens)))
@@ -159,36 +185,64 @@ class DeviceStep:
         last_token[order] = query_start[1:] - 1
         num_decodes = int(work.continuing.sum())
         tiled, whole = self._split(num_decodes, query_lens, starts, query_start)
-        sent = self._staging.send(
-            work.slots[order],
-            starts,
-            query_start,
-            self._tiles(query_lens, tiled),
-            last_token[work.sampling],
-            work.slots[work.sampling],
-            (work.starts + work.num_scheduled)[work.sampling],
+        tensors = PackedTensors(
+            *self.staging.send(
+                work.slots[order],
+                starts,
+                query_start,
+                self._tiles(query_lens, tiled),
+                last_token[work.sampling],
+                work.slots[work.sampling],
+                (work.starts + work.num_scheduled)[work.sampling],
+            )
         )
-        slots, there, first_tokens, tiles, last, sampling_slots, sampling_ends = sent
-        inputs = packed_inputs(
-            slots,
-            first_tokens,
-            there,
+        num_tokens, longest = int(query_start[-1]), int(query_lens.max())
+        if self._fused is not None:
+            return self.run_packed(tensors, num_tokens, longest, num_decodes, whole)
+        inputs = self._packed_inputs(tensors, num_tokens, longest)
+        meta = self._packed_metadata(inputs, tensors, query_lens, starts + query_lens)
+        hidden = self._model(inputs.input_ids, inputs.positions, self._caches, meta)
+        if not work.num_sampling:
+            return None
+        chosen = self._model.compute_logits(hidden.index_select(0, tensors.last))
+        return Logits(chosen, tensors.sampling_slots, tensors.sampling_ends)
+
+    def run_packed(
+        self,
+        tensors: PackedTensors,
+        num_tokens: int,
+        longest: int,
+        num_decodes: int,
+        whole: Sequence[tuple[int, int]],
+    ) -> Logits | None:
+        """Run the fused model; None when no row samples. Nothing here depends on what the tensors hold.
+
+        Args:
+            longest: at least the largest number of tokens of a row.
+            num_decodes: so many rows come first that have one token each.
+            whole: the rows that are in no tile, as `Packed` has them.
+        """
+        assert self._fused is not None
+        inputs = self._packed_inputs(tensors, num_tokens, longest)
+        step = Packed(
+            inputs, tensors.slots, tensors.query_start, num_decodes, tensors.tiles.view(-1, 2), whole
+        )
+        logits = self._fused.packed(step, tensors.last)
+        return None if logits is None else Logits(logits, tensors.sampling_slots, tensors.sampling_ends)
+
+    def _packed_inputs(self, tensors: PackedTensors, num_tokens: int, longest: int) -> StepInputs:
+        table = self.slots
+        return packed_inputs(
+            tensors.slots,
+            tensors.query_start,
+            tensors.starts,
             table.lengths,
             table.tokens,
             table.block_tables,
             table.block_size,
-            int(query_start[-1]),
-            int(query_lens.max()),
+            num_tokens,
+            longest,
         )
-        tokens = last if work.num_sampling else None
-        if self._fused is not None:
-            step = Packed(inputs, slots, first_tokens, num_decodes, tiles.view(-1, 2), whole)
-            logits = self._fused.packed(step, tokens)
-        else:
-            meta = self._packed_metadata(inputs, slots, first_tokens, tiles, query_lens, starts + query_lens)
-            hidden = self._model(inputs.input_ids, inputs.positions, self._caches, meta)
-            logits = None if tokens is None else self._model.compute_logits(hidden.index_select(0, tokens))
-        return None if logits is None else Logits(logits, sampling_slots, sampling_ends)
 
     def _split(
         self, num_decodes: int, query_lens: I64, starts: I64, query_start: I64
@@ -215,9 +269,7 @@ class DeviceStep:
     def _packed_metadata(
         self,
         inputs: StepInputs,
-        slots: Tensor,
-        query_start: Tensor,
-        tiles: Tensor,
+        tensors: PackedTensors,
         query_lens: I64,
         seq_lens: I64,
     ) -> AttentionMetadata:
@@ -227,22 +279,22 @@ class DeviceStep:
         meta = AttentionMetadata(
             slot_mapping=inputs.slot_mapping,
             block_tables=self.slots.block_tables,
-            query_start=query_start,
+            query_start=tensors.query_start,
             seq_lens=inputs.seq_lens,
             num_decodes=num_decodes,
             max_seq_len=int(seq_lens.max()),
             query_lens_host=query_lens.tolist(),
             seq_lens_host=seq_lens.tolist(),
-            table_rows=slots,
-            tiles=tiles.view(-1, 2),
+            table_rows=tensors.slots,
+            tiles=tensors.tiles.view(-1, 2),
         )
-        return self._portable(meta, slots)
+        return self._portable(meta, tensors.slots)
 
     def _tiles(self, query_lens: I64, rows: I64) -> I64:
         """The tiles of these rows as `paged_prefill` takes them, flat; the shortest come last."""
-        counts = -(-query_lens[rows] // self._tile_tokens)
+        counts = -(-query_lens[rows] // self.tile_tokens)
         number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        tiles = np.stack((np.repeat(rows, counts), number * self._tile_tokens), axis=1)
+        tiles = np.stack((np.repeat(rows, counts), number * self.tile_tokens), axis=1)
         return tiles[np.argsort(-number, kind="stable")].reshape(-1)
 
     def _decode_metadata(self, slots: Tensor, inputs: StepInputs) -> AttentionMetadata:

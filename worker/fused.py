@@ -87,12 +87,12 @@ class Fused:
         plan_decode(self._plan, inputs.seq_lens, slots)
         return self._logits(self._run(inputs, self._attend_decodes))
 
-    def packed(self, step: Packed, last: Tensor | None) -> Tensor | None:
-        """Logits [n, vocab] of the tokens `last`, int64 [n]; None when there are none."""
+    def packed(self, step: Packed, last: Tensor) -> Tensor | None:
+        """Logits [n, vocab] of the tokens `last`, int32 [n]; None when there are none."""
         if step.num_decodes:
             plan_decode(self._plan, step.inputs.seq_lens[: step.num_decodes], step.slots[: step.num_decodes])
         hidden = self._run(step.inputs, lambda layer, qkv, heads: self._attend(step, layer, qkv, heads))
-        return None if last is None else self._logits(hidden.index_select(0, last))
+        return self._logits(hidden.index_select(0, last)) if len(last) else None
 
     def _attend_decodes(self, layer: int, qkv: Tensor, heads: Heads, out: Tensor | None = None) -> Tensor:
         return decode_attention(

@@ -7,6 +7,7 @@ function of the batch size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -30,17 +31,51 @@ def most_useful(sizes: list[int]) -> list[int]:
     return [*(size for size in sizes if size & (size - 1) == 0), sizes[-1]]
 
 
+class Recorder:
+    """Records CUDA graphs, all with one pool of memory: they never run at the same time."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def record(self, run: Callable[[], Result], rehearse: Callable[[], None]) -> Recording[Result]:
+        """What `run` launches. `rehearse` launches the same once for real: kernels are compiled and loaded,
+        which a recording must not do.
+        """
+        rehearse()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = run()
+        self._pool = graph.pool()
+        return Recording(graph, result)
+
+
+@dataclass(frozen=True, slots=True)
+class Recording(Generic[Result]):
+    """A graph, and what the recorded function returned: tensors that every replay fills anew."""
+
+    graph: torch.cuda.CUDAGraph
+    result: Result
+
+    def replay(self) -> Result:
+        self.graph.replay()
+        return self.result
+
+
 class Graphs(Generic[Result]):
     """Recordings of `step(size)`, which launches the same work on the same tensors whenever it is called."""
 
     def __init__(
-        self, step: Callable[[int], Result], rehearse: Callable[[int], None], sizes: list[int]
+        self,
+        recorder: Recorder,
+        step: Callable[[int], Result],
+        rehearse: Callable[[int], None],
+        sizes: list[int],
     ) -> None:
+        self._recorder = recorder
         self._step = step
         self._rehearse = rehearse
         self._sizes = sizes
-        self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, Result]] = {}
-        self._pool: Any = None
+        self._recorded: dict[int, Recording[Result]] = {}
 
     def run(self, rows: int) -> Result:
         """Launch the step for at least `rows` rows, recording it first if nothing near is recorded."""
@@ -49,18 +84,11 @@ class Graphs(Generic[Result]):
             larger = (s for s in self._sizes if size < s <= _STRETCH * size and s in self._recorded)
             size = next(larger, size)
         self.record(size)
-        graph, result = self._recorded[size]
-        graph.replay()
-        return result
+        return self._recorded[size].replay()
 
     def record(self, size: int) -> None:
         """Record the step of `size` rows, unless that is done."""
-        if size in self._recorded:
-            return
-        # Once for real: kernels are compiled and loaded, which a recording must not do.
-        self._rehearse(size)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = self._step(size)
-        self._pool = graph.pool()
-        self._recorded[size] = graph, result
+        if size not in self._recorded:
+            self._recorded[size] = self._recorder.record(
+                lambda: self._step(size), lambda: self._rehearse(size)
+            )

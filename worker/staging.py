@@ -16,6 +16,11 @@ _ALIGNMENT = 4
 """int32 words: Triton makes wider loads where addresses are multiples of 16 bytes."""
 
 
+def aligned(size: int) -> int:
+    """How many words an array of `size` takes."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
 class Staging:
     """Sends arrays to `device` in the order of its current stream."""
 
@@ -28,24 +33,28 @@ class Staging:
 
     def send(self, *arrays: NDArray[Any]) -> Sequence[Tensor]:
         """The arrays of integers, flat, as int32 on the device; they lie behind one another in one tensor."""
-        sizes = [-(-array.size // _ALIGNMENT) * _ALIGNMENT for array in arrays]
-        total = sum(sizes)
+        sizes = [aligned(array.size) for array in arrays]
+        there = torch.empty(sum(sizes), dtype=torch.int32, device=self._device)
+        self.send_to(there, *arrays)
+        return [part[: array.size] for part, array in zip(torch.split(there, sizes), arrays, strict=True)]
+
+    def send_to(self, target: Tensor, *arrays: NDArray[Any]) -> None:
+        """The same into `target`, each array at the next place that is `aligned`."""
         turn = self._turn = (self._turn + 1) % _TURNS
         sent = self._sent[turn]
         if sent is not None:
             sent.synchronize()
-        if len(self._buffers[turn]) < total:
-            self._buffers[turn] = self._buffer(2 * total)
-        buffer = self._buffers[turn][:total]
+        if len(self._buffers[turn]) < len(target):
+            self._buffers[turn] = self._buffer(2 * len(target))
+        buffer = self._buffers[turn][: len(target)]
         at, host = 0, buffer.numpy()
-        for array, size in zip(arrays, sizes, strict=True):
+        for array in arrays:
             host[at : at + array.size] = array.reshape(-1)
-            at += size
-        there = buffer.to(self._device, non_blocking=True) if self._on_gpu else buffer.clone()
+            at += aligned(array.size)
+        target.copy_(buffer, non_blocking=True)
         if self._on_gpu:
             sent = self._sent[turn] = sent or torch.cuda.Event()  # type: ignore[no-untyped-call]
             sent.record()
-        return [part[: array.size] for part, array in zip(torch.split(there, sizes), arrays, strict=True)]
 
     def _buffer(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, pin_memory=self._on_gpu)
