@@ -127,7 +127,7 @@ class Worker:
 
             return CudaRunner(config, self._start.rank, self._start.rendezvous)
         # OpenMP's threads spin for milliseconds while they wait, on the cores that everybody else needs:
-        # steps are 10 times slower beside another busy process. This many just bridge the gap between operators.
+        # steps are 10 times slower beside another busy process. This many bridge two operators.
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
         from .runner import ModelRunner  # noqa: PLC0415 (as above)
 
