@@ -36,6 +36,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def record(self, run: Callable[[], Result], rehearse: Callable[[], None]) -> Recording[Result]:
         """What `run` launches. `rehearse` launches the same once for real: kernels are compiled and loaded,
@@ -43,8 +44,12 @@ class Recorder:
         """
         rehearse()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Not `torch.cuda.graph`: that empties the allocator's cache, and the next prompts would pay for it.
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
             result = run()
+            graph.capture_end()
         self._pool = graph.pool()
         return Recording(graph, result)
 

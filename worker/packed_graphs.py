@@ -34,7 +34,7 @@ class Shape(NamedTuple):
     """Of all prompts and chunks together."""
 
 
-class _Form:
+class Form:
     """The buffer of one shape, and how a step is laid out in it."""
 
     def __init__(self, step: DeviceStep, shape: Shape) -> None:
@@ -101,7 +101,7 @@ class PackedGraphs:
 
     def __init__(self, recorder: Recorder, step: DeviceStep) -> None:
         self._recorder, self._step = recorder, step
-        self._recorded: dict[Shape, tuple[_Form, Recording[None]]] = {}
+        self._recorded: dict[Shape, tuple[Form, Recording[None]]] = {}
         table = step.slots
         room = min(table.tokens.shape[1], table.block_tables.shape[1] * table.block_size)
         most = len(table.rows)
@@ -111,7 +111,7 @@ class PackedGraphs:
     def record_next(self) -> Iterator[Shape]:
         """Record all shapes, one with each call for the next."""
         for shape in self._shapes:
-            form = _Form(self._step, shape)
+            form = Form(self._step, shape)
             self._step.staging.send_to(form.buffer, *form.fill(None)[0])
             launch = partial(self._launch, form)
             self._recorded[shape] = form, self._recorder.record(launch, partial(launch, rehearsal=True))
@@ -135,7 +135,7 @@ class PackedGraphs:
         recording.replay()
         return places
 
-    def _launch(self, form: _Form, rehearsal: bool = False) -> None:
+    def _launch(self, form: Form, rehearsal: bool = False) -> None:
         decodes, tokens = form.shape
         logits = self._step.run_packed(form.tensors, decodes + tokens, tokens, decodes, ())
         assert logits is not None
