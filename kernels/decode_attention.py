@@ -10,6 +10,9 @@ and values are the rows of one matrix product. The new token never goes through 
 the softmax of the last piece. The program that finishes a row last puts the row's pieces together.
 """
 
+# mypy: disable-error-code="assignment"
+# (Triton's tuples grow under one name.)
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -179,6 +182,11 @@ def _tuning(rows: int, kv_heads: int, head_dim: int) -> DecodeTuning:
     return DecodeTuning(32, 1, 5 if head_dim <= 64 else 3)
 
 
+def _at_once(num_warps: int, sharing: int, width: int) -> int:
+    """Pieces combined at once: 64 registers of a thread."""
+    return int(min(max(2048 * num_warps // (triton.next_power_of_2(sharing) * width), 2), 16))
+
+
 def decode_attention(
     qkv: Tensor,
     k_cache: Tensor,
@@ -243,7 +251,7 @@ def decode_attention(
         GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
         WIDTH=width,
         TILE=chosen.tile,
-        AT_ONCE=max(2, 2048 * chosen.num_warps // (triton.next_power_of_2(heads // kv_heads) * width)),
+        AT_ONCE=_at_once(chosen.num_warps, heads // kv_heads, width),
         STAGES=chosen.num_stages,
         FIRST_TILE=_is_small(rows, kv_heads),
         READS_AHEAD=reads_ahead,
@@ -340,32 +348,45 @@ def _combine(
     WIDTH: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """Put a row's pieces together, by loads that bypass the multiprocessor's own cache."""
+    """Put a row's pieces together, by loads that bypass the multiprocessor's own cache.
+
+    Pieces are added one after the other, AT_ONCE of them under way. As a reduction over a third dimension,
+    which crosses warps, this took 10 us for 16 pieces of 6 heads of 128.
+    """
     member = tl.arange(0, GROUP)
     column = tl.arange(0, WIDTH)
+    in_group = member < SHARING
+    inside = in_group[:, None] & (column < HEAD_DIM)[None, :]
     largest = tl.full([GROUP], -1e30, tl.float32)
+    for at in range(0, pieces, 64):
+        number = at + tl.arange(0, 64)
+        place = stats_ptr + ((first + number)[:, None] * HEADS + (head + member)[None, :]) * 2
+        exists = (number < pieces)[:, None] & in_group[None, :]
+        scores = tl.load(place, mask=exists, other=-1e30, cache_modifier=".cg")
+        largest = tl.maximum(largest, tl.max(scores, 0))
     total = tl.zeros([GROUP], tl.float32)
     values = tl.zeros([GROUP, WIDTH], tl.float32)
     for at in range(0, pieces, AT_ONCE):
-        number = at + tl.arange(0, AT_ONCE)
-        exists = (number < pieces)[:, None] & (member < SHARING)[None, :]
-        place = (first + number)[:, None] * HEADS + (head + member)[None, :]
-        piece_largest = tl.load(stats_ptr + place * 2, mask=exists, other=-1e30, cache_modifier=".cg")
-        piece_total = tl.load(stats_ptr + place * 2 + 1, mask=exists, other=1.0, cache_modifier=".cg")
-        piece_values = tl.load(
-            partial_ptr + place[:, :, None] * HEAD_DIM + column[None, None, :],
-            mask=exists[:, :, None] & (column < HEAD_DIM)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        larger = tl.maximum(largest, tl.max(piece_largest, 0))
-        kept = tl.exp2(largest - larger)
-        weights = tl.exp2(piece_largest - larger[None, :])
-        total = total * kept + tl.sum(weights * piece_total, 0)
-        values = values * kept[:, None] + tl.sum(weights[:, :, None] * piece_values, 0)
-        largest = larger
+        loaded = ()
+        for i in tl.static_range(AT_ONCE):
+            number = member * 0 + at + i
+            exists = in_group & (number < pieces)
+            place = (first + number) * HEADS + head + member
+            loaded = loaded + (
+                tl.load(stats_ptr + place * 2, mask=exists, other=-1e30, cache_modifier=".cg"),
+                tl.load(stats_ptr + place * 2 + 1, mask=exists, other=1.0, cache_modifier=".cg"),
+                tl.load(
+                    partial_ptr + place[:, None] * HEAD_DIM + column[None, :],
+                    mask=inside & exists[:, None],
+                    other=0.0,
+                    cache_modifier=".cg",
+                ),
+            )
+        for i in tl.static_range(AT_ONCE):
+            weight = tl.exp2(loaded[3 * i] - largest)
+            total += weight * loaded[3 * i + 1]
+            values += weight[:, None] * loaded[3 * i + 2]
     place = out_ptr + (head + member)[:, None] * HEAD_DIM + column[None, :]
-    inside = (member < SHARING)[:, None] & (column < HEAD_DIM)[None, :]
     tl.store(place, (values / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -396,7 +417,7 @@ def _decode_attention_kernel(
     GROUP: tl.constexpr,  # heads that share keys and values, padded to a matrix unit's 16 rows
     WIDTH: tl.constexpr,  # head_dim, padded to a power of two
     TILE: tl.constexpr,
-    AT_ONCE: tl.constexpr,  # pieces combined at once: 64 registers
+    AT_ONCE: tl.constexpr,
     STAGES: tl.constexpr,
     FIRST_TILE: tl.constexpr,  # load it above the wait
     READS_AHEAD: tl.constexpr,

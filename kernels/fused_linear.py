@@ -57,7 +57,7 @@ def norm_linear(
         return norm_linear_triton(
             x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, relu=relu
         )
-    if small_batch.serves(x):
+    if small_batch.serves(x, weight):
         if norm_bias is not None:
             x, norm_weight = _norm(x, norm_weight, norm_bias, eps), None
         return small_batch.small_batch_linear(
@@ -74,7 +74,7 @@ def norm_gate_up_silu(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float
     """
     if x.is_cuda and len(x) <= MAX_TOKENS:
         return norm_gate_up_silu_triton(x, norm_weight, weight, eps)
-    if small_batch.serves(x):
+    if small_batch.serves(x, weight):
         return small_batch.small_batch_linear(x, weight, norm_weight=norm_weight, eps=eps, gated=True)
     return silu_mul(F.linear(_norm(x, norm_weight, None, eps), weight))
 
@@ -83,7 +83,7 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
     """`residual += x @ weight.T + bias`. x: [tokens, in_features]; residual: [tokens, out_features]."""
     if x.is_cuda and len(x) <= MAX_TOKENS:
         return linear_add_triton(x, weight, bias, residual)
-    if small_batch.serves(x):
+    if small_batch.serves(x, weight):
         return small_batch.small_batch_linear(x, weight, bias=bias, residual=residual)
     if bias is not None:
         residual += bias
