@@ -40,8 +40,8 @@ from torch import Tensor
 BYTES_PER_US = 4.3e6
 """The floor's memory speed, 4.3 TB/s: what a plain read of the weights reaches on an H200."""
 IMPLEMENTATIONS = {"vector": (1 << 30, 0), "matrix": (0, 16), "cublas": (0, 0)}
-"""Of the linear layers: the limits of `fused_linear` and `small_batch_linear` that force them. "matrix" leaves
-to cuBLAS what `serves` leaves to it."""
+"""Of the linear layers: the limits of `fused_linear` and `small_batch_linear` that force them. "matrix"
+leaves to cuBLAS what `serves` leaves to it."""
 
 Call = Callable[[], object]
 Row = dict[str, Any]
