@@ -241,10 +241,10 @@ def _finish(
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether `small_batch_linear` can and should multiply x [tokens, in_features] with weight.
 
-    Every 16 weight rows read all tokens, and cuBLAS, which shares tokens among more rows, wins where there are
+    Every 16 weight rows read all tokens, and cuBLAS, which shares tokens among more rows, wins where rows are
     very many. On an H200, us by cuBLAS and by this: at 8 tokens 60 and 65 for Llama-3.1-8B's up projection
-    (2^27 weights), 32 and 30 for its down projection (2^26); at 16 tokens 14 and 17 for Llama-3.2-1B's (2^24),
-    7.7 and 5.2 for Qwen3-0.6B's (2^21.6).
+    (2^27 weights), 32 and 30 for its down projection (2^26); at 16 tokens 14 and 17 for Llama-3.2-1B's down
+    projection (2^24), 7.7 and 5.2 for Qwen3-0.6B's (2^21.6).
     """
     tokens, in_features = x.shape
     if not AVAILABLE or not x.is_cuda or tokens > MAX_TOKENS or split(in_features) is None:
