@@ -139,7 +139,9 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: _Decodes, scale:
     keys = k_cache.index_select(0, group.blocks).view(rows, -1, kv_heads, head_dim).transpose(1, 2)
     values = v_cache.index_select(0, group.blocks).view(rows, -1, kv_heads, head_dim).transpose(1, 2)
     queries = q.view(rows, kv_heads, heads // kv_heads, head_dim)
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=group.bias, scale=scale)
+    # CPUs take a float32 bias with any type; on a GPU the types must agree.
+    bias = group.bias.to(q.dtype) if q.is_cuda else group.bias
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
 
 
 def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, row: _Prefill, scale: float) -> Tensor:
