@@ -178,12 +178,15 @@ def _tuning(rows: int, kv_heads: int, head_dim: int) -> DecodeTuning:
     if rows == 1:
         return DecodeTuning(128, 4, 3)
     if _is_small(rows, kv_heads):
-        return DecodeTuning(64, 2, 5)
+        return DecodeTuning(64, 2, 5) if head_dim <= 64 else DecodeTuning(64, 4, 3)
     return DecodeTuning(32, 1, 5 if head_dim <= 64 else 3)
 
 
-def _at_once(num_warps: int, sharing: int, width: int) -> int:
-    """Pieces combined at once: 64 registers of a thread."""
+def _at_once(rows: int, kv_heads: int, num_warps: int, sharing: int, width: int) -> int:
+    """Pieces combined at once: 64 registers of a thread for one row. With more rows, registers mean programs:
+    16 pieces take 236 registers where 4 take 128."""
+    if rows > 1:
+        return 4 if _is_small(rows, kv_heads) else 2
     return int(min(max(2048 * num_warps // (triton.next_power_of_2(sharing) * width), 2), 16))
 
 
@@ -251,7 +254,7 @@ def decode_attention(
         GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
         WIDTH=width,
         TILE=chosen.tile,
-        AT_ONCE=_at_once(chosen.num_warps, heads // kv_heads, width),
+        AT_ONCE=_at_once(rows, kv_heads, chosen.num_warps, heads // kv_heads, width),
         STAGES=chosen.num_stages,
         FIRST_TILE=_is_small(rows, kv_heads),
         READS_AHEAD=reads_ahead,
