@@ -103,8 +103,8 @@ def packed_inputs(
 ) -> StepInputs:
     """The step in which row i computes tokens `starts[i]`, `starts[i] + 1`, ... of slot `slots[i]`.
 
-    Sets `lengths` of these slots, but of the last one of the table, which is padding, to what is computed after
-    the step.
+    Sets `lengths` of these slots to what is computed after the step, but not that of the table's last slot,
+    which is padding.
 
     Args:
         query_start: int32 [rows + 1]: each row's first token in the step; the last is `num_tokens`.
