@@ -16,4 +16,4 @@ def test_annotations_of_compiled_functions(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
             annotations = {ast.unparse(a.annotation) for a in node.args.args if a.annotation is not None}
-            assert annotations <= {"tl.constexpr", "gl.constexpr"}, f"{node.name} in {path.name}: {annotations}"
+            assert annotations <= {"tl.constexpr", "gl.constexpr"}, f"{path.name}, {node.name}: {annotations}"
