@@ -69,7 +69,7 @@ def graph_us(run: Call, repeats: int = 20) -> float:
             graph.replay()
         ended.record()
         ended.synchronize()
-        times.append(begun.elapsed_time(ended) * 1e3 / repeats)
+        times.append(float(begun.elapsed_time(ended)) * 1e3 / repeats)
     return statistics.median(times)
 
 

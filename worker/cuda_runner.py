@@ -40,7 +40,7 @@ class Under(NamedTuple):
     """Where in it the tokens are."""
 
     def ready(self) -> bool:
-        return bool(self.event.query())  # type: ignore[no-untyped-call]
+        return bool(self.event.query())
 
     def tokens(self) -> bytes:
         self.event.synchronize()
@@ -61,7 +61,7 @@ class CudaRunner:
         self._graphs: Graphs[None] | None = None
         self._special_graphs: Graphs[Logits] | None = None
         self._packed_graphs: PackedGraphs | None = None
-        self._events = [torch.cuda.Event() for _ in range(RESULTS)]  # type: ignore[no-untyped-call]
+        self._events = [torch.cuda.Event() for _ in range(RESULTS)]
         self._num_events = 0
         self._chores = self._prepare()
         self._num_results = 0

@@ -36,7 +36,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream()
 
     def record(self, run: Callable[[], Result], rehearse: Callable[[], None]) -> Recording[Result]:
         """What `run` launches. `rehearse` launches the same once for real: kernels are compiled and loaded,

@@ -53,7 +53,7 @@ class Staging:
             at += aligned(array.size)
         target.copy_(buffer, non_blocking=True)
         if self._on_gpu:
-            sent = self._sent[turn] = sent or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            sent = self._sent[turn] = sent or torch.cuda.Event()
             sent.record()
 
     def _buffer(self, size: int) -> Tensor:

@@ -177,9 +177,11 @@ class DecodeChain:
     def attention(self, qkv: Tensor, number: int) -> Tensor:
         """Of layer `number`."""
         w = self.weights.layers[number]
+        k_cache, v_cache = self.caches[number]
         return decode_attention(
             qkv,
-            *self.caches[number],
+            k_cache,
+            v_cache,
             self.block_tables,
             self.plan,
             scale=self.shape.head_dim**-0.5,
