@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -253,11 +254,14 @@ class Standalone(NamedTuple):
     child: process.Child
 
 
-@pytest.fixture
-def standalone(oracle_args: Args, tmp_path: Path) -> Iterator[Standalone]:
+@pytest.fixture(params=["ipc", "tcp"])
+def standalone(oracle_args: Args, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Standalone]:
     """A core that no frontend started."""
     (tmp_path / "s").mkdir(mode=0o700)
     address = f"ipc://{tmp_path / 's' / 'core'}"
+    if request.param == "tcp":
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
     ours, theirs = os.pipe()
     config = resolve(oracle_args(served_model_name="mill"))
     child = process.spawn(
