@@ -26,12 +26,8 @@ import torch
 import triton
 from benchlib.decode_chain import MODELS, DecodeChain, LayerWeights, Shape, Weights
 from headrace.kernels import fused_linear, small_batch_linear
-from headrace.kernels.decode_attention import (
-    DecodePlan,
-    DecodeTuning,
-    decode_attention_reference,
-    plan_decode,
-)
+from headrace.kernels.decode_attention import DecodeTuning, decode_attention_reference
+from headrace.kernels.decode_plan import DecodePlan, plan_decode
 from headrace.kernels.draw_tokens import draw_tokens
 from headrace.kernels.fused_linear import Tiling
 from headrace.kernels.small_batch_linear import Split

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.causal_attention import causal_attention, padded_length
-from ..kernels.decode_attention import DecodePlan, decode_attention, plan_decode
+from ..kernels.decode_attention import decode_attention
+from ..kernels.decode_plan import DecodePlan, plan_decode
 from ..kernels.fused_linear import linear_add, norm_gate_up_silu, norm_linear
 from ..kernels.kv_write import finish_heads
 from ..kernels.paged_prefill import paged_prefill

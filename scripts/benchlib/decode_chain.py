@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from headrace.kernels.decode_attention import DecodePlan, DecodeTuning, decode_attention, plan_decode
+from headrace.kernels.decode_attention import DecodeTuning, decode_attention
+from headrace.kernels.decode_plan import DecodePlan, plan_decode
 from headrace.kernels.draw_tokens import draw_tokens
 from headrace.kernels.embedding import embed
 from headrace.kernels.fused_linear import linear_add, norm_gate_up_silu, norm_linear

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace.kernels.decode_attention import (
-    DecodePlan,
-    DecodeTuning,
-    decode_attention,
-    decode_attention_reference,
-    plan_decode,
-)
+from headrace.kernels.decode_attention import DecodeTuning, decode_attention, decode_attention_reference
+from headrace.kernels.decode_plan import DecodePlan, plan_decode
 from torch import Tensor
 
 BF16 = 1 / 64

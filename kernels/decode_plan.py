@@ -1,0 +1,148 @@
+"""The work of a decode step's attention, cut into pieces of about equal length: once per step, on the device.
+
+Every layer then launches a fixed grid over the pieces, whatever the contexts, so that the launch can stand in
+a CUDA graph and no program has much more to do than another.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .jit import tl, triton
+from .pdl import allow_next, pdl_options, wait_previous
+
+_GRAIN = 64
+"""Pieces are multiples of so many tokens."""
+_COLUMNS = 7
+"""Of a plan: row, block table's row, first token, end, sequence length, the row's first piece, its pieces."""
+
+
+class DecodePlan(NamedTuple):
+    """A step's pieces and the room for their results. One serves all layers, and all steps up to its size."""
+
+    work: Tensor
+    """int32 [_COLUMNS, pieces]; a row of -1 marks a piece that does not exist."""
+    partial: Tensor
+    """float32 [pieces, heads, head_dim], weighted values of a piece."""
+    stats: Tensor
+    """float32 [pieces, heads, 2], largest score and sum of a piece, to base 2."""
+    arrivals: Tensor
+    """int32 [rows, kv_heads], finished pieces; zero between launches."""
+    programs: int = 528
+    """To aim at with few rows of long context: 4 for each of an H200's 132 multiprocessors."""
+    min_piece: int = 128
+    """Tokens below which a row is not cut, as long as the rows alone do not make `programs / 2` programs."""
+
+    @classmethod
+    def empty(
+        cls,
+        rows: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        programs: int = 528,
+        min_piece: int = 128,
+    ) -> DecodePlan:
+        """For steps of at most `rows` rows."""
+        pieces = rows - (-_target(rows, kv_heads, programs) // kv_heads)
+        floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        return cls(
+            work=torch.full((_COLUMNS, pieces), -1, dtype=torch.int32, device=device),
+            partial=torch.empty(pieces, heads, head_dim, **floats),
+            stats=torch.empty(pieces, heads, 2, **floats),
+            arrivals=torch.zeros(rows, kv_heads, dtype=torch.int32, device=device),
+            programs=programs,
+            min_piece=min_piece,
+        )
+
+    def pieces_each(self, rows: int) -> int:
+        """Pieces that a key-value head aims at. Every row may have one more, its remainder."""
+        kv_heads = self.arrivals.shape[1]
+        return -(-_target(rows, kv_heads, self.programs) // kv_heads)
+
+    def max_pieces(self, rows: int) -> int:
+        """Most pieces that a step of `rows` rows can have."""
+        return rows + self.pieces_each(rows)
+
+
+def _target(rows: int, kv_heads: int, programs: int) -> int:
+    """Programs to aim at. With many rows, pieces of half the mean context even out different lengths."""
+    return programs + 2 * rows * kv_heads
+
+
+def is_small(rows: int, kv_heads: int) -> bool:
+    """Rows alone do not fill the GPU: latency counts, not bandwidth."""
+    return rows * kv_heads < 264
+
+
+def plan_decode(plan: DecodePlan, seq_lens: Tensor, table_rows: Tensor | None = None) -> None:
+    """Cut the rows into pieces. All on the device.
+
+    Args:
+        seq_lens: int32 [rows], with the new token; 0 for a row to be left out (its output is undefined).
+        table_rows: int32 [rows], where in the block tables each row stands; None: row i at i.
+    """
+    rows, kv_heads = len(seq_lens), plan.arrivals.shape[1]
+    _plan_kernel[(1,)](
+        seq_lens,
+        seq_lens if table_rows is None else table_rows,
+        plan.work,
+        rows,
+        plan.max_pieces(rows),
+        plan.work.shape[1],
+        plan.pieces_each(rows),
+        plan.min_piece if is_small(rows, kv_heads) else 256,
+        GRAIN=_GRAIN,
+        ROWS=triton.next_power_of_2(rows),
+        HAS_TABLE_ROWS=table_rows is not None,
+        num_warps=8,
+        **pdl_options(seq_lens),
+    )
+
+
+@triton.jit
+def _plan_kernel(
+    seq_lens_ptr,
+    table_rows_ptr,
+    work_ptr,
+    num_rows,
+    max_pieces,
+    stride,
+    target,
+    min_piece,
+    GRAIN: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_TABLE_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_previous(PDL)
+    allow_next(PDL)
+    row = tl.arange(0, ROWS)
+    seq_len = tl.load(seq_lens_ptr + row, mask=row < num_rows, other=0)
+    table_row = row
+    if HAS_TABLE_ROWS:
+        table_row = tl.load(table_rows_ptr + row, mask=row < num_rows, other=0)
+    wanted = tl.cdiv(tl.sum(seq_len, 0), target)
+    piece = tl.maximum(tl.cdiv(wanted, GRAIN) * GRAIN, min_piece)
+    pieces = tl.cdiv(seq_len, piece)
+    first = tl.cumsum(pieces, 0) - pieces
+    total = tl.sum(pieces, 0)
+    for at in range(0, tl.max(pieces, 0), 16):
+        number = at + tl.arange(0, 16)[None, :]
+        exists = number < pieces[:, None]
+        start = number * piece
+        place = work_ptr + first[:, None] + number
+        tl.store(place, tl.broadcast_to(row[:, None], ROWS, 16), mask=exists)
+        tl.store(place + stride, tl.broadcast_to(table_row[:, None], ROWS, 16), mask=exists)
+        tl.store(place + 2 * stride, tl.broadcast_to(start, ROWS, 16), mask=exists)
+        tl.store(place + 3 * stride, tl.minimum(start + piece, seq_len[:, None]), mask=exists)
+        tl.store(place + 4 * stride, tl.broadcast_to(seq_len[:, None], ROWS, 16), mask=exists)
+        tl.store(place + 5 * stride, tl.broadcast_to(first[:, None], ROWS, 16), mask=exists)
+        tl.store(place + 6 * stride, tl.broadcast_to(pieces[:, None], ROWS, 16), mask=exists)
+    for at in range(total, max_pieces, 1024):
+        place = at + tl.arange(0, 1024)
+        tl.store(work_ptr + place, tl.full([1024], -1, tl.int32), mask=place < max_pieces)
