@@ -65,7 +65,9 @@ class Workers:
     """All ranks. Every method may raise WorkerError; `close` never does."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._folder = tempfile.mkdtemp(prefix="headrace-workers-")
+        # One rank has nobody to find.
+        many = config.tensor_parallel_size > 1
+        self._folder = tempfile.mkdtemp(prefix="headrace-workers-") if many else None
         self._encoder = msgspec.msgpack.Encoder()
         self._workers: list[_Worker] = []
         try:
@@ -111,12 +113,13 @@ class Workers:
             worker.pipe.close()  # the end of the pipe is the request to end
         for worker in self._workers:
             worker.child.stop(_GRACE)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self, config: EngineConfig, rank: int) -> _Worker:
         ours, theirs = socket_pair()
         with theirs:
-            rendezvous = str(Path(self._folder, "rendezvous"))
+            rendezvous = "" if self._folder is None else str(Path(self._folder, "rendezvous"))
             start = WorkerStart(config, rank, theirs.fileno(), rendezvous)
             name = f"worker {rank}"
             child = spawn(name, ENTRY, start, pass_fds=(theirs.fileno(),), remove=self._folder)

@@ -312,7 +312,7 @@ class WorkerStart(msgspec.Struct, frozen=True):
     fd: int
     """Its end of the pipe to the core."""
     rendezvous: str
-    """A file for the ranks to find each other through."""
+    """A file for the ranks to find each other through; empty for a single rank."""
 
 
 class CoreStart(msgspec.Struct, frozen=True):
