@@ -43,4 +43,4 @@ def measure(args: argparse.Namespace) -> Figures:
 
 
 if __name__ == "__main__":  # vLLM imports the main module again in its children
-    run_benchmark(__doc__, measure, add_flags, engines=("headrace", "vllm"))
+    run_benchmark(__doc__, measure, add_flags)

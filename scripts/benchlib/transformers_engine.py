@@ -37,17 +37,23 @@ class TransformersEngine:
         self._device, self._batch_size = device, max_num_seqs
 
     def run(self, requests: Sequence[Request]) -> list[Trace]:
-        if any(request.arrival for request in requests):
-            raise SystemExit("transformers takes no requests while it generates, as this workload wants")
-        begun = time.perf_counter()
-        size = self._batch_size
-        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
-        return [trace for batch in batches for trace in self._generate(batch, begun)]
+        """First come, first served: those who wait when a batch ends make up the next one."""
+        start = time.perf_counter()
+        waiting = sorted(range(len(requests)), key=lambda index: requests[index].arrival)
+        traces: dict[int, Trace] = {}
+        while waiting:
+            first = requests[waiting[0]].arrival
+            time.sleep(max(0.0, start + first - time.perf_counter()))
+            now = max(first, time.perf_counter() - start)
+            batch = [index for index in waiting[: self._batch_size] if requests[index].arrival <= now]
+            del waiting[: len(batch)]
+            traces.update(zip(batch, self._generate([requests[i] for i in batch], start), strict=True))
+        return [traces[index] for index in range(len(requests))]
 
     def shutdown(self) -> None:
         del self._model
 
-    def _generate(self, batch: Sequence[Request], begun: float) -> list[Trace]:
+    def _generate(self, batch: Sequence[Request], start: float) -> list[Trace]:
         longest = max(len(request.prompt) for request in batch)
         ids = torch.zeros((len(batch), longest), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -71,7 +77,10 @@ class TransformersEngine:
                 generation_config=how,
                 streamer=clock,
             )
-        return [Trace(begun, [(at, 1) for at in clock.times[: request.output_len]]) for request in batch]
+        return [
+            Trace(start + request.arrival, [(at, 1) for at in clock.times[: request.output_len]])
+            for request in batch
+        ]
 
 
 class _Clock:
