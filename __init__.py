@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .frontend.async_llm import AsyncLLM, AsyncLLMEngine
     from .frontend.engine_args import AsyncEngineArgs, EngineArgs
     from .frontend.llm import LLM
-    from .frontend.outputs import CompletionOutput, RequestOutput
+    from .frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
     from .frontend.sampling_params import RequestOutputKind, SamplingParams
     from .ipc.errors import ConfigError, EngineDeadError, HeadraceError, RequestError
 
@@ -28,6 +28,7 @@ _HOME = {
     "EngineDeadError": ".ipc.errors",
     "HeadraceError": ".ipc.errors",
     "RequestError": ".ipc.errors",
+    "RequestMetrics": ".frontend.outputs",
     "RequestOutput": ".frontend.outputs",
     "RequestOutputKind": ".frontend.sampling_params",
     "SamplingParams": ".frontend.sampling_params",
@@ -44,6 +45,7 @@ __all__ = [
     "EngineDeadError",
     "HeadraceError",
     "RequestError",
+    "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",

@@ -29,6 +29,51 @@ class CompletionOutput(msgspec.Struct, frozen=True, gc=False):
         return self.finish_reason is not None
 
 
+class RequestMetrics(msgspec.Struct, frozen=True, gc=False):
+    """When things happened to a request, as this process saw them; vLLM's `RequestStateStats`.
+
+    All `_ts` are `time.monotonic()` seconds of this process; 0.0 is "not yet". With n > 1 the first and the
+    last token are those of all completions together.
+    """
+
+    num_generation_tokens: int
+    arrival_time: float
+    """Wall clock, seconds since the epoch."""
+    queued_ts: float
+    """It arrived; tokenizing its prompt comes next."""
+    scheduled_ts: float
+    """It left the core's queue for the first time."""
+    first_token_ts: float
+    last_token_ts: float
+
+    @property
+    def queued_seconds(self) -> float | None:
+        """Tokenized and queued, until it ran; None until then."""
+        return self.scheduled_ts - self.queued_ts if self.scheduled_ts else None
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        """From leaving the queue to the first token."""
+        return self.first_token_ts - self.scheduled_ts if self.first_token_ts else None
+
+    @property
+    def first_token_latency(self) -> float | None:
+        """From its arrival to the first token (TTFT), seconds."""
+        return self.first_token_ts - self.queued_ts if self.first_token_ts else None
+
+    @property
+    def mean_inter_token_latency(self) -> float | None:
+        """Seconds per token after the first; None with fewer than two tokens."""
+        if self.num_generation_tokens < 2:
+            return None
+        return (self.last_token_ts - self.first_token_ts) / (self.num_generation_tokens - 1)
+
+    @property
+    def total_seconds(self) -> float | None:
+        """From its arrival to the last token so far."""
+        return self.last_token_ts - self.queued_ts if self.last_token_ts else None
+
+
 class RequestOutput(msgspec.Struct, frozen=True, gc=False):
     """The state of a request, or with DELTA what changed in it."""
 
@@ -41,7 +86,7 @@ class RequestOutput(msgspec.Struct, frozen=True, gc=False):
     """CUMULATIVE and FINAL_ONLY: all n, by index. DELTA: those with news."""
     finished: bool
     """All n completions have ended; nothing follows."""
-    metrics: None = None
+    metrics: RequestMetrics | None = None
     lora_request: None = None
     encoder_prompt: None = None
     encoder_prompt_token_ids: None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from ..ipc.messages import Finished, FinishReason, StepOutputs, unpack
 from .requests import Completion, Request
@@ -72,14 +73,14 @@ class RequestTable:
         completions = self._completions
         for started in message.started:
             if (completion := completions.get(started.request)) is not None:
-                request = completion.request
-                request.num_cached_tokens = max(request.num_cached_tokens or 0, started.num_cached_tokens)
+                completion.request.start(started.num_cached_tokens, started.queued_seconds)
         if message.finished:
             return self._apply_with_ends(message)
         stopped: list[int] = []
+        now = time.monotonic()
         for number, token in zip(unpack(message.requests), unpack(message.tokens), strict=True):
             completion = completions.get(number)
-            if completion is not None and completion.add(token):
+            if completion is not None and completion.add(token, now):
                 stopped.append(number)
                 self._ended(number)
         return stopped
@@ -89,15 +90,16 @@ class RequestTable:
         numbers, tokens = unpack(message.requests), unpack(message.tokens)
         last = {number: i for i, number in enumerate(numbers) if number in ends}
         stopped: list[int] = []
+        now = time.monotonic()
         for i, (number, token) in enumerate(zip(numbers, tokens, strict=True)):
             completion = self._completions.get(number)
             if completion is None:
                 continue
             if last.get(number) == i:
                 finished = ends[number]
-                completion.add_last(token, finished, _hides_last(completion, finished))
+                completion.add_last(token, now, finished, _hides_last(completion, finished))
                 self._ended(number)
-            elif completion.add(token):
+            elif completion.add(token, now):
                 stopped.append(number)
                 self._ended(number)
         for number, finished in ends.items():

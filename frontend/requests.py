@@ -8,11 +8,12 @@ with stop strings, whose text is watched token by token.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 from ..ipc.messages import Finished, FinishReason
 from .detokenizer import Decoder, StopStrings
-from .outputs import CompletionOutput, RequestOutput
+from .outputs import CompletionOutput, RequestMetrics, RequestOutput
 from .sampling_params import RequestOutputKind
 
 _DELTA = RequestOutputKind.DELTA
@@ -64,10 +65,12 @@ class Completion:
         self._all_tokens: list[int] = []
         self._all_text = ""
 
-    def add(self, token: int) -> bool:
-        """Note a token; True when its text completes a stop string, which ends the completion."""
+    def add(self, token: int, now: float) -> bool:
+        """Note a token that came at `now`; True when its text completes a stop string, which ends the
+        completion."""
         self._fresh.append(token)
         self._has_news = True
+        self.request.clock(now)
         if self._stops is not None:
             return self._watch(self._stops, token)
         request = self.request
@@ -86,11 +89,12 @@ class Completion:
         if request.kind is not _FINAL_ONLY or request.num_unfinished == 0:
             request.announce()
 
-    def add_last(self, token: int, finished: Finished, hides_last: bool) -> None:
+    def add_last(self, token: int, now: float, finished: Finished, hides_last: bool) -> None:
         """Note the token that ended the completion, and the end."""
         if hides_last and self._stops is not None:
             self._fresh.append(token)  # its text is not to be watched, nor shown
-        elif self.add(token):
+            self.request.clock(now)
+        elif self.add(token, now):
             return  # a stop string was complete first
         self.finish(finished.reason, finished.stop_token_id, hides_last)
 
@@ -142,7 +146,14 @@ class Request:
     """The state of one request: its completions, and the reader that waits for them."""
 
     __slots__ = (
+        "_arrival_time",
         "_error",
+        "_first_token_at",
+        "_last_token_at",
+        "_num_tokens",
+        "_queued_at",
+        "_scheduled_at",
+        "_sent_at",
         "_waiter",
         "completions",
         "first_number",
@@ -180,6 +191,10 @@ class Request:
         self.num_cached_tokens: int | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._error: Exception | None = None
+        self._arrival_time = time.time()
+        self._queued_at = time.monotonic()
+        self._sent_at = self._scheduled_at = self._first_token_at = self._last_token_at = 0.0
+        self._num_tokens = 0
 
     def begin(
         self,
@@ -187,16 +202,31 @@ class Request:
         stops: Sequence[StopStrings | None],
         min_tokens: int,
     ) -> None:
-        """Make the completions, one for each decoder."""
+        """Make the completions, one for each decoder; the request is about to be sent."""
         self.completions = [
             Completion(self, index, decoder, watched, min_tokens)
             for index, (decoder, watched) in enumerate(zip(decoders, stops, strict=True))
         ]
         self.num_unfinished = len(self.completions)
+        self._sent_at = time.monotonic()
 
     @property
     def ended(self) -> bool:
         return self.num_unfinished == 0 or self._error is not None
+
+    def start(self, num_cached_tokens: int, queued_seconds: float) -> None:
+        """One of its completions left the core's queue; the first one counts."""
+        self.num_cached_tokens = max(self.num_cached_tokens or 0, num_cached_tokens)
+        if not self._scheduled_at:
+            # The core tells how long, not when: its clock may be another machine's.
+            self._scheduled_at = self._sent_at + queued_seconds
+
+    def clock(self, now: float) -> None:
+        """A token came."""
+        self._num_tokens += 1
+        self._last_token_at = now
+        if not self._first_token_at:
+            self._first_token_at = now
 
     def announce(self) -> None:
         """There is something to take: wake the reader."""
@@ -236,7 +266,18 @@ class Request:
             None,
             outputs,
             self.num_unfinished == 0,
+            self._metrics(),
             num_cached_tokens=self.num_cached_tokens,
+        )
+
+    def _metrics(self) -> RequestMetrics:
+        return RequestMetrics(
+            self._num_tokens,
+            self._arrival_time,
+            self._queued_at,
+            self._scheduled_at,
+            self._first_token_at,
+            self._last_token_at,
         )
 
     async def wait(self) -> None:

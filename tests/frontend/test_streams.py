@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections.abc import Iterable
 
 import pytest
@@ -333,3 +334,42 @@ def test_numbers_start_again_before_int32_ends() -> None:
     bench.table._next_number = 2**31 - 2
     assert bench.add("a", DELTA).first_number == 2**31 - 2
     assert bench.add("b", DELTA, n=2).first_number == 0
+
+
+def test_timings_are_of_one_clock_and_in_order() -> None:
+    async def run() -> None:
+        bench = Bench()
+        before = time.monotonic()
+        request = bench.add("a", CUMULATIVE, n=2)
+        waiting = bench.stream(request)
+        bench.step({0: 5}, started=[Started(0, 1, 0.0)])
+        first = (await anext(waiting)).metrics
+        assert first is not None
+        assert (first.num_generation_tokens, first.mean_inter_token_latency) == (1, None)
+        assert first.first_token_ts == first.last_token_ts
+        bench.step({0: 6, 1: 7}, started=[Started(1, 1, 1000.0)])  # the later start does not count
+        bench.step({}, end(0), end(1))
+        last = (await collect(waiting))[-1].metrics
+        assert last is not None
+        assert last.num_generation_tokens == 3
+        times = [before, last.queued_ts, last.scheduled_ts, last.first_token_ts, last.last_token_ts]
+        assert times == sorted(times)
+        assert last.first_token_ts == first.first_token_ts
+        assert last.mean_inter_token_latency == (last.last_token_ts - last.first_token_ts) / 2
+        assert last.total_seconds == last.last_token_ts - last.queued_ts
+
+    asyncio.run(run())
+
+
+def test_a_request_that_waits_has_no_timings_but_its_arrival() -> None:
+    async def run() -> None:
+        bench = Bench()
+        request = bench.add("a", CUMULATIVE)
+        request.abort()
+        metrics = request.take().metrics
+        assert metrics is not None
+        assert abs(metrics.arrival_time - time.time()) < 60
+        assert (metrics.queued_seconds, metrics.prefill_seconds, metrics.first_token_latency) == (None,) * 3
+        assert metrics.total_seconds is None
+
+    asyncio.run(run())
