@@ -24,6 +24,7 @@ from .core_client import CoreClient
 from .core_process import CoreProcess
 from .detokenizer import DecoderFactory, StopStrings
 from .engine_args import AsyncEngineArgs, check_attached, resolve
+from .metrics import AnyMetric, engine_records
 from .model_files import find_model
 from .prompts import ParsedPrompt, Prompt, check_token_ids, parse_prompt
 from .request_table import RequestTable
@@ -238,6 +239,13 @@ class AsyncLLM:
         refuse_set({"reset_running_requests": reset_running_requests, "reset_connector": reset_connector})
         return (await self._client.call("reset_prefix_cache")).ok
 
+    async def get_metrics(self) -> list[AnyMetric]:
+        """This frontend's counters and histograms, and the engine's own, in vLLM's Prometheus names."""
+        labels = {"model_name": self.config.served_model_name, "engine": "0"}
+        stats = (await self._client.call("stats")).stats
+        engine = [] if stats is None else engine_records(stats, labels)
+        return [*engine, *self._table.metrics.records(labels)]
+
     async def do_log_stats(self) -> None:
         """Log the engine's state (level INFO); nothing with `disable_log_stats`."""
         if not self.config.log_stats:
@@ -325,7 +333,8 @@ class AsyncLLM:
             message = f"request_id {request_id!r} is in use by a request that has not ended"
             raise RequestError(message, parameter="request_id", value=request_id, limit="a unique id")
         text = parsed.text if prompt_text is None else prompt_text
-        request = Request(request_id, text, [], params.output_kind, params.include_stop_str_in_output)
+        kind, include_stop = params.output_kind, params.include_stop_str_in_output
+        request = Request(request_id, text, [], kind, include_stop, self._table.metrics)
         self._table.reserve(request)
         try:
             request.prompt_token_ids = await self._encode(parsed)
@@ -349,6 +358,7 @@ class AsyncLLM:
             ],
             [StopStrings(stops, include) if stops else None for _ in range(params.n)],
             params.min_tokens,
+            params.max_tokens,
         )
         if request.is_aborted:  # while it was tokenized
             request.abort()

@@ -20,6 +20,7 @@ from ..ipc.errors import EngineDeadError, RequestError
 from .async_llm import AsyncLLM
 from .call_forms import refuse_set
 from .engine_args import AsyncEngineArgs
+from .metrics import AnyMetric
 from .outputs import RequestOutput
 from .prompts import Prompt
 from .sampling_params import RequestOutputKind, SamplingParams
@@ -109,6 +110,10 @@ class LLM:
 
     def reset_prefix_cache(self) -> bool:
         return self._run(self._engine.reset_prefix_cache())
+
+    def get_metrics(self) -> list[AnyMetric]:
+        """Counters, gauges and histograms so far, in vLLM's Prometheus names."""
+        return self._run(self._engine.get_metrics())
 
     @property
     def config(self) -> EngineConfig:

@@ -6,6 +6,7 @@ import asyncio
 import time
 
 from ..ipc.messages import Finished, FinishReason, StepOutputs, unpack
+from .metrics import FrontendMetrics
 from .requests import Completion, Request
 
 
@@ -16,6 +17,7 @@ class RequestTable:
         self._completions: dict[int, Completion] = {}
         self._requests: dict[str, Request] = {}
         self._next_number = 0
+        self.metrics = FrontendMetrics()
         self._empty: asyncio.Future[None] | None = None
 
     def __len__(self) -> int:
@@ -67,10 +69,12 @@ class RequestTable:
         self._tell_if_empty()
         for request in requests:
             request.fail(type(error)(str(error)))  # its own: each raise adds to an error's traceback
+            _report(request)
 
     def apply(self, message: StepOutputs) -> list[int]:
         """Note what one step brought. Returns numbers that the core is to abort: stop strings ended them."""
         completions = self._completions
+        self.metrics.generated(len(message.tokens) // 4)
         for started in message.started:
             if (completion := completions.get(started.request)) is not None:
                 completion.request.start(started.num_cached_tokens, started.queued_seconds)
@@ -125,6 +129,7 @@ class RequestTable:
     def _forget(self, request: Request) -> None:
         if self._requests.get(request.request_id) is request:
             del self._requests[request.request_id]
+            _report(request)
         self._tell_if_empty()
 
     def _tell_if_empty(self) -> None:
@@ -132,6 +137,11 @@ class RequestTable:
             if not self._empty.done():
                 self._empty.set_result(None)
             self._empty = None
+
+
+def _report(request: Request) -> None:
+    if request.first_number >= 0:
+        request.report()
 
 
 def _hides_last(completion: Completion, finished: Finished) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from ..ipc.messages import Finished, FinishReason
 from .detokenizer import Decoder, StopStrings
+from .metrics import FrontendMetrics
 from .outputs import CompletionOutput, RequestMetrics, RequestOutput
 from .sampling_params import RequestOutputKind
 
@@ -35,6 +36,8 @@ class Completion:
         "_text",
         "finish_reason",
         "index",
+        "last_token_at",
+        "num_tokens",
         "request",
         "stop_reason",
     )
@@ -51,6 +54,8 @@ class Completion:
         self.index = index
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.num_tokens = 0
+        self.last_token_at = 0.0
         self._decoder = decoder
         self._stops = stops
         self._num_unchecked = min_tokens
@@ -70,7 +75,7 @@ class Completion:
         completion."""
         self._fresh.append(token)
         self._has_news = True
-        self.request.clock(now)
+        self._clock(now)
         if self._stops is not None:
             return self._watch(self._stops, token)
         request = self.request
@@ -85,6 +90,7 @@ class Completion:
         self._hides_last = hides_last
         self._has_news = True
         request = self.request
+        request.metrics.completed(self.finish_reason)
         request.num_unfinished -= 1
         if request.kind is not _FINAL_ONLY or request.num_unfinished == 0:
             request.announce()
@@ -93,10 +99,18 @@ class Completion:
         """Note the token that ended the completion, and the end."""
         if hides_last and self._stops is not None:
             self._fresh.append(token)  # its text is not to be watched, nor shown
-            self.request.clock(now)
+            self._clock(now)
         elif self.add(token, now):
             return  # a stop string was complete first
         self.finish(finished.reason, finished.stop_token_id, hides_last)
+
+    def _clock(self, now: float) -> None:
+        self.num_tokens += 1
+        before, self.last_token_at = self.last_token_at, now
+        if before:
+            self.request.metrics.gap(now - before)
+        else:
+            self.request.note_first_token(now)
 
     @property
     def has_news(self) -> bool:
@@ -149,8 +163,7 @@ class Request:
         "_arrival_time",
         "_error",
         "_first_token_at",
-        "_last_token_at",
-        "_num_tokens",
+        "_max_tokens",
         "_queued_at",
         "_scheduled_at",
         "_sent_at",
@@ -161,6 +174,7 @@ class Request:
         "include_stop",
         "is_aborted",
         "kind",
+        "metrics",
         "num_cached_tokens",
         "num_unfinished",
         "prompt",
@@ -175,7 +189,9 @@ class Request:
         prompt_token_ids: list[int],
         kind: RequestOutputKind,
         include_stop: bool,
+        metrics: FrontendMetrics,
     ) -> None:
+        self.metrics = metrics
         self.request_id = request_id
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
@@ -193,14 +209,15 @@ class Request:
         self._error: Exception | None = None
         self._arrival_time = time.time()
         self._queued_at = time.monotonic()
-        self._sent_at = self._scheduled_at = self._first_token_at = self._last_token_at = 0.0
-        self._num_tokens = 0
+        self._sent_at = self._scheduled_at = self._first_token_at = 0.0
+        self._max_tokens: int | None = None
 
     def begin(
         self,
         decoders: Sequence[Decoder | None],
         stops: Sequence[StopStrings | None],
         min_tokens: int,
+        max_tokens: int | None,
     ) -> None:
         """Make the completions, one for each decoder; the request is about to be sent."""
         self.completions = [
@@ -208,6 +225,7 @@ class Request:
             for index, (decoder, watched) in enumerate(zip(decoders, stops, strict=True))
         ]
         self.num_unfinished = len(self.completions)
+        self._max_tokens = max_tokens
         self._sent_at = time.monotonic()
 
     @property
@@ -215,18 +233,31 @@ class Request:
         return self.num_unfinished == 0 or self._error is not None
 
     def start(self, num_cached_tokens: int, queued_seconds: float) -> None:
-        """One of its completions left the core's queue; the first one counts."""
+        """One of its completions left the core's queue; the first one tells the request's times."""
         self.num_cached_tokens = max(self.num_cached_tokens or 0, num_cached_tokens)
+        self.metrics.started(len(self.prompt_token_ids), num_cached_tokens)
         if not self._scheduled_at:
             # The core tells how long, not when: its clock may be another machine's.
             self._scheduled_at = self._sent_at + queued_seconds
 
-    def clock(self, now: float) -> None:
-        """A token came."""
-        self._num_tokens += 1
-        self._last_token_at = now
+    def note_first_token(self, now: float) -> None:
+        """A completion got its first token."""
         if not self._first_token_at:
             self._first_token_at = now
+            self.metrics.first_token(now - self._queued_at)
+
+    def report(self) -> None:
+        """It was sent and is over, in whatever way: let the metrics know."""
+        self.metrics.request_ended(
+            num_prompt_tokens=len(self.prompt_token_ids),
+            nums_generated=[part.num_tokens for part in self.completions],
+            max_tokens=self._max_tokens,
+            arrived=self._queued_at,
+            scheduled=self._scheduled_at,
+            first_token=self._first_token_at,
+            last_token=self._last_token_at(),
+            now=time.monotonic(),
+        )
 
     def announce(self) -> None:
         """There is something to take: wake the reader."""
@@ -240,6 +271,9 @@ class Request:
     def fail(self, error: Exception) -> None:
         """End it with an error, which the reader gets."""
         self._error = error
+        for part in self.completions:
+            if part.finish_reason is None:
+                self.metrics.completed(str(FinishReason.ERROR))
         self.announce()
 
     def abort(self) -> None:
@@ -266,19 +300,22 @@ class Request:
             None,
             outputs,
             self.num_unfinished == 0,
-            self._metrics(),
+            self._timings(),
             num_cached_tokens=self.num_cached_tokens,
         )
 
-    def _metrics(self) -> RequestMetrics:
+    def _timings(self) -> RequestMetrics:
         return RequestMetrics(
-            self._num_tokens,
+            sum(part.num_tokens for part in self.completions),
             self._arrival_time,
             self._queued_at,
             self._scheduled_at,
             self._first_token_at,
-            self._last_token_at,
+            self._last_token_at(),
         )
+
+    def _last_token_at(self) -> float:
+        return max((part.last_token_at for part in self.completions), default=0.0)
 
     async def wait(self) -> None:
         """Return when there is an output. One reader at a time."""

@@ -37,12 +37,13 @@ class Bench:
         include: bool = False,
         min_tokens: int = 0,
     ) -> Request:
-        request = Request(name, "p", [1, 2], kind, include)
+        request = Request(name, "p", [1, 2], kind, include, self.table.metrics)
         self.table.reserve(request)
         request.begin(
             [self._decoders(True) if self._decoders else None for _ in range(n)],
             [StopStrings(stop, include) if stop else None for _ in range(n)],
             min_tokens,
+            max_tokens=None,
         )
         self.table.number(request)
         return request
