@@ -24,6 +24,7 @@ from .metrics import AnyMetric
 from .outputs import RequestOutput
 from .prompts import Prompt
 from .sampling_params import RequestOutputKind, SamplingParams
+from .streams import RequestStream
 from .tokenizer import Tokenizer
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -60,13 +61,33 @@ class LLM:
         `sampling_params` are for all, one for each, or None for the model's defaults. Raises RequestError
         for the first prompt that cannot be served; then nothing goes on.
         """
-        refuse_set(unsupported)
-        several = _several(prompts)
-        params = _for_each(sampling_params, len(several), "sampling_params")
-        priorities = [0] * len(several) if priority is None else list(priority)
-        _check_length("priority", priorities, len(several))
-        with _progress(len(several), use_tqdm) as advance:
-            return self._run(self._generate_all(several, params, priorities, advance))
+        streams = self._start_requests(prompts, sampling_params, priority, unsupported)
+        return self._finish(streams, use_tqdm)
+
+    def enqueue(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        **unsupported: Any,
+    ) -> list[str]:
+        """Start requests, as `generate` does, and return their ids at once; they run meanwhile.
+
+        Raises RequestError for the first prompt that cannot be served; then none of these goes on.
+        """
+        streams = self._start_requests(prompts, sampling_params, priority, unsupported)
+        self._enqueued += streams
+        return [stream.request_id for stream in streams]
+
+    def wait_for_completion(self, *, use_tqdm: bool | Callable[..., Any] = True) -> list[RequestOutput]:
+        """The outputs of all requests enqueued since the last call, in that order.
+
+        Raises the first error of any of them; then the others do not go on either.
+        """
+        streams = self._enqueued.copy()
+        self._enqueued.clear()
+        return self._finish(streams, use_tqdm)
 
     def chat(
         self,
@@ -135,6 +156,7 @@ class LLM:
 
     def _start(self, engine_args: AsyncEngineArgs) -> None:
         self._engine = AsyncLLM(engine_args)
+        self._enqueued: list[RequestStream] = []
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="headrace LLM", daemon=True)
         thread.start()
@@ -152,23 +174,53 @@ class LLM:
             future.cancel()
             raise
 
-    async def _generate_all(
+    def _start_requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+        unsupported: dict[str, Any],
+    ) -> list[RequestStream]:
+        refuse_set(unsupported)
+        several = _several(prompts)
+        params = _for_each(sampling_params, len(several), "sampling_params")
+        priorities = [0] * len(several) if priority is None else list(priority)
+        _check_length("priority", priorities, len(several))
+        return self._run(self._add_all(several, params, priorities))
+
+    async def _add_all(
         self,
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams | None],
         priorities: Sequence[int],
-        advance: Callable[[RequestOutput], None],
-    ) -> list[RequestOutput]:
-        async def one(prompt: Prompt, wanted: SamplingParams | None, priority: int) -> RequestOutput:
-            final = self.get_default_sampling_params() if wanted is None else copy.copy(wanted)
-            final.output_kind = RequestOutputKind.FINAL_ONLY
-            output = await anext(
-                self._engine.generate(prompt=prompt, sampling_params=final, priority=priority)
-            )
-            advance(output)
-            return output
+    ) -> list[RequestStream]:
+        streams: list[RequestStream] = []
+        try:
+            for prompt, wanted, priority in zip(prompts, params, priorities, strict=True):
+                final = self.get_default_sampling_params() if wanted is None else copy.copy(wanted)
+                final.output_kind = RequestOutputKind.FINAL_ONLY
+                streams.append(await self._engine.add_request(None, prompt, final, priority=priority))
+        except BaseException:
+            await self._engine.abort([stream.request_id for stream in streams])
+            raise
+        return streams
 
-        return await _all(one(*each) for each in zip(prompts, params, priorities, strict=True))
+    def _finish(
+        self, streams: Sequence[RequestStream], use_tqdm: bool | Callable[..., Any]
+    ) -> list[RequestOutput]:
+        with _progress(len(streams), use_tqdm) as advance:
+            return self._run(_finish_all(streams, advance))
+
+
+async def _finish_all(
+    streams: Sequence[RequestStream], advance: Callable[[RequestOutput], None]
+) -> list[RequestOutput]:
+    async def one(stream: RequestStream) -> RequestOutput:
+        output = await anext(stream)
+        advance(output)
+        return output
+
+    return await _all(one(stream) for stream in streams)
 
 
 def _stop(engine: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tokenizers
 from headrace import LLM, AsyncEngineArgs, EngineDeadError, RequestError, SamplingParams
+from headrace.frontend.metrics import Counter
 from headrace.ipc.oracle import oracle_stream
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -94,6 +95,34 @@ def test_a_bad_prompt_fails_the_call_and_nothing_else(llm: LLM) -> None:
     with pytest.raises(RequestError, match="prompts must be"):
         llm.generate(3, params(1))  # type: ignore[arg-type]
     assert len(llm.generate(["a"], params(1), use_tqdm=False)) == 1
+
+
+def test_enqueued_requests_run_and_wait_apart_from_others(llm: LLM) -> None:
+    first = llm.enqueue(["a", "b"], params(1))
+    second = llm.enqueue("c", params(2))
+    others = llm.generate(["d"], params(3), use_tqdm=False)
+    outputs = llm.wait_for_completion(use_tqdm=False)
+    assert [output.request_id for output in outputs] == first + second
+    assert [output.prompt for output in outputs + others] == ["a", "b", "c", "d"]
+    ids = llm.get_tokenizer().encode("c")
+    assert outputs[2].outputs[0].token_ids == oracle_stream(ids, 2, 12, 258)
+    assert llm.wait_for_completion() == []
+
+
+def test_one_bad_prompt_takes_its_call_s_requests_with_it(llm: LLM) -> None:
+    kept = llm.enqueue("a", params(1))
+    with pytest.raises(RequestError, match="empty"):
+        llm.enqueue([[1, 2], []], params(1))
+    assert [output.request_id for output in llm.wait_for_completion(use_tqdm=False)] == kept
+
+
+def test_metrics(llm: LLM) -> None:
+    def generated() -> list[int]:
+        return [m.value for m in llm.get_metrics() if isinstance(m, Counter) and "generation" in m.name]
+
+    before = generated()
+    llm.generate(["a", "b"], params(1), use_tqdm=False)
+    assert generated() == [before[0] + 24]
 
 
 def test_within_a_running_loop(llm: LLM) -> None:
