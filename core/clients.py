@@ -49,10 +49,10 @@ class Splitter:
         for client, share in self._shares.items():
             tokens = outputs.tokens.tobytes() if alone else _pick(outputs.tokens, share.indices)
             messages[client] = StepOutputs(
-                share.column, tokens, started.pop(client, []), finished.get(client, [])
+                share.column, tokens, started.pop(client, []), finished.pop(client, [])
             )
-        for client, news in started.items():  # started, but without a token yet
-            messages[client] = StepOutputs(b"", b"", news)
+        for client in started.keys() | finished.keys():  # news, but no token
+            messages[client] = StepOutputs(b"", b"", started.get(client, []), finished.get(client, []))
         return messages
 
     def _regroup(self, rows: list[Request]) -> None:
@@ -74,8 +74,8 @@ def _by_client(outputs: Outputs) -> tuple[dict[bytes, list[Started]], dict[bytes
         news = Started(request.number, request.num_cached_tokens, request.queued_seconds)
         started.setdefault(request.client, []).append(news)
     finished: dict[bytes, list[Finished]] = {}
-    for request, reason, stop in outputs.ended:
-        finished.setdefault(request.client, []).append(Finished(request.number, reason, stop))
+    for request, reason, stop, error in outputs.ended:
+        finished.setdefault(request.client, []).append(Finished(request.number, reason, stop, error))
     return started, finished
 
 

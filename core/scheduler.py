@@ -22,7 +22,7 @@ from itertools import compress
 from typing import NamedTuple
 
 from ..ipc.config import EngineConfig
-from ..ipc.errors import RequestError
+from ..ipc.errors import ErrorInfo, RequestError
 from ..ipc.messages import Admit, FinishReason, Stats, StepPlan, StepResult, pack, unpack
 from .block_pool import BlockPool, extend_hashes
 from .request import Phase, Request
@@ -36,6 +36,7 @@ class Ended(NamedTuple):
     request: Request
     reason: FinishReason
     stop_token_id: int | None
+    error: ErrorInfo | None = None
 
 
 @dataclass(slots=True)
@@ -357,6 +358,8 @@ class Scheduler:
         ended: list[Ended] = []
         dropped: set[Request] = set()
         rows, tokens = step.sampling, unpack(result.tokens)
+        for failed in result.failed:
+            self._fail(rows[failed.row], failed.error, ended)
         running = Phase.RUNNING  # the loop runs for every token: 256 rows take some 30 microseconds
         for request, token in zip(rows, tokens, strict=True):
             if request.phase is running and token not in request.stop_ids:
@@ -387,6 +390,12 @@ class Scheduler:
         else:
             return
         self._finish(request)
+
+    def _fail(self, request: Request, error: ErrorInfo, ended: list[Ended]) -> None:
+        """The worker cannot go on with it; its token of this step is dropped."""
+        if request.phase is not Phase.FINISHED:
+            ended.append(Ended(request, FinishReason.ERROR, None, error))
+            self._finish(request)
 
     # --- leaving ------------------------------------------------------------------------------------
 

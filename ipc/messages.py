@@ -249,12 +249,21 @@ class StepPlan(Message, frozen=True):
     """int32[rows], how many tokens each computes"""
 
 
+class FailedRow(Record, frozen=True):
+    """A request that cannot go on: the token of its row means nothing."""
+
+    row: int
+    """Among the sampling rows."""
+    error: ErrorInfo
+
+
 class StepResult(Message, frozen=True):
     """The answer to the plan with the same number; only rank 0 sends it."""
 
     step: int
     tokens: bytes
     """int32, one token for each sampling row, in the plan's row order"""
+    failed: list[FailedRow] = []
 
 
 class Loaded(Message, frozen=True):

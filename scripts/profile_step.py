@@ -22,7 +22,7 @@ import torch
 from headrace.core.request import Request
 from headrace.core.scheduler import Scheduler
 from headrace.frontend.engine_args import AsyncEngineArgs, resolve
-from headrace.ipc.messages import Sampling, StepResult
+from headrace.ipc.messages import Sampling
 from headrace.worker.cuda_runner import CudaRunner
 from torch.profiler import ProfilerActivity, profile
 
@@ -62,12 +62,12 @@ class Driver:
         """Keep two plans in flight, take in one result."""
         while (plan := self._scheduler.schedule(0.0)) is not None:
             begun = time.perf_counter()
-            self._under_way.append((plan.step, self.runner.submit(plan)))
+            self._under_way.append(self.runner.submit(plan))
             self.host.append(time.perf_counter() - begun)
-        number, pending = self._under_way.popleft()
+        pending = self._under_way.popleft()
         while not pending.ready():
             pass
-        self._scheduler.update(StepResult(number, pending.tokens()))
+        self._scheduler.update(pending.result())
 
 
 def kernels_of(trace: Any) -> list[tuple[str, float, float]]:

@@ -6,7 +6,7 @@ here waits for the device while steps are under way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..ipc.config import EngineConfig
-from ..ipc.messages import Admit, Sampling, StepPlan, pack
+from ..ipc.messages import Admit, FailedRow, Sampling, StepPlan, StepResult, pack
 from ..kernels.causal_attention import padded_lengths
+from .constraints import ConstraintBuilder, Constraints
 from .device_slots import DeviceSlots, Work
 from .device_step import RESULTS, DeviceStep, Logits
 from .graphs import Graphs, Recorder, graph_sizes, most_useful
@@ -33,11 +34,13 @@ _WARM_UP_TOKENS = 32
 class Under(NamedTuple):
     """A step on the device."""
 
+    step: int
     event: torch.cuda.Event
     row: Tensor
     """int32, pinned; written once `event` has come."""
     places: I64 | slice
     """Where in it the tokens are."""
+    failed: Sequence[FailedRow] = ()
 
     def ready(self) -> bool:
         return bool(self.event.query())
@@ -46,6 +49,9 @@ class Under(NamedTuple):
         self.event.synchronize()
         tokens: I32 = self.row.numpy()[self.places]
         return tokens.tobytes()
+
+    def result(self) -> StepResult:
+        return StepResult(self.step, self.tokens(), list(self.failed))
 
 
 class CudaRunner:
@@ -161,7 +167,12 @@ class CudaRunner:
         event.record()
         row = self._step.results[self._num_results % RESULTS]
         self._num_results += appended
-        return Under(event, row, places)
+        if not work.special:
+            return Under(plan.step, event, row, places)
+        constraints, sampled = self._step.slots.constraints, work.slots[work.sampling]
+        under = Under(plan.step, event, row, places, constraints.failed(sampled))
+        constraints.expect(sampled, under.tokens)
+        return under
 
     def _decode(self, work: Work) -> None:
         step = self._step
@@ -223,7 +234,14 @@ class CudaRunner:
             )
             for _ in range(model.num_layers)
         ]
-        slots = DeviceSlots(self._device, num_slots, max_model_len, block_size, num_blocks)
+        slots = DeviceSlots(
+            self._device,
+            num_slots,
+            max_model_len,
+            block_size,
+            num_blocks,
+            Constraints(ConstraintBuilder(self._config)),
+        )
         heads = int(self._config.hf_config["num_attention_heads"]) // self._tp.size
         return DeviceStep(model, caches, slots, heads)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ipc.messages import Admit, Sampling, StepPlan
 from ..kernels.copy_segments import copy_segments
+from .constraints import Constraints
 from .slots import I32, I64, Bools, SamplingColumns
 from .staging import Staging
 
@@ -37,7 +38,7 @@ class Work:
     decode: bool
     """Every row continues its request by one token and samples."""
     special: bool
-    """Some row wants more than temperature: top_k, top_p, min_p, penalties or min_tokens."""
+    """Some row wants more than temperature: top_k, top_p, min_p, penalties, min_tokens or constraints."""
     slots: I64
     starts: I64
     """Position of each row's first token."""
@@ -62,7 +63,13 @@ class DeviceSlots:
     """
 
     def __init__(
-        self, device: torch.device, num_slots: int, max_model_len: int, block_size: int, num_kv_blocks: int
+        self,
+        device: torch.device,
+        num_slots: int,
+        max_model_len: int,
+        block_size: int,
+        num_kv_blocks: int,
+        constraints: Constraints | None = None,
     ) -> None:
         self.device = device
         self.block_size, self.num_slots = block_size, num_slots
@@ -101,6 +108,7 @@ class DeviceSlots:
         self._special = np.zeros(num_slots, np.bool_)
         self.num_prompt = np.zeros(num_slots, np.int64)
         self.sampling = SamplingColumns.empty(num_slots)
+        self.constraints = constraints or Constraints()
         self._behind = 0
         self._room = 0
         """Decode steps for which the current rows have blocks, counted from `_behind` = 0."""
@@ -145,6 +153,7 @@ class DeviceSlots:
             released = _ints(plan.released)
             assert self._in_use[released].all(), f"step {plan.step} releases a free slot: {released}"
             self._in_use[released] = False
+            self.constraints.release(released.tolist())
         for admit in plan.admitted:
             self._admit(admit)
         if plan.granted:
@@ -216,7 +225,7 @@ class DeviceSlots:
         self.num_tokens[slot], self.num_computed[slot] = len(tokens), admit.num_computed
         self._num_blocks[slot], self.num_prompt[slot] = len(blocks), admit.num_prompt_tokens
         self.sampling.set(slot, admit)
-        self._special[slot] = _is_special(admit.sampling)
+        self._special[slot] = self.constraints.admit(admit) or _is_special(admit.sampling)
         self._changes.add(self._tokens_at + slot * self._length, tokens)
         if len(blocks):
             self._changes.add(self._tables_at + slot * self._max_blocks, blocks)

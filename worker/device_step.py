@@ -20,6 +20,7 @@ from ..kernels.draw_tokens import draw_tokens
 from ..kernels.paged_attention import AttentionMetadata
 from ..kernels.paged_prefill import tile_tokens
 from ..kernels.slot_table import StepInputs, append_tokens, decode_inputs, packed_inputs
+from .constraints import Constraints
 from .device_slots import DeviceSlots, Work
 from .fused import Packed, fuse
 from .models.causal_lm import CausalLM, LayerCache
@@ -81,6 +82,7 @@ class _SpecialRequests:
     sampling: SamplingColumns
     num_prompt: I64
     num_tokens: I64
+    constraints: Constraints
     table: DeviceSlots
 
     def history(self, slots: I64, length: int) -> Tensor:
@@ -150,12 +152,17 @@ class DeviceStep:
         self._append(tokens, drawn, rehearsal)
 
     def draw_special(self, drawn: Logits, work: Work) -> None:
-        """Sample with every stage, and append. `work` has its columns."""
+        """Sample with every stage, and append. `work` has its columns.
+
+        Rows with constraints wait here for the tokens of the steps before, while the device runs the model.
+        """
         table, count = self.slots, work.num_sampling
         sampled = work.slots[work.sampling]
         num_tokens = table.num_tokens.copy()
         num_tokens[sampled] -= 1
-        requests: Requests = _SpecialRequests(table.sampling, table.num_prompt, num_tokens, table)
+        requests: Requests = _SpecialRequests(
+            table.sampling, table.num_prompt, num_tokens, table.constraints, table
+        )
         batch = Batch(
             slots=work.slots,
             num_scheduled=work.num_scheduled,

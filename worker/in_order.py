@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from ..ipc.config import EngineConfig
-from ..ipc.messages import StepPlan
+from ..ipc.messages import StepPlan, StepResult
+from .constraints import ConstraintBuilder, Constraints
 from .kv_cache import CacheSize
 from .slots import I32, Batch, Slots
 
@@ -28,15 +29,15 @@ class Backend(Protocol):
 
 
 class Done(NamedTuple):
-    """The result of a step that has run."""
+    """A step that has run."""
 
-    result: bytes
+    step_result: StepResult
 
     def ready(self) -> bool:
         return True
 
-    def tokens(self) -> bytes:
-        return self.result
+    def result(self) -> StepResult:
+        return self.step_result
 
 
 class InOrder:
@@ -51,14 +52,16 @@ class InOrder:
 
     def allocate(self, num_blocks: int, max_model_len: int) -> None:
         config = self._config
-        self._slots = Slots(config.max_num_seqs, max_model_len, config.block_size, num_blocks)
+        constraints = Constraints(ConstraintBuilder(config))
+        self._slots = Slots(config.max_num_seqs, max_model_len, config.block_size, num_blocks, constraints)
         self._backend.allocate(num_blocks, max_model_len)
 
     def submit(self, plan: StepPlan) -> Done:
         batch = self._slots.apply(plan)
         tokens = self._backend.execute(self._slots, batch)
         self._slots.commit(batch, tokens)
-        return Done(tokens.tobytes())
+        failed = self._slots.constraints.failed(batch.slots[batch.sampling])
+        return Done(StepResult(plan.step, tokens.tobytes(), failed))
 
     def idle(self) -> bool:
         """There is never anything left to prepare."""

@@ -42,8 +42,8 @@ class Pending(Protocol):
     def ready(self) -> bool:
         """The tokens are there; never blocks."""
 
-    def tokens(self) -> bytes:
-        """int32, the token of each sampling row; blocks until they are there."""
+    def result(self) -> StepResult:
+        """What the plan is answered with; blocks until it is there."""
 
 
 class Runner(Protocol):
@@ -155,4 +155,4 @@ class Worker:
                 step, pending = under_way.popleft()
                 self.phase = f"step {step}"
                 if answers:
-                    pipe.send(StepResult(step, pending.tokens()))
+                    pipe.send(pending.result())

@@ -1,8 +1,8 @@
 """From logits to tokens: the stages of sampling in their order, each skipped when no row asks for it.
 
-Order: min_tokens -> repetition, frequency, presence penalty -> (greedy: argmax) temperature -> min_p ->
-top_k, top_p -> draw. Rows are independent: a row's token is a function of its logits, its parameters and the
-noise of (seed, position, token id). Knows the slot table; does not know models.
+Order: constraints -> min_tokens -> repetition, frequency, presence penalty -> (greedy: argmax) temperature ->
+min_p -> top_k, top_p -> draw. Rows are independent: a row's token is a function of its logits, its parameters
+and the noise of (seed, position, token id). Knows the slot table; does not know models.
 
 Logits that are not numbers do not stop the engine. A greedy row takes its first NaN (as torch.argmax does);
 for a random row NaN counts as -inf, and a row without a finite logit draws evenly from its tokens.
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.sampling import gumbel_argmax
+from .constraints import Constraints, Masks
 from .nucleus import Nucleus, keep_likeliest, keep_of_all
 from .slots import F64, I32, I64, Batch, SamplingColumns
 
@@ -34,6 +35,7 @@ class Requests(Protocol):
     num_prompt: I64
     num_tokens: I64
     """The token that is drawn now is not counted."""
+    constraints: Constraints
 
     def history(self, slots: I64, length: int) -> I32 | Tensor:
         """int32 [len(slots), length], the first tokens of these slots."""
@@ -93,6 +95,9 @@ class Sampler:
         if rows is None or batch.changed or batch.sampling is not self._sampling:
             rows = self._rows = self._describe(slots, batch)
             self._sampling = batch.sampling
+        masks = slots.constraints.masks(rows.slots, logits.shape[1])
+        if masks is not None:
+            _allow(logits, masks)
         if len(rows.held_back):
             _hold_back(logits, slots, rows)
         if len(rows.penalized):
@@ -179,6 +184,16 @@ def _draw_filtered(scores: Tensor, nucleus: Nucleus, seeds: Tensor, positions: T
         stay = keep_of_all(scores[rest], nucleus.take(rest))
         tokens[rest] = gumbel_argmax(stay, seeds[rest], positions[rest])
     return tokens
+
+
+def _allow(logits: Tensor, masks: Masks) -> None:
+    """-inf for what the constraints of these rows do not allow."""
+    device, vocab = logits.device, logits.shape[1]
+    words = torch.from_numpy(masks.allowed).to(device)
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device) & 1
+    forbidden = bits.reshape(len(words), -1)[:, :vocab] == 0
+    rows = torch.from_numpy(masks.rows).to(device)
+    logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
 
 
 def _hold_back(logits: Tensor, slots: Requests, rows: _Rows) -> None:

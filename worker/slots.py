@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ipc.messages import Admit, StepPlan
+from .constraints import Constraints
 
 I32: TypeAlias = NDArray[np.int32]
 I64: TypeAlias = NDArray[np.int64]
@@ -89,7 +90,14 @@ class Slots:
     `num_tokens` (prompt and sampled), `num_computed`, `num_prompt`, `num_blocks`.
     """
 
-    def __init__(self, num_slots: int, max_model_len: int, block_size: int, num_kv_blocks: int) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        max_model_len: int,
+        block_size: int,
+        num_kv_blocks: int,
+        constraints: Constraints | None = None,
+    ) -> None:
         self.block_size = block_size
         self.num_kv_blocks = num_kv_blocks
         max_blocks = -(-max_model_len // block_size)
@@ -102,6 +110,7 @@ class Slots:
         self.num_blocks = np.zeros(num_slots, np.int64)
         self.in_use = np.zeros(num_slots, np.bool_)
         self.sampling = SamplingColumns.empty(num_slots)
+        self.constraints = constraints or Constraints()
         self._rows = np.zeros(0, np.int64)
         self._ones = np.zeros(0, np.int64)
         self._every_row = np.zeros(0, np.int64)
@@ -112,6 +121,7 @@ class Slots:
             released = _ints(plan.released)
             assert self.in_use[released].all(), f"step {plan.step} releases a free slot: {released}"
             self.in_use[released] = False
+            self.constraints.release(released.tolist())
         for admit in plan.admitted:
             self._admit(admit)
         if plan.granted:
@@ -126,6 +136,7 @@ class Slots:
             ends = self.num_tokens[slots]
             self.tokens[slots, ends] = tokens
             self.num_tokens[slots] = ends + 1
+            self.constraints.expect(slots, tokens.astype(np.int32).tobytes)
 
     def history(self, slots: I64, length: int) -> I32:
         """int32 [len(slots), length], the first tokens of these slots."""
@@ -146,6 +157,7 @@ class Slots:
         self.block_tables[slot, : len(blocks)] = blocks
         self.num_blocks[slot] = len(blocks)
         self.sampling.set(slot, admit)
+        self.constraints.admit(admit)
 
     def _grant(self, pairs: NDArray[np.int32]) -> None:
         order = np.argsort(pairs[:, 0], kind="stable")

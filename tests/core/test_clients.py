@@ -7,6 +7,7 @@ from array import array
 from headrace.core.clients import Splitter
 from headrace.core.request import Request
 from headrace.core.scheduler import Ended, Outputs
+from headrace.ipc.errors import ErrorInfo
 from headrace.ipc.messages import Finished, FinishReason, Sampling, Started, StepOutputs, pack
 
 
@@ -42,6 +43,15 @@ def test_a_start_without_a_token_and_an_end() -> None:
         b"a": StepOutputs(pack([1]), pack([7]), [], [Finished(1, FinishReason.STOP, 7)]),
         b"b": StepOutputs(b"", b"", [Started(2, 16, 0.5)]),
     }
+
+
+def test_an_end_without_a_token_reaches_its_client() -> None:
+    rows = [request(b"a", 1)]
+    error = ErrorInfo("request", "cannot go on")
+    step = Outputs(rows, array("i", [7]), [], [Ended(request(b"b", 2), FinishReason.ERROR, None, error)])
+    assert Splitter().split(step)[b"b"] == StepOutputs(
+        b"", b"", [], [Finished(2, FinishReason.ERROR, None, error)]
+    )
 
 
 def test_a_step_without_news_says_nothing() -> None:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 from headrace.core.request import Phase, Request
-from headrace.core.scheduler import Outputs, Scheduler
+from headrace.core.scheduler import Ended, Outputs, Scheduler
 from headrace.ipc.config import EngineConfig
-from headrace.ipc.errors import RequestError
-from headrace.ipc.messages import FinishReason, Sampling, StepPlan, StepResult, pack, unpack
+from headrace.ipc.errors import ErrorInfo, RequestError
+from headrace.ipc.messages import FailedRow, FinishReason, Sampling, StepPlan, StepResult, pack, unpack
 
 MakeConfig = Callable[..., EngineConfig]
 MakeScheduler = Callable[..., Scheduler]
@@ -75,6 +75,18 @@ def test_steady_decoding_sends_no_columns(make: MakeScheduler) -> None:
     assert list(unpack(fourth.granted)) == [request.slot, request.block_table[2]]
 
 
+def test_a_request_that_the_worker_gives_up_ends_alone(make: MakeScheduler) -> None:
+    scheduler = make()
+    first, second = add(scheduler, 5), add(scheduler, 5, first=50)
+    plan, surplus = schedule(scheduler), schedule(scheduler)
+    error = ErrorInfo("request", "no such grammar")
+    outputs = scheduler.update(StepResult(plan.step, pack([7, 8]), [FailedRow(0, error)]))
+    assert outputs.ended == [Ended(first, FinishReason.ERROR, None, error)]
+    assert (outputs.rows, list(outputs.tokens)) == ([second], [8])
+    outputs = scheduler.update(StepResult(surplus.step, pack([7, 8]), [FailedRow(0, error)]))
+    assert (outputs.rows, outputs.ended) == ([second], [])
+
+
 def test_the_same_rows_object_while_composition_stays(make: MakeScheduler) -> None:
     scheduler = make()
     add(scheduler, 5)
@@ -94,14 +106,14 @@ def test_no_plan_runs_beyond_max_tokens(make: MakeScheduler) -> None:
     answer(scheduler, first, 7)
     assert scheduler.schedule(0.0) is None
     (ended,) = answer(scheduler, second, 7).ended
-    assert ended == (request, FinishReason.LENGTH, None)
+    assert ended == Ended(request, FinishReason.LENGTH, None)
 
 
 def test_the_context_length_ends_a_request(make: MakeScheduler) -> None:
     scheduler = make(max_model_len=6)
     request = add(scheduler, 5, max_tokens=100)
     (ended,) = answer(scheduler, schedule(scheduler), 7).ended
-    assert ended == (request, FinishReason.LENGTH, None)
+    assert ended == Ended(request, FinishReason.LENGTH, None)
     assert scheduler.schedule(0.0) is None
 
 
@@ -112,7 +124,7 @@ def test_a_stop_token_drops_the_token_behind_it(make: MakeScheduler, token: int,
     first, second = schedule(scheduler), schedule(scheduler)
     outputs = answer(scheduler, first, token, 7)
     assert list(outputs.tokens) == [token, 7]
-    assert outputs.ended == [(request, FinishReason.STOP, stop)]
+    assert outputs.ended == [Ended(request, FinishReason.STOP, stop)]
     late = answer(scheduler, second, 7, 8)
     assert (late.rows, list(late.tokens), late.ended) == ([other], [8], [])
     third = schedule(scheduler)

@@ -14,7 +14,7 @@ import transformers
 from headrace.core.request import Request
 from headrace.core.scheduler import Scheduler
 from headrace.ipc.config import EngineConfig
-from headrace.ipc.messages import Sampling, StepResult, pack, unpack
+from headrace.ipc.messages import Sampling, pack, unpack
 from headrace.worker.cuda_runner import CudaRunner
 from torch import Tensor
 
@@ -124,10 +124,9 @@ def generate(
             scheduler.add(waiting.popleft())
         plan = scheduler.schedule(0.0)
         if plan is not None:
-            under_way.append((plan.step, runner.submit(plan)))
+            under_way.append(runner.submit(plan))
         elif under_way:
-            step, pending = under_way.popleft()
-            scheduler.update(StepResult(step, pending.tokens()))
+            scheduler.update(under_way.popleft().result())
         if rng.random() < 0.2:
             runner.idle()
     return [

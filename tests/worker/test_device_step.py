@@ -109,7 +109,7 @@ def test_both_tables_bring_the_same_tokens(seed: int, make_config: Any) -> None:
             requests += 1
         plan = scheduler.schedule(float(now))
         if plan is not None:
-            expected = host.submit(plan).tokens()
+            expected = host.submit(plan).result().tokens
             assert device.submit(plan) == expected, f"step {plan.step}"
             in_flight.append(StepResult(plan.step, expected))
             steady += plan.slots is None
