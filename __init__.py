@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .frontend.llm import LLM
     from .frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
     from .frontend.sampling_params import RequestOutputKind, SamplingParams
-    from .ipc.errors import ConfigError, EngineDeadError, HeadraceError, RequestError
+    from .ipc.errors import ConfigError, EngineDeadError, HeadraceError, OverloadedError, RequestError
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ _HOME = {
     "EngineArgs": ".frontend.engine_args",
     "EngineDeadError": ".ipc.errors",
     "HeadraceError": ".ipc.errors",
+    "OverloadedError": ".ipc.errors",
     "RequestError": ".ipc.errors",
     "RequestMetrics": ".frontend.outputs",
     "RequestOutput": ".frontend.outputs",
@@ -44,6 +45,7 @@ __all__ = [
     "EngineArgs",
     "EngineDeadError",
     "HeadraceError",
+    "OverloadedError",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",

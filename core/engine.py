@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import get_args
 
 import msgspec
 import zmq
@@ -21,6 +22,7 @@ from ..ipc.messages import (
     AddRequest,
     Bye,
     Call,
+    CallMethod,
     Dying,
     EngineInfo,
     Finished,
@@ -169,6 +171,12 @@ class Engine:
                 return Reply(call.call, stats=self._scheduler.stats())
             case "reset_prefix_cache":
                 return Reply(call.call, ok=self._scheduler.reset_prefix_cache())
+        error = RequestError(
+            f"there is no method {call.method!r:.100}",
+            parameter="method",
+            limit=", ".join(get_args(CallMethod)),
+        )
+        return Reply(call.call, ok=False, error=ErrorInfo.of(error))
 
     def _send(self, identity: bytes, message: FromCore) -> None:
         if not self._server.send(identity, message):

@@ -14,7 +14,6 @@ import socket
 import time
 import weakref
 from collections.abc import Callable
-from typing import Literal
 
 import msgspec
 
@@ -24,8 +23,10 @@ from ..ipc.errors import ConfigError, EngineDeadError
 from ..ipc.messages import (
     PROTOCOL_VERSION,
     Abort,
+    Argument,
     Bye,
     Call,
+    CallMethod,
     Dying,
     EngineInfo,
     FromCore,
@@ -175,20 +176,26 @@ class CoreClient:
         self._drain_soon(self._loop)  # sending can swallow the edge that tells of a message
 
     async def call(
-        self, method: Literal["ping", "reset_prefix_cache", "stats"], seconds: float | None = None
+        self,
+        method: CallMethod,
+        seconds: float | None = None,
+        arguments: dict[str, Argument] | None = None,
     ) -> Reply:
-        """Ask the core and wait, at most `seconds`. Raises EngineDeadError, TimeoutError."""
+        """Ask the core, wait at most `seconds`. Raises the reply's error, EngineDeadError, TimeoutError."""
         self.use_running_loop()
         number = self._next_call
         self._next_call = (number + 1) % 2**31
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._calls[number] = future
         try:
-            self.send(Call(number, method))
+            self.send(Call(number, method, arguments or {}))
             async with asyncio.timeout(seconds):
-                return await future
+                reply = await future
         finally:
             self._calls.pop(number, None)
+        if reply.error is not None:
+            raise reply.error.exception()
+        return reply
 
     def close(self) -> None:
         """Leave the core; an embedded one is stopped. Pending calls fail. Idempotent."""

@@ -1,7 +1,7 @@
 """The errors a caller can meet, and their form on the wire.
 
 Two families: `RequestError` and `ConfigError` are the caller's to mend (they name the parameter, the value
-and the limit); `EngineDeadError` is ours.
+and the limit), `OverloadedError` by trying again; `EngineDeadError` is ours.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-ErrorKind: TypeAlias = Literal["request", "config", "dead"]
+ErrorKind: TypeAlias = Literal["request", "config", "dead", "overloaded"]
 
 
 class HeadraceError(Exception):
@@ -44,6 +44,26 @@ class RequestError(RefusedError):
     """One request cannot be served as asked."""
 
 
+class OverloadedError(RequestError):
+    """There is no room for the request now: a queue is full, or the engine takes no more requests.
+
+    Attributes:
+        retry_after: seconds after which it is worth trying again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after: float,
+        parameter: str | None = None,
+        value: object = None,
+        limit: object = None,
+    ) -> None:
+        super().__init__(message, parameter=parameter, value=value, limit=limit)
+        self.retry_after = retry_after
+
+
 class ConfigError(RefusedError):
     """The engine cannot be built as asked: an argument, a model's files, or the memory they need."""
 
@@ -60,19 +80,32 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
     parameter: str | None = None
     value: str | None = None
     limit: str | None = None
+    retry_after: float | None = None
+    """Seconds; of "overloaded" ones."""
 
     @classmethod
     def of(cls, error: BaseException) -> ErrorInfo:
         """Describe `error`; anything that is not a `RefusedError` counts as the engine's own."""
-        if isinstance(error, RefusedError):
-            kind: ErrorKind = "request" if isinstance(error, RequestError) else "config"
-            return cls(kind, str(error), error.parameter, error.value, error.limit)
-        return cls("dead", str(error) if isinstance(error, HeadraceError) else _cause(error))
+        if not isinstance(error, RefusedError):
+            return cls("dead", str(error) if isinstance(error, HeadraceError) else _cause(error))
+        kind: ErrorKind = "request" if isinstance(error, RequestError) else "config"
+        retry_after = None
+        if isinstance(error, OverloadedError):
+            kind, retry_after = "overloaded", error.retry_after
+        return cls(kind, str(error), error.parameter, error.value, error.limit, retry_after)
 
     def exception(self) -> HeadraceError:
         """The exception that this describes, ready to raise."""
         if self.kind == "dead":
             return EngineDeadError(self.message)
+        if self.kind == "overloaded":
+            return OverloadedError(
+                self.message,
+                retry_after=self.retry_after or 0.0,
+                parameter=self.parameter,
+                value=self.value,
+                limit=self.limit,
+            )
         family = RequestError if self.kind == "request" else ConfigError
         return family(self.message, parameter=self.parameter, value=self.value, limit=self.limit)
 

@@ -21,7 +21,7 @@ import msgspec
 from .config import EngineConfig
 from .errors import ErrorInfo
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 def pack(values: Iterable[int]) -> bytes:
@@ -82,6 +82,14 @@ class AddRequest(Message, frozen=True):
     n: int = 1
     priority: int = 0
     """Lower is earlier; only with `scheduling_policy="priority"`."""
+    cache_salt: str = ""
+    """Requests share cached prefixes only with those of the same salt."""
+    queue_timeout: float | None = None
+    """Seconds from its arrival at the core until it must have left the queue."""
+    first_token_timeout: float | None = None
+    """Seconds until it must have a token."""
+    total_timeout: float | None = None
+    """Seconds until it must have ended."""
 
 
 class Abort(Message, frozen=True):
@@ -90,11 +98,17 @@ class Abort(Message, frozen=True):
     requests: list[int]
 
 
+CallMethod: TypeAlias = Literal["ping", "reset_prefix_cache", "stats"]
+Argument: TypeAlias = str | int | float | bool | list[str] | None
+
+
 class Call(Message, frozen=True):
     """Ask the core something; answered by one `Reply` with the same number."""
 
     call: int
-    method: Literal["ping", "reset_prefix_cache", "stats"]
+    method: str
+    """A `CallMethod`; others are answered by an error."""
+    arguments: dict[str, Argument] = {}
 
 
 class Hello(Message, frozen=True):
@@ -143,6 +157,8 @@ class FinishReason(IntEnum):
     """`max_tokens` or the context length."""
     ABORT = 2
     ERROR = 3
+    TIMEOUT = 4
+    """One of its timeouts passed."""
 
     def __str__(self) -> str:
         return self.name.lower()
@@ -201,6 +217,10 @@ class Reply(Message, frozen=True):
     call: int
     ok: bool = True
     stats: Stats | None = None
+    error: ErrorInfo | None = None
+    """Why nothing was done."""
+    results: list[dict[str, Argument]] = []
+    """One for each rank, when the workers were asked."""
 
 
 class Dying(Message, frozen=True):

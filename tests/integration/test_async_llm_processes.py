@@ -24,7 +24,7 @@ from headrace.frontend import core_client, core_process
 from headrace.frontend.core_process import CoreProcess
 from headrace.frontend.engine_args import resolve
 from headrace.ipc import process
-from headrace.ipc.messages import CoreStart, FromCore, Refused, Reply
+from headrace.ipc.messages import PROTOCOL_VERSION, CoreStart, FromCore, Refused, Reply
 from headrace.ipc.oracle import oracle_stream
 from headrace.ipc.sockets import ServerSocket
 
@@ -360,7 +360,7 @@ def test_a_core_that_does_not_fit(
     try:
         with pytest.raises(ConfigError, match=names) as caught:
             AsyncLLM(AsyncEngineArgs(engine_core_address=f"ipc://{tmp_path / 's' / 'core'}"))
-        assert caught.value.limit == "protocol 1"
+        assert caught.value.limit == f"protocol {PROTOCOL_VERSION}"
     finally:
         thread.join()
         server.close()

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import msgspec
 import pytest
 from headrace.ipc.config import EngineConfig
-from headrace.ipc.errors import ConfigError, EngineDeadError, ErrorInfo, RequestError
+from headrace.ipc.errors import ConfigError, EngineDeadError, ErrorInfo, OverloadedError, RequestError
 from headrace.ipc.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -67,22 +67,22 @@ CONFIG = EngineConfig(
 SAMPLING = Sampling(0.5, 0.9, 40, 0.1, 7, 0.25, -0.5, 1.5, 3, 2, [4, 5])
 ERROR = ErrorInfo("request", "n must be >= 1, got 0", "n", "0", ">= 1")
 TO_CORE: list[ToCore] = [
-    Hello(1, "doc"),
-    AddRequest(7, pack([1, 2, -3]), SAMPLING, 8, 2, -1),
+    Hello(2, "doc"),
+    AddRequest(7, pack([1, 2, -3]), SAMPLING, 8, 2, -1, "salt", 0.5, 2.0, None),
     Abort([7, 8]),
-    Call(3, "stats"),
+    Call(3, "stats", {"a": 1, "b": ["c"]}),
     Bye(),
 ]
 FROM_CORE: list[FromCore] = [
-    Welcome(1, CONFIG, EngineInfo(64, 100, 4321, "0.1.0")),
-    Refused(1, "no"),
+    Welcome(2, CONFIG, EngineInfo(64, 100, 4321, "0.1.0")),
+    Refused(2, "no"),
     StepOutputs(
         pack([7]),
         pack([9]),
         [Started(7, 16, 0.5)],
         [Finished(7, FinishReason.STOP, 9), Finished(8, FinishReason.ERROR, None, ERROR)],
     ),
-    Reply(3, True, Stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)),
+    Reply(3, True, Stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10), None, [{"rank": 0}]),
     Dying(ErrorInfo("dead", "worker 0 was killed by SIGKILL")),
 ]
 GOLDEN: dict[str, str] = json.loads(Path(__file__).with_name("golden_frames.json").read_text())
@@ -132,6 +132,14 @@ def test_errors_travel() -> None:
     assert isinstance(back, RequestError)
     assert (str(back), back.parameter, back.value, back.limit) == (str(refused), "n", "0", ">= 1")
     assert isinstance(ErrorInfo.of(ConfigError("x")).exception(), ConfigError)
+    full = ErrorInfo.of(OverloadedError("full", retry_after=2.5, parameter="max_queued_requests", limit=8))
+    overloaded = full.exception()
+    assert isinstance(overloaded, OverloadedError)
+    assert (overloaded.retry_after, overloaded.parameter, overloaded.limit) == (
+        2.5,
+        "max_queued_requests",
+        "8",
+    )
     dead = ErrorInfo.of(KeyError("slot")).exception()
     assert isinstance(dead, EngineDeadError)
     assert str(dead) == "KeyError: 'slot'"
