@@ -6,8 +6,8 @@ from array import array
 from dataclasses import dataclass, field
 from operator import itemgetter
 
-from ..ipc.messages import Finished, Started, StepOutputs, pack
-from .request import Request
+from ..ipc.messages import ClientStats, Finished, Started, StepOutputs, pack
+from .request import Phase, Request
 from .scheduler import Outputs
 
 
@@ -16,10 +16,25 @@ class Client:
     """A frontend that said Hello."""
 
     name: str
+    since: float
+    """When it said so, `time.monotonic()`."""
     requests: dict[int, Request] = field(default_factory=dict)
     """Those that have not ended."""
     complained: bool = False
     """It sent something unreadable, which is logged once."""
+    generation_tokens: int = 0
+
+    def stats(self, now: float) -> ClientStats:
+        """Its share of the engine."""
+        running = [r for r in self.requests.values() if r.phase in (Phase.RUNNING, Phase.DRAINING)]
+        return ClientStats(
+            name=self.name,
+            num_running=len(running),
+            num_waiting=len(self.requests) - len(running),
+            num_blocks=sum(len(request.block_table) for request in running),
+            generation_tokens=self.generation_tokens,
+            connected_seconds=now - self.since,
+        )
 
 
 @dataclass(slots=True)

@@ -95,7 +95,9 @@ class Engine:
         self._send_plans()
         for outputs in brought:
             for identity, message in self._splitter.split(outputs).items():
-                self._send(identity, message)
+                if (client := self._clients.get(identity)) is not None:
+                    client.generation_tokens += len(message.tokens) // 4
+                    self._send(identity, message)
             for ended in outputs.ended:
                 client = self._clients.get(ended.request.client)
                 if client is not None:
@@ -138,7 +140,7 @@ class Engine:
             self._server.send(identity, Refused(PROTOCOL_VERSION, message))
             return
         if identity not in self._clients:
-            self._clients[identity] = Client(hello.client)
+            self._clients[identity] = Client(hello.client, time.monotonic())
             LOGGER.info("%s is here", hello.client)
         self._send(identity, Welcome(PROTOCOL_VERSION, self._config, self._info))
 
@@ -168,7 +170,9 @@ class Engine:
             case "ping":
                 return Reply(call.call)
             case "stats":
-                return Reply(call.call, stats=self._scheduler.stats())
+                now = time.monotonic()
+                shares = [client.stats(now) for client in self._clients.values()]
+                return Reply(call.call, stats=self._scheduler.stats(), clients=shares)
             case "reset_prefix_cache":
                 return Reply(call.call, ok=self._scheduler.reset_prefix_cache())
         error = RequestError(

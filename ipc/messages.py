@@ -198,6 +198,20 @@ class Stats(Record, frozen=True):
     """Prompt tokens looked up."""
     prefix_cache_hits: int = 0
     """Prompt tokens found."""
+    draining: bool = False
+    """The core is about to end: requests at work are finished, new ones refused."""
+
+
+class ClientStats(Record, frozen=True):
+    """One client's share of the engine; counters run from its Hello."""
+
+    name: str
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    """KV blocks of its requests; a block that clients share counts for each."""
+    generation_tokens: int = 0
+    connected_seconds: float = 0.0
 
 
 class StepOutputs(Message, frozen=True):
@@ -221,6 +235,8 @@ class Reply(Message, frozen=True):
     """Why nothing was done."""
     results: list[dict[str, Argument]] = []
     """One for each rank, when the workers were asked."""
+    clients: list[ClientStats] = []
+    """With `stats`: everyone who is connected."""
 
 
 class Dying(Message, frozen=True):

@@ -212,6 +212,19 @@ def test_streams_of_many_clients(connect: Connect) -> None:
     clients[0].wait_until_free()
 
 
+def test_the_figures_of_each_client(connect: Connect) -> None:
+    busy, idle = connect("busy"), connect("idle")
+    busy.add(1, [5] * 9, 10_000, n=2)
+    while len(busy.streams[1]) < 20:
+        busy.recv()
+    clients = {each.name: each for each in idle.call("stats").clients}
+    assert (clients["busy"].num_running, clients["busy"].num_waiting) == (2, 0)
+    assert clients["busy"].num_blocks >= 2 * (29 // 4)
+    assert clients["busy"].generation_tokens >= 40
+    assert clients["busy"].connected_seconds > clients["idle"].connected_seconds > 0
+    assert (clients["idle"].num_running, clients["idle"].generation_tokens) == (0, 0)
+
+
 def test_n_children_are_numbered_and_seeded_in_a_row(connect: Connect) -> None:
     client = connect()
     client.add(10, [1, 2, 3, 4, 5], n=3, seed=41)

@@ -16,6 +16,7 @@ from headrace.ipc.messages import (
     AddRequest,
     Bye,
     Call,
+    ClientStats,
     Dying,
     EngineInfo,
     Finished,
@@ -82,7 +83,14 @@ FROM_CORE: list[FromCore] = [
         [Started(7, 16, 0.5)],
         [Finished(7, FinishReason.STOP, 9), Finished(8, FinishReason.ERROR, None, ERROR)],
     ),
-    Reply(3, True, Stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10), None, [{"rank": 0}]),
+    Reply(
+        3,
+        True,
+        Stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, True),
+        None,
+        [{"rank": 0}],
+        [ClientStats("doc", 1, 2, 3, 4, 0.5)],
+    ),
     Dying(ErrorInfo("dead", "worker 0 was killed by SIGKILL")),
 ]
 GOLDEN: dict[str, str] = json.loads(Path(__file__).with_name("golden_frames.json").read_text())
