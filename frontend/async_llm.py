@@ -22,7 +22,7 @@ from ..ipc.messages import Abort, AddRequest
 from .call_forms import checked_id, refuse_set, tell_apart
 from .core_client import CoreClient
 from .core_process import CoreProcess
-from .detokenizer import DecoderFactory, StopStrings
+from .detokenizer import DecoderFactory
 from .engine_args import AsyncEngineArgs, check_attached, resolve
 from .metrics import AnyMetric, engine_records
 from .model_files import find_model
@@ -30,6 +30,7 @@ from .prompts import ParsedPrompt, Prompt, check_token_ids, parse_prompt
 from .request_table import RequestTable
 from .requests import Request
 from .sampling_params import SamplingParams
+from .stop_strings import StopStrings
 from .streams import RequestStream
 from .tokenizer import Tokenizer
 

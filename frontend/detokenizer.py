@@ -1,4 +1,4 @@
-"""Incremental text: token ids go in one by one, exact text comes out, and stop strings are found. Pure.
+"""Incremental text: token ids go in one by one, exact text comes out. Pure.
 
 Exact: the deltas of a completion, put together, are what decoding all its ids at once gives. A character
 whose bytes are spread over tokens comes out when it is complete.
@@ -7,8 +7,10 @@ whose bytes are spread over tokens comes out when it is complete.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
-from typing import Protocol
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import tokenizers
 from tokenizers import decoders
@@ -25,6 +27,13 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+_FALLBACK: list[dict[str, Any]] = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+_STRIP: dict[str, Any] = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
 class Decoder(Protocol):
@@ -98,12 +107,70 @@ class ByteDecoder:
         return text
 
 
-class StreamDecoder:
-    """For every other tokenizer: `DecodeStream` of the tokenizers package, 10 times slower.
+class FallbackPieces(dict[int, str | int]):
+    """Token id to its text, or to its byte when it is one of SentencePiece's 256 byte tokens."""
 
-    Exact but for broken characters of SentencePiece models: there, one bad byte turns the whole characters
-    before it into replacement characters too, which may have been shown by then.
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        super().__init__()
+        self._backend = tokenizer.backend
+        self._skipped = set(tokenizer.all_special_ids) if skip_special_tokens else set()
+
+    def __missing__(self, token: int) -> str | int:
+        shown = None if token in self._skipped else self._backend.id_to_token(token)
+        byte = _BYTE_TOKEN.fullmatch(shown or "")
+        piece = int(byte[1], 16) if byte else (shown or "").replace("▁", " ")
+        self[token] = piece
+        return piece
+
+
+class FallbackDecoder:
+    """For SentencePiece BPE as Llama 2 and Mistral have it: "▁" is a space, unknown characters are bytes.
+
+    A run of byte tokens is text only if all of it is valid UTF-8, and one replacement character a byte
+    otherwise; so it comes out when it has ended.
     """
+
+    __slots__ = ("_at_start", "_pieces", "_run", "_strips")
+
+    def __init__(self, pieces: FallbackPieces, strips: bool) -> None:
+        """`strips`: the text's first character, if it is a space, is not part of it."""
+        self._pieces = pieces
+        self._strips = strips
+        self._at_start = True
+        self._run = b""
+
+    def push(self, tokens: Sequence[int]) -> str:
+        texts: list[str] = []
+        for token in tokens:
+            piece = self._pieces[token]
+            if isinstance(piece, int):
+                self._run += bytes((piece,))
+            elif piece:  # a token without text does not end a run
+                if self._run:
+                    texts.append(self._end_run())
+                texts.append(piece)
+        return self._begin("".join(texts))
+
+    def finish(self) -> str:
+        return self._begin(self._end_run())
+
+    def _end_run(self) -> str:
+        run, self._run = self._run, b""
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(run)
+
+    def _begin(self, text: str) -> str:
+        if self._at_start and text:
+            self._at_start = False
+            if self._strips:
+                return text.removeprefix(" ")
+        return text
+
+
+class StreamDecoder:
+    """For every other tokenizer: `DecodeStream` of the tokenizers package, 10 times slower."""
 
     __slots__ = ("_backend", "_held", "_shown", "_skip", "_stream", "_tokens")
 
@@ -139,59 +206,23 @@ class DecoderFactory:
     """Makes the fitting `Decoder` for each completion of one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._backend = tokenizer.backend
-        self._pieces: dict[bool, Pieces] | None = None
-        if isinstance(tokenizer.backend.decoder, decoders.ByteLevel):
-            self._pieces = {skip: Pieces(tokenizer, skip) for skip in (False, True)}
+        self._make: Callable[[bool], Decoder]
+        backend = tokenizer.backend
+        if isinstance(backend.decoder, decoders.ByteLevel):
+            pieces = [Pieces(tokenizer, skip) for skip in (False, True)]
+            self._make = lambda skip: ByteDecoder(pieces[skip])
+        elif (steps := _steps(backend)) in (_FALLBACK, [*_FALLBACK, _STRIP]):
+            parts = [FallbackPieces(tokenizer, skip) for skip in (False, True)]
+            self._make = lambda skip: FallbackDecoder(parts[skip], _STRIP in steps)
+        else:
+            self._make = lambda skip: StreamDecoder(backend, skip)
 
     def __call__(self, skip_special_tokens: bool) -> Decoder:
-        if self._pieces is None:
-            return StreamDecoder(self._backend, skip_special_tokens)
-        return ByteDecoder(self._pieces[skip_special_tokens])
+        return self._make(skip_special_tokens)
 
 
-class StopStrings:
-    """Finds stop strings in text that arrives in parts.
-
-    Text that may turn out to be the start of a stop string (the longest one's length - 1) is held back, so
-    that nothing is shown which later has to be taken away; with `include` there is nothing to take away.
-    """
-
-    __slots__ = ("_hold", "_include", "_keep", "_stops", "_window", "found")
-
-    def __init__(self, stops: Sequence[str], include: bool) -> None:
-        self._stops = stops
-        self._include = include
-        self._hold = not include
-        self._keep = max(len(stop) for stop in stops) - 1
-        self._window = ""
-        self.found: str | None = None
-        """The stop string that ended the text."""
-
-    def push(self, new: str, check: bool = True) -> str:
-        """The text that can be shown now. Without `check` no stop string may end in `new`."""
-        known = len(self._window)
-        text = self._window + new
-        if check and new and (cut := self._find(text, known)) is not None:
-            self._window = ""
-            return text[0 if self._hold else known : cut]
-        split = max(len(text) - self._keep, 0)
-        self._window = text[split:]
-        return text[:split] if self._hold else new
-
-    def finish(self) -> str:
-        """What was held back."""
-        held = self._window if self._hold else ""
-        self._window = ""
-        return held
-
-    def _find(self, text: str, known: int) -> int | None:
-        """Where the text ends: at the first stop string that ends beyond `known`."""
-        best = -1
-        for stop in self._stops:
-            at = text.find(stop, max(known - len(stop) + 1, 0))
-            if at >= 0 and (best < 0 or at < best):
-                best, self.found = at, stop
-        if self.found is None:
-            return None
-        return best + len(self.found) if self._include else best
+def _steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
+    """What the tokenizer's own decoder does, as its file says it."""
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
+    steps: list[dict[str, Any]] = decoder.get("decoders", [decoder])
+    return steps

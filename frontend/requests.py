@@ -12,10 +12,11 @@ import time
 from collections.abc import Sequence
 
 from ..ipc.messages import Finished, FinishReason
-from .detokenizer import Decoder, StopStrings
+from .detokenizer import Decoder
 from .metrics import FrontendMetrics
 from .outputs import CompletionOutput, RequestMetrics, RequestOutput
 from .sampling_params import RequestOutputKind
+from .stop_strings import StopStrings
 
 _DELTA = RequestOutputKind.DELTA
 _FINAL_ONLY = RequestOutputKind.FINAL_ONLY

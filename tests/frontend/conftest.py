@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from headrace.frontend.tokenizer import Tokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, 1234 times in 2026.",
@@ -47,8 +47,25 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
     return Tokenizer.load(tokenizer_folder)
 
 
-@pytest.fixture(scope="session")
-def spm_tokenizer() -> Tokenizer:
+def byte_level(
+    *, normalizer: normalizers.Normalizer | None, split: str | None, special: list[str]
+) -> Tokenizer:
+    """Byte-level BPE; `split` is a pattern that words are cut by, None GPT-2's own."""
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=split is not None))
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    words = [] if split is None else [pre_tokenizers.Split(tokenizers.Regex(split), "isolated")]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*words, own])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(TEXT * 3, trainer)
+    backend.add_special_tokens(special)
+    return Tokenizer(backend, eos_token=special[-1])
+
+
+def sentencepiece(*, strips: bool) -> Tokenizer:
     """One that decodes as SentencePiece models do: "▁" for spaces, byte fallback."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["▁", "▁the", "▁mill", "wheel", "s", "é", "水", "▁▁"]
@@ -56,7 +73,36 @@ def spm_tokenizer() -> Tokenizer:
         models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True)
     )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strips else steps)
     return Tokenizer(backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def spm_tokenizer() -> Tokenizer:
+    return sentencepiece(strips=True)
+
+
+WORDS = r"(?i:'s|'t)|\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+
+
+@pytest.fixture(
+    scope="session", params=["gpt2", "llama3", "qwen", "llama2", "sentencepiece, unstripped", "wordpiece"]
+)
+def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """One of each family that decodes in a way of its own."""
+    match request.param:
+        case "gpt2":
+            return byte_level(normalizer=None, split=None, special=["</s>"])
+        case "llama3":
+            return byte_level(normalizer=None, split=WORDS, special=["<|begin_of_text|>", "<|eot_id|>"])
+        case "qwen":
+            return byte_level(normalizer=normalizers.NFC(), split=WORDS, special=["<|im_end|>"])
+        case "llama2":
+            return sentencepiece(strips=True)
+        case "sentencepiece, unstripped":
+            return sentencepiece(strips=False)
+    pieces = ["[UNK]", "the", "mill", "##s", "##wheel", ",", "."]
+    backend = tokenizers.Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    return Tokenizer(backend)

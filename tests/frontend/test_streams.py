@@ -9,9 +9,10 @@ from collections.abc import Iterable
 
 import pytest
 from headrace import EngineDeadError, RequestError, RequestOutput, RequestOutputKind
-from headrace.frontend.detokenizer import DecoderFactory, StopStrings
+from headrace.frontend.detokenizer import DecoderFactory
 from headrace.frontend.request_table import RequestTable
 from headrace.frontend.requests import Request
+from headrace.frontend.stop_strings import StopStrings
 from headrace.frontend.streams import RequestStream
 from headrace.frontend.tokenizer import Tokenizer
 from headrace.ipc.errors import ErrorInfo

@@ -1,0 +1,86 @@
+"""Stop strings: the text ends at the first one, wherever the tokens cut it, and nothing of it is shown."""
+
+from __future__ import annotations
+
+import pytest
+from headrace.frontend.stop_strings import StopStrings
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def run(stops: list[str], include: bool, parts: list[str]) -> tuple[list[str], str | None]:
+    """The deltas that a reader sees (the last is the flush), and the stop string found."""
+    watch = StopStrings(stops, include)
+    shown: list[str] = []
+    for part in parts:
+        shown.append(watch.push(part))
+        if watch.found is not None:
+            return shown, watch.found
+    shown.append(watch.finish())
+    return shown, None
+
+
+@pytest.mark.parametrize(
+    ("stops", "include", "parts", "shown", "found"),
+    [
+        (["END"], False, ["abc", "E", "N", "D", "x"], ["a", "b", "c", ""], "END"),
+        (["END"], True, ["abc", "E", "N", "Dx"], ["abc", "E", "N", "D"], "END"),
+        (["END"], False, ["abEN"], ["ab", "EN"], None),
+        (["."], False, ["ab", "c.d"], ["ab", "c"], "."),
+        (["."], True, ["ab", "c.d"], ["ab", "c."], "."),
+        (["bc", "abcd"], False, ["zabcd"], ["z"], "abcd"),
+        (["x", "ab"], False, ["a", "bx"], ["", ""], "ab"),
+        (["aa"], False, ["a", "a"], ["", ""], "aa"),
+    ],
+)
+def test_stop_strings(
+    stops: list[str], include: bool, parts: list[str], shown: list[str], found: str | None
+) -> None:
+    assert run(stops, include, parts) == (shown, found)
+
+
+@given(
+    text=st.text("ab.", max_size=30),
+    stops=st.lists(st.text("ab.", min_size=1, max_size=4), min_size=1, max_size=3),
+    include=st.booleans(),
+    size=st.integers(1, 5),
+)
+def test_text_ends_at_the_stop_string(text: str, stops: list[str], include: bool, size: int) -> None:
+    """However the text is cut up: what is shown is a whole prefix, up to (or with) a stop string."""
+    shown, found = run(stops, include, [text[i : i + size] for i in range(0, len(text), size)])
+    whole = "".join(shown)
+    if found is None:
+        assert whole == text
+        assert not any(stop in text for stop in stops)
+    else:
+        assert text.startswith(whole if include else whole + found)
+        assert whole.endswith(found) or not include
+        # The first stop string to be complete ends it, within the part that completes it.
+        first_end = min(text.find(stop) + len(stop) for stop in stops if stop in text)
+        assert len(whole) <= first_end + size
+
+
+def test_unchecked_text_does_not_stop_but_may_begin_a_stop_string() -> None:
+    watch = StopStrings(["abc"], False)
+    assert watch.push("abcab", check=False) == "abc"
+    assert watch.push("c") == ""
+    assert watch.found == "abc"
+
+
+def test_the_longer_of_two_counts_when_the_shorter_came_unchecked() -> None:
+    watch = StopStrings(["ab", "abc"], False)
+    assert watch.push("ab", check=False) == ""
+    assert watch.push("c") == ""
+    assert watch.found == "abc"
+
+
+def test_ten_thousand_stop_strings_in_a_long_text() -> None:
+    stops = [f"stop {number};" for number in range(10_000)]
+    text = "".join(f"stop {number} " for number in range(3000)) + "stop 777;"
+    shown, found = run(stops, False, [text[i : i + 3] for i in range(0, len(text), 3)])
+    assert ("".join(shown), found) == (text.removesuffix("stop 777;"), "stop 777;")
+
+
+@pytest.mark.parametrize("stop", ["🎡", "車は", "é", "\u200d👩", "\n\n", ".*", "\\"])
+def test_characters_that_are_special_somewhere(stop: str) -> None:
+    assert run([stop], False, ["a", *stop, "b"])[1] == stop
