@@ -10,6 +10,13 @@ from ..ipc.messages import ClientStats, Finished, Started, StepOutputs, pack
 from .request import Phase, Request
 from .scheduler import Outputs
 
+_MAX_NAME = 100
+
+
+def shown_name(name: str) -> str:
+    """What a client calls itself, fit for a log or a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name[:_MAX_NAME])
+
 
 @dataclass(slots=True)
 class Client:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import get_args
 
 import msgspec
 import zmq
 
 from ..ipc.config import EngineConfig
-from ..ipc.errors import ErrorInfo, RequestError
+from ..ipc.errors import ErrorInfo, OverloadedError, RequestError
 from ..ipc.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -35,9 +36,10 @@ from ..ipc.messages import (
     ToCore,
     Welcome,
 )
-from ..ipc.sockets import ServerSocket
-from .clients import Client, Splitter
+from ..ipc.sockets import Delivery, ServerSocket
+from .clients import Client, Splitter, shown_name
 from .intake import MAX_N, make_requests
+from .logs import fields
 from .request import Request
 from .scheduler import Outputs, Scheduler
 from .workers import Workers
@@ -46,15 +48,31 @@ LOGGER = logging.getLogger(__name__)
 
 _MAX_MESSAGES = 64
 """Client messages taken in between two steps, so that a flood of them does not stop the engine."""
+_MAX_CLIENTS = 1024
+_ROUND_SECONDS = 1.0
+"""How often clients that get no output are looked after: one that is gone shows only when sent something."""
+_RETRY_MS = 20
+"""How soon a client that did not read is tried again."""
+_RETRY_AFTER_DRAIN = 5.0
+"""Seconds: what a client may assume that a restart takes."""
+_STRANGERS_SECONDS = 10.0
+"""The log has at most one line in this time about those who are no clients."""
 
 
 class Engine:
     """Serves clients of `server` with `workers`, both of which belong to the caller."""
 
     def __init__(
-        self, config: EngineConfig, info: EngineInfo, server: ServerSocket, workers: Workers, wake: int
+        self,
+        config: EngineConfig,
+        info: EngineInfo,
+        server: ServerSocket,
+        workers: Workers,
+        wake: int,
+        attend: Callable[[], None],
     ) -> None:
-        """`wake` is a descriptor that becomes readable when a signal has come."""
+        """`wake` is a descriptor that becomes readable when a signal has come; `attend` is called then, and
+        once a second."""
         self._config = config
         self._info = info
         self._server = server
@@ -64,20 +82,40 @@ class Engine:
         self._clients: dict[bytes, Client] = {}
         self._spins = config.device == "cuda"
         self._poller = zmq.Poller()
-        self._poller.register(server.socket, zmq.POLLIN)
+        for sock in server.sockets:
+            self._poller.register(sock, zmq.POLLIN)
         for descriptor in (wake, *workers.descriptors()):
             self._poller.register(descriptor, zmq.POLLIN)
+        self._woken = (wake, zmq.POLLIN)
+        self._attend = attend
+        self._next_round = 0.0
+        self._next_stranger = 0.0
+        self._drain_until: float | None = None
 
-    def run(self) -> None:
-        """Serve until something is raised: WorkerError, or what a signal handler raises."""
-        while True:
-            self._poller.poll(0 if self._spins and self._scheduler.num_in_flight else None)
+    def run(self) -> int:
+        """Serve until drained; returns how many requests were cut off. Raises WorkerError, and what a signal
+        handler raises."""
+        while not self._is_drained():
+            if self._woken in self._poller.poll(self._patience()):
+                self._attend()
             for _ in range(_MAX_MESSAGES):
                 received = self._server.recv()
                 if received is None:
                     break
                 self._handle(*received)
             self._step()
+            self._look_after_clients()
+        return self.num_requests
+
+    def drain(self, seconds: float) -> None:
+        """Take no more requests, and let `run` return when those at work have ended, or after `seconds`."""
+        if self._drain_until is None:
+            self._drain_until = time.monotonic() + seconds
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return sum(len(client.requests) for client in self._clients.values())
 
     def announce_death(self, error: ErrorInfo) -> None:
         """Tell every client that this is the end."""
@@ -107,19 +145,42 @@ class Engine:
         while (plan := self._scheduler.schedule(time.monotonic())) is not None:
             self._workers.send(plan)
 
+    def _patience(self) -> int:
+        """Milliseconds to wait for news."""
+        if self._spins and self._scheduler.num_in_flight:
+            return 0
+        return _RETRY_MS if self._server.has_undelivered else int(1000 * _ROUND_SECONDS)
+
+    def _is_drained(self) -> bool:
+        if self._drain_until is None:
+            return False
+        left = self.num_requests or self._server.has_undelivered
+        return not left or time.monotonic() >= self._drain_until
+
     # --- clients ------------------------------------------------------------------------------------
+
+    def _look_after_clients(self) -> None:
+        if self._server.has_undelivered:
+            for identity in self._server.deliver():
+                self._forget(identity, Delivery.GONE.value)
+        now = time.monotonic()
+        if now < self._next_round:
+            return
+        self._next_round = now + _ROUND_SECONDS
+        self._attend()
+        for identity in list(self._clients):
+            self._send(identity, StepOutputs(b"", b""))
 
     def _handle(self, identity: bytes, message: ToCore | msgspec.DecodeError) -> None:
         client = self._clients.get(identity)
         if isinstance(message, Hello):
             self._greet(identity, message)
         elif client is None:
-            LOGGER.info("refused a message from a client that has not said Hello")
-            self._server.send(identity, Refused(PROTOCOL_VERSION, "the first message must be Hello"))
+            self._refuse(identity, "the first message must be Hello")
         elif isinstance(message, msgspec.DecodeError):
-            self._server.send(identity, Refused(PROTOCOL_VERSION, f"unreadable message: {message}"))
+            self._server.tell(identity, Refused(PROTOCOL_VERSION, f"unreadable message: {message}"))
             if not client.complained:
-                LOGGER.warning("unreadable message from %s: %s", client.name, message)
+                LOGGER.warning("unreadable message", extra=fields(client=client.name, error=str(message)))
                 client.complained = True
         elif isinstance(message, AddRequest):
             self._add(identity, client, message)
@@ -134,20 +195,34 @@ class Engine:
             self._forget(identity, "left")
 
     def _greet(self, identity: bytes, hello: Hello) -> None:
+        name = shown_name(hello.client)
         if hello.protocol != PROTOCOL_VERSION:
-            message = f"the core speaks protocol {PROTOCOL_VERSION}, {hello.client} speaks {hello.protocol}"
-            LOGGER.warning("refused: %s", message)
-            self._server.send(identity, Refused(PROTOCOL_VERSION, message))
+            self._refuse(
+                identity, f"the core speaks protocol {PROTOCOL_VERSION}, {name} speaks {hello.protocol}"
+            )
             return
-        if identity not in self._clients:
-            self._clients[identity] = Client(hello.client, time.monotonic())
-            LOGGER.info("%s is here", hello.client)
+        self._forget(identity, "came back")
+        if len(self._clients) >= _MAX_CLIENTS:
+            self._refuse(identity, f"the core has {_MAX_CLIENTS} clients already")
+            return
+        self._clients[identity] = Client(name, time.monotonic())
+        LOGGER.info("client is here", extra=fields(client=name))
         self._send(identity, Welcome(PROTOCOL_VERSION, self._config, self._info))
+
+    def _refuse(self, identity: bytes, why: str) -> None:
+        """Send someone away who is no client."""
+        now = time.monotonic()
+        if now >= self._next_stranger:
+            self._next_stranger = now + _STRANGERS_SECONDS
+            LOGGER.warning("refused a stranger", extra=fields(why=why))
+        self._server.tell(identity, Refused(PROTOCOL_VERSION, why))
 
     def _add(self, identity: bytes, client: Client, message: AddRequest) -> None:
         """Queue the message's requests, all or none."""
         requests: list[Request] = []
         try:
+            if self._drain_until is not None:
+                raise OverloadedError("the engine core is about to end", retry_after=_RETRY_AFTER_DRAIN)
             for request in make_requests(identity, message, self._config.vocab_size, time.monotonic()):
                 if request.number in client.requests:
                     text = f"request {request.number} is in use"
@@ -172,7 +247,10 @@ class Engine:
             case "stats":
                 now = time.monotonic()
                 shares = [client.stats(now) for client in self._clients.values()]
-                return Reply(call.call, stats=self._scheduler.stats(), clients=shares)
+                stats = self._scheduler.stats()
+                if self._drain_until is not None:
+                    stats = msgspec.structs.replace(stats, draining=True)
+                return Reply(call.call, stats=stats, clients=shares)
             case "reset_prefix_cache":
                 return Reply(call.call, ok=self._scheduler.reset_prefix_cache())
         error = RequestError(
@@ -183,12 +261,13 @@ class Engine:
         return Reply(call.call, ok=False, error=ErrorInfo.of(error))
 
     def _send(self, identity: bytes, message: FromCore) -> None:
-        if not self._server.send(identity, message):
-            self._forget(identity, "vanished")
+        delivery = self._server.send(identity, message)
+        if delivery is not Delivery.SENT:
+            self._forget(identity, delivery.value)
 
     def _forget(self, identity: bytes, how: str) -> None:
         client = self._clients.pop(identity, None)
         if client is not None:
             for request in client.requests.values():
                 self._scheduler.abort(request)
-            LOGGER.info("%s %s with %d requests running", client.name, how, len(client.requests))
+            LOGGER.info(f"client {how}", extra=fields(client=client.name, requests=len(client.requests)))

@@ -6,93 +6,125 @@ import gc
 import logging
 import os
 import signal
-import socket
 import sys
 from contextlib import suppress
 from functools import partial
-from types import FrameType
 
 import msgspec
 
 from .. import __version__
-from ..ipc.errors import ErrorInfo, HeadraceError
-from ..ipc.messages import CoreStart, EngineInfo, Fatal, FromStarting, Progress, Ready
+from ..ipc.errors import ConfigError, ErrorInfo, HeadraceError
+from ..ipc.exit_codes import ExitCode
+from ..ipc.messages import CoreStart, Daemon, EngineInfo, Fatal, FromStarting, Progress, Ready
 from ..ipc.sockets import ServerSocket
+from . import logs
 from .cache_size import size_cache
 from .engine import Engine
+from .logs import fields
+from .signals import Signals
+from .supervisor import Supervisor
 from .workers import WorkerError, Workers
 
 LOGGER = logging.getLogger(__name__)
 
 
 def run(payload: bytes) -> None:
-    """Serve as `payload` (a `CoreStart`) says. Exits 0 on SIGTERM and SIGINT, 1 on an error."""
+    """Serve as `payload` (a `CoreStart`) says, and exit with an `ExitCode`."""
     start = msgspec.json.decode(payload, type=CoreStart)
-    level = logging.INFO if start.status_fd is None else logging.WARNING
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s core %(levelname)s: %(message)s")
-    # A signal that comes just before a wait would not end it; its byte here does.
-    wake, waker = socket.socketpair()
-    waker.setblocking(False)
-    signal.set_wakeup_fd(waker.fileno())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)
-    sys.exit(Core(start, wake.fileno()).run())
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    """Leave through the `finally` clauses, whatever the core is waiting for; once."""
-    for other in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(other, signal.SIG_IGN)
-    LOGGER.info("ending: %s", signal.Signals(number).name)
-    raise SystemExit(0)
+    # A child reports on its status pipe: its log is for what nobody expects.
+    daemon = start.daemon or Daemon()
+    logs.configure(daemon.log_format, logging.WARNING if start.daemon is None else logging.INFO)
+    sys.exit(Core(start, daemon, Signals()).run())
 
 
 class Core:
     """Start-up and end around `Engine.run`."""
 
-    def __init__(self, start: CoreStart, wake: int) -> None:
+    def __init__(self, start: CoreStart, daemon: Daemon, signals: Signals) -> None:
         self._start = start
-        self._wake = wake
+        self._daemon = daemon
+        self._signals = signals
+        self._supervisor = Supervisor(daemon)
         self._phase = "start"
+        self._server: ServerSocket | None = None
         self._serving: Engine | None = None
 
-    def run(self) -> int:
-        """Serve; returns the exit code. The sockets outlive the engine, to carry the news of its death."""
+    def run(self) -> ExitCode:
+        """Serve until the end. The sockets outlive the engine, to carry the news of its death."""
         workers: Workers | None = None
-        server: ServerSocket | None = None
         try:
             self._progress(Progress(None, "listen"))  # first: a bad address should not cost a model's load
-            server = ServerSocket(self._start.address)
+            self._server = ServerSocket(self._start.address, self._daemon.keys)
             self._progress(Progress(None, "start workers"))
             workers = Workers(self._start.config)
-            self._serve(server, workers)
-            return 0
+            return self._serve(self._server, workers)
         except Exception as error:  # the process's outermost frame: whatever it was, it is told and ends it
             self._tell(error)
-            return 1
+            return ExitCode.CONFIG if _is_config_error(error) else ExitCode.FAULT
         finally:
+            self._supervisor.stopping("ending")
             if workers is not None:
                 workers.close()
-            if server is not None:
-                server.close()
+            if self._server is not None:
+                self._server.close()
 
-    def _serve(self, server: ServerSocket, workers: Workers) -> None:
+    def _serve(self, server: ServerSocket, workers: Workers) -> ExitCode:
         config = self._start.config
         size = workers.bring_up(partial(size_cache, config), self._progress)
         info = EngineInfo(size.max_model_len, size.num_blocks, os.getpid(), __version__)
-        self._serving = Engine(config, info, server, workers, self._wake)
+        self._serving = Engine(config, info, server, workers, self._signals.fileno(), self._attend)
         gc.collect()
         gc.freeze()  # what lives this long stays: later collections look at requests only
-        self._report(Ready(self._start.address, info))
-        LOGGER.info("%s at %s: %s", config.served_model_name, self._start.address, info)
+        if self._start.daemon is not None:
+            self._signals.defer()
+        self._announce(Ready(self._start.address, info))
         self._phase = "serving"
-        self._serving.run()
+        cut_off = self._serving.run()
+        LOGGER.info("end", extra=fields(requests_cut_off=cut_off))
+        return ExitCode.CUT_OFF if cut_off else ExitCode.DONE
+
+    def _attend(self) -> None:
+        """Once a second, and after a signal: do what signals ask, and show that the loop turns."""
+        for number in self._signals.take():
+            if number is signal.SIGHUP:
+                self._reload()
+            elif self._serving is not None:
+                self._drain(self._serving, number)
+        self._supervisor.beat()
+
+    def _reload(self) -> None:
+        """SIGHUP: the keys of clients may have changed. Keeps the old ones when the new are of no use."""
+        if self._server is None:
+            return
+        try:
+            self._server.reload_keys()
+        except ConfigError as error:
+            LOGGER.error("reload failed", extra=fields(error=str(error)))
+        else:
+            LOGGER.info("reloaded")
+
+    def _drain(self, engine: Engine, number: signal.Signals) -> None:
+        seconds = self._daemon.drain_seconds
+        self._supervisor.stopping("draining")
+        LOGGER.info(
+            "draining", extra=fields(signal=number.name, requests=engine.num_requests, seconds=seconds)
+        )
+        engine.drain(seconds)
 
     def _progress(self, progress: Progress) -> None:
         self._phase = progress.phase
         who = "core" if progress.rank is None else f"worker {progress.rank}"
-        LOGGER.info("%s: %s", who, progress.phase)
+        LOGGER.info("starting", extra=fields(who=who, phase=progress.phase))
+        self._supervisor.status(f"starting: {who}: {progress.phase}")
         self._report(progress)
+
+    def _announce(self, ready: Ready) -> None:
+        name, info = self._start.config.served_model_name, ready.info
+        LOGGER.info(
+            "serving", extra=fields(model=name, address=ready.address, **msgspec.structs.asdict(info))
+        )
+        self._supervisor.ready(msgspec.json.encode(ready), f"serving {name} at {ready.address}")
+        self._report(ready)
 
     def _tell(self, error: Exception) -> None:
         """Report the cause of the end once to everyone who waits for this core."""
@@ -102,7 +134,7 @@ class Core:
         if not isinstance(error, HeadraceError):
             LOGGER.error("a fault of the core itself", exc_info=error)
         elif self._start.status_fd is None or self._serving is not None:
-            LOGGER.error("%s", error)
+            LOGGER.error("cannot go on", extra=fields(error=str(error), phase=fatal.phase, rank=fatal.rank))
         if self._serving is not None:
             self._serving.announce_death(
                 msgspec.structs.replace(fatal.error, kind="dead", message=str(error))
@@ -116,3 +148,8 @@ class Core:
         # Broken: whoever started us has stopped listening, or is gone and the lifeline ends us.
         with suppress(BrokenPipeError):
             os.write(self._start.status_fd, msgspec.json.encode(message) + b"\n")
+
+
+def _is_config_error(error: Exception) -> bool:
+    kind = error.fatal.error.kind if isinstance(error, WorkerError) else ErrorInfo.of(error).kind
+    return kind == "config"

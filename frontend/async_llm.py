@@ -23,7 +23,7 @@ from .call_forms import checked_id, refuse_set, tell_apart
 from .core_client import CoreClient
 from .core_process import CoreProcess
 from .detokenizer import DecoderFactory
-from .engine_args import AsyncEngineArgs, check_attached, resolve
+from .engine_args import AsyncEngineArgs, attach_keys, check_attached, resolve
 from .metrics import AnyMetric, engine_records
 from .model_files import find_model
 from .prompts import ParsedPrompt, Prompt, check_token_ids, parse_prompt
@@ -304,7 +304,8 @@ class AsyncLLM:
         return CoreClient.embed(core, self._table.apply, self._table.fail_all), tokenizer
 
     def _attach(self, args: AsyncEngineArgs, address: str) -> tuple[CoreClient, Tokenizer | None]:
-        client = CoreClient.attach(address, self._table.apply, self._table.fail_all)
+        keys = attach_keys(args)
+        client = CoreClient.attach(address, self._table.apply, self._table.fail_all, keys)
         try:
             check_attached(args, client.config)
             path = client.config.tokenizer

@@ -16,6 +16,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from .. import __version__
@@ -50,25 +51,70 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _engine_core(parser: _Parser, words: Sequence[str]) -> Action:
-    from ..ipc import messages, process, sockets  # noqa: PLC0415 - see the module's docstring
+    from ..ipc import addresses, messages, process  # noqa: PLC0415 - see the module's docstring
+    from .daemon import daemon_options  # noqa: PLC0415
 
+    listen = "ipc:///path, tcp://127.0.0.1:PORT, or with CURVE keys tcp://HOST:PORT"
+    parser.add_argument("--listen", metavar="ADDRESS", required=True, help=listen)
     parser.add_argument(
-        "--listen", metavar="ADDRESS", required=True, help="ipc:///path or tcp://127.0.0.1:PORT"
+        "--curve-secret-key", metavar="FILE", help="this core's secret key, made by `headrace keygen`"
     )
     parser.add_argument(
-        "--ready-fd", metavar="N", type=int, help="write start-up messages to this descriptor, as JSON lines"
+        "--curve-client-keys",
+        metavar="PATH",
+        help="public keys of the clients that may connect: a file, or a folder of *.public files; "
+        "SIGHUP reads them again",
+    )
+    parser.add_argument(
+        "--drain-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=30.0,
+        help="how long requests at work may take to end after SIGTERM (default: 30)",
+    )
+    parser.add_argument("--log-format", choices=("text", "json"), default="text")
+    parser.add_argument(
+        "--ready-fd", metavar="N", type=int, help="write one line to this descriptor when the core serves"
     )
     _add_engine_flags(parser)
     args = parser.parse(words)
-    address = sockets.check_address(args.listen, "listen")
-    if args.ready_fd is not None:
-        try:
-            os.fstat(args.ready_fd)
-        except OSError as error:
-            message = f"ready-fd: {args.ready_fd} is not an open descriptor"
-            raise ConfigError(message, parameter="ready-fd", value=args.ready_fd) from error
-    start = messages.CoreStart(config=_resolve(args), address=address, status_fd=args.ready_fd)
+    daemon = daemon_options(
+        curve_secret_key=args.curve_secret_key,
+        curve_client_keys=args.curve_client_keys,
+        drain_timeout=args.drain_timeout,
+        log_format=args.log_format,
+        ready_fd=args.ready_fd,
+        environment=os.environ,
+    )
+    address = addresses.check_address(args.listen, "listen", has_keys=daemon.keys is not None)
+    start = messages.CoreStart(config=_resolve(args), address=address, status_fd=None, daemon=daemon)
     return partial(process.become, "headrace.core.main:run", start)
+
+
+def _keygen(parser: _Parser, words: Sequence[str]) -> Action:
+    from ..ipc.curve import make_pair  # noqa: PLC0415 - see the module's docstring
+
+    parser.add_argument("folder", metavar="DIR", type=Path, help="where to; made with mode 0700 if need be")
+    parser.add_argument(
+        "names",
+        metavar="NAME",
+        nargs="*",
+        default=["server", "client"],
+        help="one pair for each: NAME.secret, which stays where it is used, and NAME.public, which others "
+        "get (default: server client)",
+    )
+    args = parser.parse(words)
+    for name in args.names:
+        if Path(name).name != name:
+            message = f"NAME must be a file name without a folder, got {name!r}"
+            raise ConfigError(message, parameter="NAME", value=name)
+
+    def write() -> None:
+        for name in args.names:
+            for path in make_pair(args.folder, name):
+                print(path)
+
+    return write
 
 
 def _explain_config(parser: _Parser, words: Sequence[str]) -> Action:
@@ -110,12 +156,12 @@ def _as_vllm(parser: _Parser, words: Sequence[str]) -> Action:
 
 def _add_engine_flags(parser: _Parser) -> None:
     """One flag for each field of AsyncEngineArgs, absent from the namespace unless given."""
-    from .engine_args import AsyncEngineArgs  # noqa: PLC0415 - see the module's docstring
+    from .engine_args import ATTACHING, AsyncEngineArgs  # noqa: PLC0415 - see the module's docstring
 
     group = parser.add_argument_group("engine arguments")
     docs = _field_docs(AsyncEngineArgs)
     for name, kind in typing.get_type_hints(AsyncEngineArgs).items():
-        if name == "engine_core_address":
+        if name in ATTACHING:
             continue  # these commands speak of a core of their own
         given: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": docs.get(name)}
         if kind is bool:
@@ -151,6 +197,7 @@ def _resolve(args: argparse.Namespace) -> EngineConfig:
 
 _COMMANDS: dict[str, tuple[Callable[[_Parser, Sequence[str]], Action], str]] = {
     "engine-core": (_engine_core, "start an engine core that AsyncLLM can attach to"),
+    "keygen": (_keygen, "make the CURVE keys that a core needs to serve beyond this machine"),
     "as-vllm": (_as_vllm, "run a program written against vLLM's AsyncLLM or LLM"),
     "explain-config": (_explain_config, "print the configuration that these arguments lead to"),
 }

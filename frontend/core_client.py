@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 import time
 import weakref
 from collections.abc import Callable
@@ -18,7 +17,9 @@ from collections.abc import Callable
 import msgspec
 
 from .. import __version__
+from ..ipc.addresses import check_address, check_listening
 from ..ipc.config import EngineConfig
+from ..ipc.curve import ClientKeys
 from ..ipc.errors import ConfigError, EngineDeadError
 from ..ipc.messages import (
     PROTOCOL_VERSION,
@@ -37,12 +38,14 @@ from ..ipc.messages import (
     ToCore,
     Welcome,
 )
-from ..ipc.sockets import ClientSocket, check_address
+from ..ipc.sockets import ClientSocket
 from .core_process import CoreProcess
 
 logger = logging.getLogger("headrace")
 
 HANDSHAKE_SECONDS = 10.0
+_LOOK_SECONDS = 0.1
+"""How often the handshake looks whether the core has hung up."""
 _MESSAGES_AT_ONCE = 16
 """Then the loop's other tasks get their turn."""
 
@@ -132,7 +135,7 @@ class CoreClient:
     ) -> CoreClient:
         """Connect to a core of our own that is ready; it ends with the client."""
         try:
-            sock, welcome = _connect(core.address)
+            sock, welcome = connect(core.address, f"headrace {__version__}, pid {os.getpid()}")
         except BaseException:
             core.stop()
             raise
@@ -144,10 +147,12 @@ class CoreClient:
         address: str,
         on_step: Callable[[StepOutputs], list[int]],
         on_death: Callable[[EngineDeadError], None],
+        keys: ClientKeys | None = None,
     ) -> CoreClient:
         """Connect to a core that runs already. Raises ConfigError when there is none, or an unfitting one."""
-        _check_listening(address)
-        sock, welcome = _connect(address)
+        check_address(address, "engine_core_address", has_keys=keys is not None)
+        check_listening(address, "engine_core_address")
+        sock, welcome = connect(address, f"headrace {__version__}, pid {os.getpid()}", keys)
         return cls(sock, None, welcome, on_step, on_death)
 
     @property
@@ -272,10 +277,11 @@ class CoreClient:
             client.drain()
 
 
-def _connect(address: str) -> tuple[ClientSocket, Welcome]:
-    sock = ClientSocket(address)
+def connect(address: str, name: str, keys: ClientKeys | None = None) -> tuple[ClientSocket, Welcome]:
+    """Shake hands with the core there, as `name`. Raises ConfigError."""
+    sock = ClientSocket(address, keys)
     try:
-        sock.send(Hello(PROTOCOL_VERSION, f"headrace {__version__}, pid {os.getpid()}"))
+        sock.send(Hello(PROTOCOL_VERSION, name))
         return sock, _await_welcome(sock, address)
     except BaseException:
         sock.close()
@@ -287,7 +293,10 @@ def _await_welcome(sock: ClientSocket, address: str) -> Welcome:
     reason = f"no answer within {HANDSHAKE_SECONDS:g} s"
     try:
         while (left := deadline - time.monotonic()) > 0:
-            message = sock.recv(left)
+            message = sock.recv(min(left, _LOOK_SECONDS))
+            if message is None and sock.lost_connection():
+                reason = "it hung up: does it use CURVE keys, and are these the right ones?"
+                break
             if isinstance(message, Welcome):
                 if message.protocol == PROTOCOL_VERSION:
                     return message
@@ -302,18 +311,3 @@ def _await_welcome(sock: ClientSocket, address: str) -> Welcome:
     raise ConfigError(
         message_text, parameter="engine_core_address", value=address, limit=f"protocol {PROTOCOL_VERSION}"
     )
-
-
-def _check_listening(address: str) -> None:
-    """ZeroMQ would wait for a core to appear; a wrong address is to be an error at once."""
-    check_address(address, "engine_core_address")
-    try:
-        if address.startswith("ipc://"):
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.connect(address.removeprefix("ipc://"))
-        else:
-            host, _, port = address.removeprefix("tcp://").rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except (OSError, OverflowError) as error:
-        message = f"engine_core_address: no engine core listens at {address!r}: {error}"
-        raise ConfigError(message, parameter="engine_core_address", value=address) from error

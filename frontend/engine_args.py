@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..ipc.config import Device, Dtype, EngineConfig, LoadFormat, SchedulingPolicy
+from ..ipc.curve import ClientKeys
 from ..ipc.errors import ConfigError
 from . import model_files
 from .model_files import ModelFiles
@@ -73,6 +74,10 @@ class AsyncEngineArgs:
     disable_log_stats: bool = False
     engine_core_address: str | None = None
     """Attach to the engine core that listens there instead of starting one."""
+    engine_core_curve_server_key: str | None = None
+    """File with that core's public CURVE key."""
+    engine_core_curve_secret_key: str | None = None
+    """File with this program's own secret CURVE key."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> AsyncEngineArgs:
         for name in kwargs:
@@ -85,11 +90,30 @@ class AsyncEngineArgs:
 EngineArgs = AsyncEngineArgs
 FIELDS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(AsyncEngineArgs)}
 
+ATTACHING = tuple(name for name in FIELDS if name.startswith("engine_core_"))
+"""Arguments that lead to a core which runs already."""
+
+
+def attach_keys(args: AsyncEngineArgs) -> ClientKeys | None:
+    """The CURVE keys for `engine_core_address`, both or none. Raises ConfigError."""
+    server, secret = args.engine_core_curve_server_key, args.engine_core_curve_secret_key
+    if server is None and secret is None:
+        return None
+    if server is None or secret is None or args.engine_core_address is None:
+        message = (
+            "engine_core_curve_server_key and engine_core_curve_secret_key go together, "
+            "and with engine_core_address"
+        )
+        name = "engine_core_curve_server_key" if server is None else "engine_core_curve_secret_key"
+        raise ConfigError(message, parameter=name, limit="both or none")
+    return ClientKeys(server, secret)
+
 
 def resolve(args: AsyncEngineArgs) -> EngineConfig:
     """Check every argument, find the model's files and settle every default. Raises ConfigError."""
     args = dataclasses.replace(args)
     _check(args)
+    attach_keys(args)
     load_format = args.load_format
     files = model_files.read_model(
         args.model, args.generation_config, with_weights=load_format not in _NO_WEIGHTS
@@ -137,7 +161,7 @@ def check_attached(args: AsyncEngineArgs, config: EngineConfig) -> None:
     names = {config.model, config.model_path, config.served_model_name}
     for name, default in FIELDS.items():
         wanted = getattr(args, name)
-        if wanted == default or name in ("tokenizer", "skip_tokenizer_init", "engine_core_address"):
+        if wanted == default or name in ("tokenizer", "skip_tokenizer_init", *ATTACHING):
             continue
         running = getattr(config, "log_stats" if name == "disable_log_stats" else name, None)
         if name == "model":
@@ -176,6 +200,8 @@ _TEXTS = (
     "generation_config",
     "scheduling_policy",
     "engine_core_address",
+    "engine_core_curve_server_key",
+    "engine_core_curve_secret_key",
 )
 _FLAGS = (
     "skip_tokenizer_init",

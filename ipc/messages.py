@@ -19,9 +19,11 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from .config import EngineConfig
+from .curve import ServerKeys
 from .errors import ErrorInfo
 
 PROTOCOL_VERSION = 2
+LogFormat: TypeAlias = Literal["text", "json"]
 
 
 def pack(values: Iterable[int]) -> bytes:
@@ -360,6 +362,20 @@ class WorkerStart(msgspec.Struct, frozen=True):
     """A file for the ranks to find each other through; empty for a single rank."""
 
 
+class Daemon(msgspec.Struct, frozen=True):
+    """How a core that is nobody's child is reached, watched and ended."""
+
+    keys: ServerKeys | None = None
+    """CURVE keys of its socket."""
+    drain_seconds: float = 30.0
+    """How long requests at work may take to end after SIGTERM."""
+    log_format: LogFormat = "text"
+    ready_fd: int | None = None
+    """Gets the `Ready` message as one JSON line, and is closed then."""
+    notify_socket: str | None = None
+    """systemd's NOTIFY_SOCKET: a path, or `@` and an abstract name."""
+
+
 class CoreStart(msgspec.Struct, frozen=True):
     """How a core is started: the payload of its process."""
 
@@ -367,6 +383,8 @@ class CoreStart(msgspec.Struct, frozen=True):
     address: str
     status_fd: int | None
     """A pipe for `FromStarting` messages, one JSON line each; its end of file means that the core is gone."""
+    daemon: Daemon | None = None
+    """Set for a core that is nobody's child."""
 
 
 ToWorker: TypeAlias = Allocate | StepPlan

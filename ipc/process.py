@@ -20,8 +20,8 @@ from typing import NoReturn
 
 import msgspec
 
-PARENT_GONE = 70
-"""Exit code of a child that lost its parent."""
+from .exit_codes import ExitCode
+
 _NO_PARENT = 0
 
 
@@ -102,7 +102,7 @@ def _follow_parent(parent: int, remove: str) -> None:
         pass
     if remove:
         shutil.rmtree(remove, ignore_errors=True)
-    os._exit(PARENT_GONE)
+    os._exit(ExitCode.PARENT_GONE)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from headrace import __version__
-from headrace.frontend.engine_args import FIELDS
+from headrace.frontend.engine_args import ATTACHING, FIELDS
 
 HEADRACE = [sys.executable, "-P", "-c", "from headrace.frontend.cli import main; main()"]
 
@@ -50,7 +50,7 @@ def test_version() -> None:
 def test_every_engine_argument_is_a_flag() -> None:
     shown = headrace("engine-core", "--help").stdout
     flags = {word.rstrip(",") for word in shown.split()}
-    missing = {f"--{name.replace('_', '-')}" for name in FIELDS if name != "engine_core_address"} - flags
+    missing = {f"--{name.replace('_', '-')}" for name in FIELDS if name not in ATTACHING} - flags
     assert not missing
 
 
@@ -92,6 +92,9 @@ def test_a_bad_argument_is_one_line(words: list[str], complaint: str, model: str
         (["--listen", "tcp://0.0.0.0:9000"], "tcp://127.0.0.1:PORT"),
         (["--listen", "ipc://" + "x" * 200], "longer than"),
         (["--listen", "ipc:///tmp/x", "--ready-fd", "99"], "99 is not an open descriptor"),
+        (["--listen", "ipc:///tmp/x", "--drain-timeout", "nan"], "drain-timeout must be"),
+        (["--listen", "tcp://0.0.0.0:9000", "--curve-secret-key", "x"], "curve-client-keys"),
+        (["--listen", "ipc:///tmp/x", "--log-format", "xml"], "--log-format"),
     ],
 )
 def test_engine_core_refuses_a_bad_address_before_anything_starts(words: list[str], complaint: str) -> None:
@@ -101,13 +104,23 @@ def test_engine_core_refuses_a_bad_address_before_anything_starts(words: list[st
     assert refused.stderr.count("\n") == 1
 
 
+def test_keygen(tmp_path: Path) -> None:
+    made = headrace("keygen", str(tmp_path / "keys"))
+    assert (made.returncode, made.stderr) == (0, "")
+    names = ["server.secret", "server.public", "client.secret", "client.public"]
+    assert made.stdout.split() == [str(tmp_path / "keys" / name) for name in names]
+    again = headrace("keygen", str(tmp_path / "keys"), "guest", "client")
+    assert again.returncode == 1 or again.returncode == 2
+    assert "File exists" in again.stderr
+
+
 def test_an_unknown_command_is_told_the_known_ones() -> None:
     refused = headrace("serv")
     assert refused.returncode == 2
     assert "engine-core" in refused.stderr
 
 
-@pytest.mark.parametrize("command", ["as-vllm", "engine-core", "explain-config"])
+@pytest.mark.parametrize("command", ["as-vllm", "engine-core", "explain-config", "keygen"])
 def test_each_command_has_help(command: str) -> None:
     shown = headrace(command, "--help")
     assert shown.returncode == 0

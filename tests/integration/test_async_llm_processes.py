@@ -348,7 +348,7 @@ def test_a_core_that_does_not_fit(
     server = ServerSocket(f"ipc://{tmp_path / 's' / 'core'}")
 
     def serve() -> None:
-        while server.socket.poll(5000):
+        while server.sockets[0].poll(5000):
             received = server.recv()
             if received is not None:
                 if answer is not None:

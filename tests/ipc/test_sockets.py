@@ -9,9 +9,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from headrace.ipc.addresses import check_address
 from headrace.ipc.errors import ConfigError
 from headrace.ipc.messages import Bye, Call, Hello, Refused, Reply, ToCore
-from headrace.ipc.sockets import ClientSocket, ServerSocket, check_address
+from headrace.ipc.sockets import ClientSocket, Delivery, ServerSocket
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def client(server: ServerSocket, tmp_path: Path) -> Iterator[ClientSocket]:
 
 
 def receive(server: ServerSocket) -> tuple[bytes, ToCore | msgspec.DecodeError]:
-    assert server.socket.poll(5000)
+    assert server.sockets[0].poll(5000)
     received = server.recv()
     assert received is not None
     return received
@@ -42,12 +43,12 @@ def test_there_and_back(server: ServerSocket, client: ClientSocket) -> None:
     identity, message = receive(server)
     assert len(identity) == 16
     assert message == Call(1, "ping")
-    assert server.send(identity, Reply(1))
+    assert server.send(identity, Reply(1)) is Delivery.SENT
     assert client.recv(5) == Reply(1)
 
 
 def test_a_client_that_is_gone(server: ServerSocket, client: ClientSocket, tmp_path: Path) -> None:
-    assert not server.send(b"nobody", Reply(1))
+    assert server.send(b"nobody", Reply(1)) is Delivery.GONE
     other = ClientSocket(f"ipc://{tmp_path}/folder/core")
     other.send(Hello(1, "other"))
     identity, _ = receive(server)
@@ -55,7 +56,7 @@ def test_a_client_that_is_gone(server: ServerSocket, client: ClientSocket, tmp_p
     other.close()
     client.send(Bye())
     receive(server)
-    while server.send(identity, Reply(1)):  # until the closed connection shows
+    while server.send(identity, Reply(1)) is Delivery.SENT:  # until the closed connection shows
         pass
 
 
