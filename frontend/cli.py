@@ -1,7 +1,7 @@
 """The `headrace` command.
 
 Each subcommand is prepared by a function of its own, which imports what it needs: `headrace --help` costs
-nothing. Preparing may refuse what was asked (ConfigError: one line, exit code 2); what it returns then runs.
+nothing. Preparing may refuse what was asked (RefusedError: one line, exit code 2); what it returns then runs.
 """
 
 from __future__ import annotations
@@ -20,12 +20,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from .. import __version__
-from ..ipc.errors import ConfigError
+from ..ipc.errors import ConfigError, RefusedError
 
 if TYPE_CHECKING:
     from ..ipc.config import EngineConfig
+    from .terminal import Answering
 
 Action: TypeAlias = Callable[[], object]
+
+_SAMPLING_FLAGS: dict[str, Callable[[str], float | int]] = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+    "max_tokens": int,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare, summary = _COMMANDS[command]
     try:
         action = prepare(_Parser(f"headrace {command}", summary), words[1:])
-    except ConfigError as error:
+    except RefusedError as error:
         print(f"headrace {command}: {error}", file=sys.stderr)
         sys.exit(2)
     action()
@@ -117,6 +127,42 @@ def _keygen(parser: _Parser, words: Sequence[str]) -> Action:
     return write
 
 
+def _run(parser: _Parser, words: Sequence[str]) -> Action:
+    parser.add_argument("prompt", nargs="?", help="what to say; standard input if there is none")
+    parser.add_argument("--raw", action="store_true", help="continue the text: no chat template")
+    _add_answer_flags(parser)
+    args = parser.parse(words)
+    if args.prompt is None and sys.stdin.isatty():
+        parser.error("what is the prompt?")
+    answering = _answering(args)
+    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    return lambda: sys.exit(answering.run(prompt, raw=args.raw))
+
+
+def _chat(parser: _Parser, words: Sequence[str]) -> Action:
+    _add_answer_flags(parser)
+    answering = _answering(parser.parse(words))
+    return lambda: sys.exit(answering.chat())
+
+
+def _add_answer_flags(parser: _Parser) -> None:
+    parser.add_argument("--system", metavar="TEXT", help="a first message for the chat template")
+    for name, kind in _SAMPLING_FLAGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="default: the model's own")
+    _add_engine_flags(parser, attaches=True, model="demo")
+
+
+def _answering(args: argparse.Namespace) -> Answering:
+    from .engine_args import AsyncEngineArgs  # noqa: PLC0415 - see the module's docstring
+    from .terminal import Answering  # noqa: PLC0415 - see the module's docstring
+
+    given = _given_engine_args(args)
+    if "engine_core_address" not in given:
+        given.setdefault("model", "demo")
+    sampling = {name: getattr(args, name) for name in _SAMPLING_FLAGS}
+    return Answering(AsyncEngineArgs(**given), sampling, args.system)
+
+
 def _explain_config(parser: _Parser, words: Sequence[str]) -> Action:
     import msgspec  # noqa: PLC0415 - see the module's docstring
 
@@ -154,22 +200,28 @@ def _as_vllm(parser: _Parser, words: Sequence[str]) -> Action:
     return partial(program.run, models)
 
 
-def _add_engine_flags(parser: _Parser) -> None:
-    """One flag for each field of AsyncEngineArgs, absent from the namespace unless given."""
+def _add_engine_flags(parser: _Parser, *, attaches: bool = False, **defaults: str) -> None:
+    """One flag for each field of AsyncEngineArgs, absent from the namespace unless given.
+
+    `attaches`: those that lead to a running core too. `defaults` are this command's own, for the help.
+    """
     from .engine_args import ATTACHING, AsyncEngineArgs  # noqa: PLC0415 - see the module's docstring
 
     group = parser.add_argument_group("engine arguments")
     docs = _field_docs(AsyncEngineArgs)
+    for name, value in defaults.items():
+        docs[name] = f"{docs[name].partition(' (default:')[0]} (default: {value!r})"
     for name, kind in typing.get_type_hints(AsyncEngineArgs).items():
-        if name in ATTACHING:
-            continue  # these commands speak of a core of their own
+        if name in ATTACHING and not attaches:
+            continue
+        flag = "engine-core" if name == "engine_core_address" else name.replace("_", "-")
         given: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": docs.get(name)}
         if kind is bool:
             given["action"] = argparse.BooleanOptionalAction
         else:
             (given["type"],) = {kind, *typing.get_args(kind)} & {str, int, float}
             given["metavar"] = name.rpartition("_")[2].upper()
-        group.add_argument(f"--{name.replace('_', '-')}", **given)
+        group.add_argument(f"--{flag}", **given)
 
 
 def _field_docs(cls: type) -> dict[str, str]:
@@ -189,13 +241,21 @@ def _field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def _resolve(args: argparse.Namespace) -> EngineConfig:
-    from .engine_args import FIELDS, AsyncEngineArgs, resolve  # noqa: PLC0415 - see the module's docstring
+def _given_engine_args(args: argparse.Namespace) -> dict[str, Any]:
+    from .engine_args import FIELDS  # noqa: PLC0415 - see the module's docstring
 
-    return resolve(AsyncEngineArgs(**{name: value for name, value in vars(args).items() if name in FIELDS}))
+    return {name: value for name, value in vars(args).items() if name in FIELDS}
+
+
+def _resolve(args: argparse.Namespace) -> EngineConfig:
+    from .engine_args import AsyncEngineArgs, resolve  # noqa: PLC0415 - see the module's docstring
+
+    return resolve(AsyncEngineArgs(**_given_engine_args(args)))
 
 
 _COMMANDS: dict[str, tuple[Callable[[_Parser, Sequence[str]], Action], str]] = {
+    "run": (_run, "answer one prompt in the terminal"),
+    "chat": (_chat, "talk to a model in the terminal"),
     "engine-core": (_engine_core, "start an engine core that AsyncLLM can attach to"),
     "keygen": (_keygen, "make the CURVE keys that a core needs to serve beyond this machine"),
     "as-vllm": (_as_vllm, "run a program written against vLLM's AsyncLLM or LLM"),

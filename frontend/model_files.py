@@ -30,6 +30,9 @@ _SAMPLING_KEYS = {
 }
 """The keys of generation_config.json that vLLM takes sampling defaults from, and their names here."""
 
+_DEMO_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
+"""What the makers of SmolLM2-135M-Instruct recommend; its GGUF file does not say."""
+
 
 class ModelFiles(NamedTuple):
     """A model on this machine."""
@@ -88,6 +91,8 @@ def read_model(name: str, generation_config: str, *, with_weights: bool = True) 
         hf_config = read_json(path / "config.json", "model", "a model folder has a config.json")
     if generation_config == "vllm":
         return ModelFiles(path, hf_config, {})
+    if name == DEMO and generation_config == "auto":
+        return ModelFiles(path, hf_config, _DEMO_SAMPLING)
     folder = path if generation_config == "auto" else Path(generation_config).expanduser()
     file = folder / "generation_config.json"
     if generation_config == "auto" and not file.is_file():
