@@ -15,6 +15,7 @@ from ..ipc.messages import Finished, FinishReason
 from .detokenizer import Decoder
 from .metrics import FrontendMetrics
 from .outputs import CompletionOutput, RequestMetrics, RequestOutput
+from .repetition import REPETITION_DETECTED, RepetitionDetector
 from .sampling_params import RequestOutputKind
 from .stop_strings import StopStrings
 
@@ -33,6 +34,7 @@ class Completion:
         "_has_news",
         "_hides_last",
         "_num_unchecked",
+        "_repetition",
         "_stops",
         "_text",
         "finish_reason",
@@ -49,6 +51,7 @@ class Completion:
         index: int,
         decoder: Decoder | None,
         stops: StopStrings | None,
+        repetition: RepetitionDetector | None,
         min_tokens: int,
     ) -> None:
         self.request = request
@@ -59,6 +62,7 @@ class Completion:
         self.last_token_at = 0.0
         self._decoder = decoder
         self._stops = stops
+        self._repetition = repetition
         self._num_unchecked = min_tokens
         """Coming tokens whose text must not end the request."""
         self._fresh: list[int] = []
@@ -72,13 +76,16 @@ class Completion:
         self._all_text = ""
 
     def add(self, token: int, now: float) -> bool:
-        """Note a token that came at `now`; True when its text completes a stop string, which ends the
-        completion."""
+        """Note a token that came at `now`; True when it ends the completion: its text completes a stop
+        string, or it completes a repetition."""
         self._fresh.append(token)
         self._has_news = True
         self._clock(now)
-        if self._stops is not None:
-            return self._watch(self._stops, token)
+        if self._stops is not None and self._watch(self._stops, token):
+            return True
+        if self._repetition is not None and self._repetition.push(token):
+            self.finish(FinishReason.REPETITION, REPETITION_DETECTED)
+            return True
         request = self.request
         if request.kind is not _FINAL_ONLY:
             request.announce()
@@ -102,7 +109,7 @@ class Completion:
             self._fresh.append(token)  # its text is not to be watched, nor shown
             self._clock(now)
         elif self.add(token, now):
-            return  # a stop string was complete first
+            return  # a stop string was complete first, or a repetition
         self.finish(finished.reason, finished.stop_token_id, hides_last)
 
     def _clock(self, now: float) -> None:
@@ -151,10 +158,7 @@ class Completion:
         self._text += text
         if stops.found is not None:
             self.finish(FinishReason.STOP, stops.found)
-            return True
-        if self.request.kind is not _FINAL_ONLY:
-            self.request.announce()
-        return False
+        return stops.found is not None
 
 
 class Request:
@@ -217,13 +221,14 @@ class Request:
         self,
         decoders: Sequence[Decoder | None],
         stops: Sequence[StopStrings | None],
+        repetitions: Sequence[RepetitionDetector | None],
         min_tokens: int,
         max_tokens: int | None,
     ) -> None:
         """Make the completions, one for each decoder; the request is about to be sent."""
         self.completions = [
-            Completion(self, index, decoder, watched, min_tokens)
-            for index, (decoder, watched) in enumerate(zip(decoders, stops, strict=True))
+            Completion(self, index, *watchers, min_tokens)
+            for index, watchers in enumerate(zip(decoders, stops, repetitions, strict=True))
         ]
         self.num_unfinished = len(self.completions)
         self._max_tokens = max_tokens

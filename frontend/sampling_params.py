@@ -1,7 +1,7 @@
 """SamplingParams: how one request's tokens are chosen and shown. Names, defaults and limits are vLLM's.
 
-Knows every field of vLLM's class; those that Headrace does not have yet are refused as soon as they are set,
-never ignored. What the sampler needs of it goes over the wire as `messages.Sampling`.
+Knows every field of vLLM's class; those that Headrace does not have are refused as soon as they are set, never
+ignored. What the engine needs of it goes over the wire as `messages.Sampling`: see `sampling_wire.py`.
 """
 
 from __future__ import annotations
@@ -9,21 +9,27 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from ..ipc.errors import RequestError
-from ..ipc.messages import Sampling
+from .checks import INT32_MAX, integer, real, refusal, texts, token_ids
 from .names import nearest
+from .repetition import RepetitionDetectionParams
 
 logger = logging.getLogger("headrace")
 
 MAX_N = 16384
-_GREEDY_BELOW = 1e-5
+MAX_STRINGS = 1024
+"""Stop strings, or bad words."""
+MAX_STRING_LENGTH = 4096
+MAX_TOKEN_IDS = 1 << 18
+"""In one list: as many as the largest vocabularies have."""
+_MAX_BIAS = 100.0
+_FLOAT32_MAX = 3.4028234663852886e38
 _MIN_TEMPERATURE = 0.01
 """A lower one (but 0) overflows the logits in half precision."""
 _MAX_SEED = 2**63 - MAX_N
@@ -82,13 +88,18 @@ class SamplingParams:
     """Accepted for compatibility: the engine never keeps this object."""
     structured_outputs: Any = None
     logit_bias: dict[int, float] | None = None
+    """Added to the logits of these token ids; whole tokens only, so -100 all but forbids one."""
     allowed_token_ids: list[int] | None = None
+    """Only these may come."""
     extra_args: dict[str, Any] | None = None
     routed_experts_prompt_start: int = 0
     bad_words: list[str] | None = None
+    """Texts that the output must not contain; matched token by token, as they are tokenized at the start of a
+    text and after a space."""
     skip_reading_prefix_cache: bool | None = None
     thinking_token_budget: int | None = None
-    repetition_detection: Any = None
+    """Tokens after which the end-of-thinking token is forced; None or -1 is off."""
+    repetition_detection: RepetitionDetectionParams | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         for name in kwargs:
@@ -99,135 +110,123 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self.verify()
-        if _GREEDY_BELOW <= self.temperature < _MIN_TEMPERATURE:
-            logger.warning("temperature %s is raised to %s", self.temperature, _MIN_TEMPERATURE)
-            self.temperature = _MIN_TEMPERATURE
 
     @classmethod
     def from_optional(cls, **kwargs: Any) -> SamplingParams:
-        """Make one from keywords of which those that are None mean the default."""
-        return cls(**{name: value for name, value in kwargs.items() if value is not None})
+        """Make one from keywords of which those that are None mean the default.
+
+        As vLLM does, `logit_bias` may have its token ids as text, and is clamped to [-100, 100].
+        """
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if isinstance(given.get("logit_bias"), Mapping):
+            given["logit_bias"] = _clamped(given["logit_bias"])
+        return cls(**given)
 
     def clone(self) -> SamplingParams:
         return copy.deepcopy(self)
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature < _GREEDY_BELOW
+        return self.temperature == 0
 
     def verify(self) -> None:
-        """Check every field and bring `seed`, `stop` and `stop_token_ids` to their plain form."""
+        """Check every field and bring it to its plain form.
+
+        What depends on the model (its vocabulary, its tokenizer) is checked when the request is made.
+        """
         self._refuse_unsupported()
         self._verify_numbers()
         self._verify_lengths()
         self._verify_stops()
+        self._verify_rules()
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise _refusal(name, getattr(self, name), "True or False")
+                raise refusal(name, getattr(self, name), "True or False")
         if not isinstance(self.output_kind, RequestOutputKind):
-            raise _refusal("output_kind", self.output_kind, "a RequestOutputKind")
+            raise refusal("output_kind", self.output_kind, "a RequestOutputKind")
         if self.stop and not self.detokenize:
             message = "stop strings are only supported when detokenize is True, got detokenize=False"
             raise RequestError(message, parameter="stop", value=self.stop, limit="detokenize=True")
 
-    def to_wire(self, eos_token_ids: Sequence[int], seed: int) -> Sampling:
-        """The sampler's part.
-
-        The first of `eos_token_ids` ends the request silently, the others are stop tokens; none does with
-        `ignore_eos`. `seed` is used when the parameters name none.
-        """
-        greedy = self.is_greedy
-        stops = list(self.stop_token_ids or ())
-        eos = None
-        if not self.ignore_eos and eos_token_ids:
-            eos = eos_token_ids[0]
-            stops += [token for token in eos_token_ids[1:] if token not in stops]
-        return Sampling(
-            temperature=0.0 if greedy else self.temperature,
-            top_p=1.0 if greedy else self.top_p,
-            top_k=0 if greedy else max(self.top_k, 0),
-            min_p=0.0 if greedy else self.min_p,
-            seed=seed if self.seed is None else self.seed,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
-            min_tokens=self.min_tokens,
-            eos_token_id=eos,
-            stop_token_ids=stops,
-        )
-
     def _refuse_unsupported(self) -> None:
-        for name, default in _UNSUPPORTED.items():
+        for name, (default, reason) in _UNSUPPORTED.items():
             value = getattr(self, name)
-            # An empty list of bad words says the same as none; False is not 0 here, nor 0 False.
-            if value is default or (value == default and type(value) is type(default)) or value == []:
+            # False is not 0 here, nor 0 False.
+            if value is default or (value == default and type(value) is type(default)) or value == {}:
                 continue
-            message = f"{name} is not supported yet, got {value!r}"
-            raise RequestError(message, parameter=name, value=value, limit=f"{name}={default!r}")
+            message = f"{name} is not supported: {reason}; got {value!r:.200}"
+            raise RequestError(message, parameter=name, value=f"{value!r:.200}", limit=f"{name}={default!r}")
 
     def _verify_numbers(self) -> None:
         for name, (low, high, limit) in _RANGES.items():
-            value = _real(name, getattr(self, name), limit)
+            value = real(name, getattr(self, name), limit)
             if not low <= value <= high:
-                raise _refusal(name, value, limit)
+                raise refusal(name, value, limit)
             setattr(self, name, value)
         if self.top_p == 0:
-            raise _refusal("top_p", self.top_p, _RANGES["top_p"][2])
+            raise refusal("top_p", self.top_p, _RANGES["top_p"][2])
+        if 0 < self.temperature < _MIN_TEMPERATURE:
+            logger.warning("temperature %s is raised to %s", self.temperature, _MIN_TEMPERATURE)
+            self.temperature = _MIN_TEMPERATURE
         if self.repetition_penalty == 0:
-            raise _refusal("repetition_penalty", self.repetition_penalty, _RANGES["repetition_penalty"][2])
-        self.top_k = _integer("top_k", self.top_k, -1, 2**31 - 1, "0 or -1 (off), or at least 1")
+            raise refusal("repetition_penalty", self.repetition_penalty, _RANGES["repetition_penalty"][2])
+        self.top_k = integer("top_k", self.top_k, -1, INT32_MAX, "0 or -1 (off), or at least 1")
         if self.seed is not None:
             limit = f"None, or an integer in [0, {_MAX_SEED}]"
-            seed = _integer("seed", self.seed, -1, _MAX_SEED, limit)
+            seed = integer("seed", self.seed, -1, _MAX_SEED, limit)
             self.seed = None if seed == -1 else seed
 
     def _verify_lengths(self) -> None:
-        self.n = _integer("n", self.n, 1, MAX_N, f"an integer from 1 to {MAX_N}")
+        self.n = integer("n", self.n, 1, MAX_N, f"an integer from 1 to {MAX_N}")
         if self.is_greedy and self.n > 1:
             message = f"n must be 1 when using greedy sampling, got {self.n}"
             raise RequestError(message, parameter="n", value=self.n, limit=1)
         if self.max_tokens is not None:
-            self.max_tokens = _integer("max_tokens", self.max_tokens, 1, 2**31 - 1, "at least 1, or None")
-        most = 2**31 - 1 if self.max_tokens is None else self.max_tokens
+            self.max_tokens = integer("max_tokens", self.max_tokens, 1, INT32_MAX, "at least 1, or None")
+        most = INT32_MAX if self.max_tokens is None else self.max_tokens
         limit = "at least 0" if self.max_tokens is None else f"in [0, max_tokens={most}]"
-        self.min_tokens = _integer("min_tokens", self.min_tokens, 0, most, limit)
+        self.min_tokens = integer("min_tokens", self.min_tokens, 0, most, limit)
 
     def _verify_stops(self) -> None:
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        if stop is None:
-            stop = []
-        if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) for text in stop):
-            raise _refusal("stop", self.stop, "a string or a list of strings")
-        if "" in stop:
-            message = "stop cannot contain an empty string"
-            raise RequestError(message, parameter="stop", value=self.stop, limit="strings of length >= 1")
-        self.stop = list(stop)
+        self.stop = texts("stop", self.stop, MAX_STRINGS, MAX_STRING_LENGTH)
         ids = [] if self.stop_token_ids is None else self.stop_token_ids
-        if not isinstance(ids, (list, tuple)):
-            raise _refusal("stop_token_ids", ids, "a list of token ids")
-        limit = "a list of token ids, integers in [0, 2**31)"
-        self.stop_token_ids = [_integer("stop_token_ids", item, 0, 2**31 - 1, limit) for item in ids]
+        self.stop_token_ids = token_ids("stop_token_ids", ids, MAX_TOKEN_IDS)
+
+    def _verify_rules(self) -> None:
+        """The fields that say which tokens may come."""
+        self.bad_words = texts("bad_words", self.bad_words, MAX_STRINGS, MAX_STRING_LENGTH)
+        if self.logit_bias is not None:
+            self.logit_bias = _checked_bias(self.logit_bias)
+        if self.allowed_token_ids is not None:
+            if self.allowed_token_ids == []:
+                raise refusal("allowed_token_ids", [], "None or a list of at least one token id")
+            self.allowed_token_ids = token_ids("allowed_token_ids", self.allowed_token_ids, MAX_TOKEN_IDS)
+        if self.thinking_token_budget is not None:
+            limit = "None, -1 (no limit), or an integer of at least 0"
+            budget = integer("thinking_token_budget", self.thinking_token_budget, -1, INT32_MAX, limit)
+            self.thinking_token_budget = None if budget == -1 else budget
+        if self.skip_reading_prefix_cache is not None and not isinstance(
+            self.skip_reading_prefix_cache, bool
+        ):
+            raise refusal("skip_reading_prefix_cache", self.skip_reading_prefix_cache, "True, False or None")
+        wanted = self.repetition_detection
+        if wanted is not None:
+            if not isinstance(wanted, RepetitionDetectionParams):
+                raise refusal("repetition_detection", wanted, "a RepetitionDetectionParams or None")
+            wanted.verify()
 
 
 _FIELDS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
-_UNSUPPORTED: dict[str, Any] = {
-    name: _FIELDS[name]
-    for name in (
-        "logprobs",
-        "prompt_logprobs",
-        "logprob_token_ids",
-        "flat_logprobs",
-        "structured_outputs",
-        "logit_bias",
-        "allowed_token_ids",
-        "extra_args",
-        "routed_experts_prompt_start",
-        "bad_words",
-        "skip_reading_prefix_cache",
-        "thinking_token_budget",
-        "repetition_detection",
-    )
+_UNSUPPORTED: dict[str, tuple[Any, str]] = {
+    "logprobs": (None, "not yet"),
+    "prompt_logprobs": (None, "not yet"),
+    "logprob_token_ids": (None, "not yet"),
+    "flat_logprobs": (False, "not yet"),
+    "structured_outputs": (None, "not yet"),
+    "extra_args": (None, "it carries arguments of KV connectors and plugins, and there are none"),
+    "routed_experts_prompt_start": (0, "no output tells the experts that tokens were routed to"),
 }
+"""Name to the value that asks for nothing, and why any other is refused."""
 _FLAGS = (
     "ignore_eos",
     "detokenize",
@@ -246,17 +245,29 @@ _RANGES = {
 }
 
 
-def _refusal(name: str, value: object, limit: str) -> RequestError:
-    return RequestError(f"{name} must be {limit}, got {value!r}", parameter=name, value=value, limit=limit)
+def _clamped(bias: Mapping[Any, Any]) -> dict[Any, Any]:
+    """`logit_bias` as `from_optional` takes it; what is not a number is left for the check."""
+    clamped: dict[Any, Any] = {}
+    for token, value in bias.items():
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        plain = int(token) if isinstance(token, str) and token.isascii() and token.isdigit() else token
+        clamped[plain] = min(max(value, -_MAX_BIAS), _MAX_BIAS) if is_number else value
+    return clamped
 
 
-def _real(name: str, value: object, limit: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise _refusal(name, value, f"a number {limit}")
-    return float(value)
+def _checked_bias(bias: object) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise refusal("logit_bias", bias, "a dict of token id to number")
+    if len(bias) > MAX_TOKEN_IDS:
+        raise refusal("logit_bias", f"{len(bias)} token ids", f"at most {MAX_TOKEN_IDS} token ids")
+    limit = "a dict of token id, an integer in [0, 2**31), to number"
+    return {
+        integer("logit_bias", token, 0, INT32_MAX, limit): _bias(value) for token, value in bias.items()
+    }
 
 
-def _integer(name: str, value: object, low: int, high: int, limit: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
-        raise _refusal(name, value, limit)
-    return int(value)
+def _bias(value: object) -> float:
+    bias = real("logit_bias", value, "for each token id, finite in float32")
+    if abs(bias) > _FLOAT32_MAX:
+        raise refusal("logit_bias", value, "a number for each token id, finite in float32")
+    return bias

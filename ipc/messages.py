@@ -49,6 +49,15 @@ class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
 # --- requests: frontend <-> core ---------------------------------------------------------------------
 
 
+class ThinkingBudget(Record, frozen=True):
+    """A limit on a model's thinking: the tokens between `begin` and `end`."""
+
+    budget: int
+    """After so many the token `end` is forced."""
+    begin: int
+    end: int
+
+
 class Sampling(Record, frozen=True):
     """The part of `SamplingParams` that the sampler applies. Neutral values switch a stage off."""
 
@@ -68,6 +77,16 @@ class Sampling(Record, frozen=True):
     """Ends the request without a stop reason; None with `ignore_eos`."""
     stop_token_ids: list[int] = []
     """End the request and are its stop reason."""
+    bias_tokens: bytes = b""
+    """int32 token ids, each once"""
+    bias_values: bytes = b""
+    """float32, what is added to their logits"""
+    allowed_token_ids: bytes = b""
+    """int32 token ids that alone may come; empty: all may"""
+    bad_words: list[list[int]] = []
+    """Sequences of token ids that must not be generated."""
+    thinking: ThinkingBudget | None = None
+    skip_reading_prefix_cache: bool = False
 
 
 class AddRequest(Message, frozen=True):
@@ -161,6 +180,8 @@ class FinishReason(IntEnum):
     ERROR = 3
     TIMEOUT = 4
     """One of its timeouts passed."""
+    REPETITION = 5
+    """The output repeats itself (found by the frontend)."""
 
     def __str__(self) -> str:
         return self.name.lower()

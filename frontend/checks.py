@@ -1,0 +1,61 @@
+"""Checks of values that callers give: each returns the value in its plain form or raises RequestError."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+from ..ipc.errors import RequestError
+
+INT32_MAX = 2**31 - 1
+
+
+def refusal(name: str, value: object, limit: str) -> RequestError:
+    """The error for a parameter that must be `limit`."""
+    shown = f"{value!r:.200}"
+    return RequestError(f"{name} must be {limit}, got {shown}", parameter=name, value=shown, limit=limit)
+
+
+def real(name: str, value: object, limit: str) -> float:
+    """A finite number as a float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise refusal(name, value, f"a number {limit}")
+    try:
+        plain = float(value)
+    except OverflowError:
+        plain = math.inf
+    if not math.isfinite(plain):
+        raise refusal(name, value, f"a number {limit}")
+    return plain
+
+
+def integer(name: str, value: object, low: int, high: int, limit: str) -> int:
+    """An integer from `low` to `high`; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
+        raise refusal(name, value, limit)
+    return int(value)
+
+
+def texts(name: str, value: object, most: int, longest: int) -> list[str]:
+    """A list of at most `most` strings of 1 to `longest` characters, from a list, a string or None."""
+    values = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(text, str) for text in values):
+        raise refusal(name, value, "a string or a list of strings" if name == "stop" else "a list of strings")
+    if "" in values:
+        message = f"{name} cannot contain an empty string"
+        raise RequestError(message, parameter=name, value=values, limit="strings of length >= 1")
+    if len(values) > most:
+        raise refusal(name, f"{len(values)} strings", f"at most {most} strings")
+    if any(len(text) > longest for text in values):
+        raise refusal(name, f"one of {max(map(len, values))}", f"strings of at most {longest} characters")
+    return list(values)
+
+
+def token_ids(name: str, value: object, most: int) -> list[int]:
+    """A list of at most `most` token ids, each once; the vocabulary is not known here."""
+    if not isinstance(value, (list, tuple)):
+        raise refusal(name, value, "a list of token ids")
+    if len(value) > most:
+        raise refusal(name, f"{len(value)} token ids", f"at most {most} token ids")
+    limit = "a list of token ids, integers in [0, 2**31)"
+    return list(dict.fromkeys(integer(name, token, 0, INT32_MAX, limit) for token in value))
