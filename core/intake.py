@@ -18,6 +18,8 @@ from .request import Request
 
 MAX_N = 16384
 _INT32 = 2**31 - 1
+_MAX_BAD_WORDS = 1 << 16
+"""Tokens of all bad words of a request."""
 _SEEDS = 2**63
 _LARGEST = sys.float_info.max
 _SMALLEST = sys.float_info.min
@@ -72,6 +74,36 @@ def _check_sampling(sampling: Sampling, max_tokens: int, vocab_size: int) -> Non
     _check(eos is None or 0 <= eos < vocab_size, "eos_token_id", eos, f"0 .. {vocab_size - 1}")
     for token in sampling.stop_token_ids:
         _check(0 <= token < vocab_size, "stop_token_ids", token, f"0 .. {vocab_size - 1}")
+    _check_rules(sampling, vocab_size)
+
+
+def _check_rules(sampling: Sampling, vocab_size: int) -> None:
+    """The fields that say which tokens may come."""
+    _check_column("allowed_token_ids", sampling.allowed_token_ids, vocab_size)
+    _check_column("logit_bias", sampling.bias_tokens, vocab_size)
+    sizes = len(sampling.bias_tokens), len(sampling.bias_values)
+    _check(sizes[0] == sizes[1], "logit_bias", f"{sizes[0]} and {sizes[1]} bytes", "a value for each token")
+    values = np.frombuffer(sampling.bias_values, np.float32)
+    _check(bool(np.isfinite(values).all()), "logit_bias", "infinity or NaN", "finite numbers")
+    count = sum(map(len, sampling.bad_words))
+    _check(count <= _MAX_BAD_WORDS, "bad_words", f"{count} tokens", f"at most {_MAX_BAD_WORDS} tokens")
+    for word in sampling.bad_words:
+        _check(len(word) > 0, "bad_words", word, "lists of at least one token id")
+        for token in word:
+            _check(0 <= token < vocab_size, "bad_words", token, f"0 .. {vocab_size - 1}")
+    if (thinking := sampling.thinking) is not None:
+        _check(0 <= thinking.budget <= _INT32, "thinking", thinking.budget, f">= 0 and <= {_INT32}")
+        for token in (thinking.begin, thinking.end):
+            _check(0 <= token < vocab_size, "thinking", token, f"0 .. {vocab_size - 1}")
+
+
+def _check_column(name: str, column: bytes, vocab_size: int) -> None:
+    """A column of token ids, each once; empty is good."""
+    _check(len(column) % 4 == 0, name, f"{len(column)} bytes", "int32 values")
+    if column:
+        ids = np.frombuffer(column, np.int32)
+        _check_ids(name, ids, vocab_size)
+        _check(len(np.unique(ids)) == len(ids), name, f"{len(ids)} token ids", "each token id once")
 
 
 def _check_ids(name: str, ids: np.ndarray[tuple[int], np.dtype[np.int32]], vocab_size: int) -> None:

@@ -444,7 +444,7 @@ class Scheduler:
 
     def _find_prefix(self, request: Request) -> list[int]:
         """Blocks that hold the request's first tokens; at least one token is left to compute."""
-        if not self._caching:
+        if not self._caching or request.sampling.skip_reading_prefix_cache:
             return []
         count = (len(request.tokens) - 1) // self._block_size
         extend_hashes(request.block_hashes, request.tokens, self._block_size, count)

@@ -91,6 +91,7 @@ OFFERED: dict[str, dict[str, tuple[str, str]]] = {
         "RequestOutput": (_OUTPUTS, "RequestOutput"),
     },
     "vllm.sampling_params": {
+        "RepetitionDetectionParams": ("headrace.frontend.repetition", "RepetitionDetectionParams"),
         "RequestOutputKind": (_SAMPLING, "RequestOutputKind"),
         "SamplingParams": (_SAMPLING, "SamplingParams"),
     },

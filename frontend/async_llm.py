@@ -30,6 +30,7 @@ from .prompts import ParsedPrompt, Prompt, check_token_ids, parse_prompt
 from .request_table import RequestTable
 from .requests import Request
 from .sampling_params import SamplingParams
+from .sampling_wire import to_wire
 from .stop_strings import StopStrings
 from .streams import RequestStream
 from .tokenizer import Tokenizer
@@ -347,6 +348,7 @@ class AsyncLLM:
         return request
 
     def _send(self, request: Request, params: SamplingParams, priority: int) -> None:
+        sampling = to_wire(params, self.config, self._tokenizer, self._seeds.getrandbits(62))
         ids = request.prompt_token_ids
         packed = check_token_ids(ids, self.config.vocab_size, self.max_model_len)
         room = self.max_model_len - len(ids)
@@ -361,6 +363,7 @@ class AsyncLLM:
             [StopStrings(stops, include) if stops else None for _ in range(params.n)],
             params.min_tokens,
             params.max_tokens,
+            params.repetition_detection,
         )
         if request.is_aborted:  # while it was tokenized
             request.abort()
@@ -368,7 +371,7 @@ class AsyncLLM:
         message = AddRequest(
             request=self._table.number(request),
             prompt=packed,
-            sampling=params.to_wire(self.config.eos_token_ids, self._seeds.getrandbits(62)),
+            sampling=sampling,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             n=params.n,
             priority=priority,

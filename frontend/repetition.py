@@ -45,10 +45,6 @@ class RepetitionDetectionParams:
             message = f"{name}: min_count must be at least 2, got {count}"
             raise RequestError(message, parameter=name, value=count, limit=">= 2")
 
-    @property
-    def is_on(self) -> bool:
-        return self.max_pattern_size > 0
-
 
 class RepetitionDetector:
     """Watches one completion's tokens; each costs one comparison for every pattern size."""

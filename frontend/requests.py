@@ -15,7 +15,7 @@ from ..ipc.messages import Finished, FinishReason
 from .detokenizer import Decoder
 from .metrics import FrontendMetrics
 from .outputs import CompletionOutput, RequestMetrics, RequestOutput
-from .repetition import REPETITION_DETECTED, RepetitionDetector
+from .repetition import REPETITION_DETECTED, RepetitionDetectionParams, RepetitionDetector
 from .sampling_params import RequestOutputKind
 from .stop_strings import StopStrings
 
@@ -51,7 +51,7 @@ class Completion:
         index: int,
         decoder: Decoder | None,
         stops: StopStrings | None,
-        repetition: RepetitionDetector | None,
+        repetition: RepetitionDetectionParams | None,
         min_tokens: int,
     ) -> None:
         self.request = request
@@ -62,7 +62,7 @@ class Completion:
         self.last_token_at = 0.0
         self._decoder = decoder
         self._stops = stops
-        self._repetition = repetition
+        self._repetition = None if repetition is None else RepetitionDetector(repetition, min_tokens)
         self._num_unchecked = min_tokens
         """Coming tokens whose text must not end the request."""
         self._fresh: list[int] = []
@@ -105,11 +105,12 @@ class Completion:
 
     def add_last(self, token: int, now: float, finished: Finished, hides_last: bool) -> None:
         """Note the token that ended the completion, and the end."""
+        self._repetition = None  # it is at its end anyway
         if hides_last and self._stops is not None:
             self._fresh.append(token)  # its text is not to be watched, nor shown
             self._clock(now)
         elif self.add(token, now):
-            return  # a stop string was complete first, or a repetition
+            return  # a stop string was complete first
         self.finish(finished.reason, finished.stop_token_id, hides_last)
 
     def _clock(self, now: float) -> None:
@@ -221,14 +222,14 @@ class Request:
         self,
         decoders: Sequence[Decoder | None],
         stops: Sequence[StopStrings | None],
-        repetitions: Sequence[RepetitionDetector | None],
         min_tokens: int,
         max_tokens: int | None,
+        repetition: RepetitionDetectionParams | None = None,
     ) -> None:
         """Make the completions, one for each decoder; the request is about to be sent."""
         self.completions = [
-            Completion(self, index, *watchers, min_tokens)
-            for index, watchers in enumerate(zip(decoders, stops, repetitions, strict=True))
+            Completion(self, index, decoder, watched, repetition, min_tokens)
+            for index, (decoder, watched) in enumerate(zip(decoders, stops, strict=True))
         ]
         self.num_unfinished = len(self.completions)
         self._max_tokens = max_tokens

@@ -1,7 +1,7 @@
 """SamplingParams: how one request's tokens are chosen and shown. Names, defaults and limits are vLLM's.
 
-Knows every field of vLLM's class; those that Headrace does not have are refused as soon as they are set, never
-ignored. What the engine needs of it goes over the wire as `messages.Sampling`: see `sampling_wire.py`.
+Knows every field of vLLM's class; those that Headrace does not have are refused as soon as they are set,
+never ignored. What the engine needs of it goes over the wire as `messages.Sampling`: see `sampling_wire.py`.
 """
 
 from __future__ import annotations
@@ -261,9 +261,7 @@ def _checked_bias(bias: object) -> dict[int, float]:
     if len(bias) > MAX_TOKEN_IDS:
         raise refusal("logit_bias", f"{len(bias)} token ids", f"at most {MAX_TOKEN_IDS} token ids")
     limit = "a dict of token id, an integer in [0, 2**31), to number"
-    return {
-        integer("logit_bias", token, 0, INT32_MAX, limit): _bias(value) for token, value in bias.items()
-    }
+    return {integer("logit_bias", token, 0, INT32_MAX, limit): _bias(value) for token, value in bias.items()}
 
 
 def _bias(value: object) -> float:

@@ -1,4 +1,4 @@
-"""From SamplingParams to what goes over the wire: what depends on the model and its tokenizer is settled here."""
+"""From SamplingParams to what goes over the wire; what depends on model and tokenizer is settled here."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..ipc.messages import Sampling, ThinkingBudget, pack
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
+MAX_BAD_TOKENS = 1 << 16
+"""Tokens of all bad words of a request, in all their spellings."""
 THINKING_TOKENS = ("<think>", "</think>")
 """The tokens that open and close a model's thinking, where its tokenizer has them."""
 
 
-def to_wire(
-    params: SamplingParams, config: EngineConfig, tokenizer: Tokenizer | None, seed: int
-) -> Sampling:
+def to_wire(params: SamplingParams, config: EngineConfig, tokenizer: Tokenizer | None, seed: int) -> Sampling:
     """The engine's part of verified parameters; `seed` is used when they name none.
 
     The model's first end-of-sequence id ends the request silently, its others are stop tokens; none does with
@@ -34,6 +34,9 @@ def to_wire(
     _check_ids("logit_bias", list(bias), config.vocab_size)
     allowed = params.allowed_token_ids or []
     _check_ids("allowed_token_ids", allowed, config.vocab_size)
+    if allowed and params.min_tokens and set(allowed) <= {*stops, eos}:
+        message = f"allowed_token_ids leaves only tokens that min_tokens={params.min_tokens} holds back"
+        raise RequestError(message, parameter="allowed_token_ids", value=allowed[:5], limit="another token")
     return Sampling(
         temperature=params.temperature,
         top_p=1.0 if greedy else params.top_p,
@@ -79,6 +82,10 @@ def _tokenized_bad_words(
             _check_ids("bad_words", tokens, vocab_size)
             if tokens:
                 found[tuple(tokens)] = None
+    count = sum(map(len, found))
+    if count > MAX_BAD_TOKENS:
+        message = f"bad_words must be at most {MAX_BAD_TOKENS} tokens, got {count}"
+        raise RequestError(message, parameter="bad_words", value=count, limit=MAX_BAD_TOKENS)
     return [list(tokens) for tokens in found]
 
 

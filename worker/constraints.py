@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, RequestError
 from ..ipc.messages import Admit, FailedRow, Sampling
+from .rules import BadWords, Thinking
 
 LOGGER = logging.getLogger(__name__)
 
@@ -49,7 +50,13 @@ class ConstraintBuilder:
 
     def __call__(self, sampling: Sampling, prompt: Tokens) -> list[Constraint]:
         """What this raises, best a RequestError, ends the request."""
-        return []
+        rules: list[Constraint] = []
+        words = [word for word in sampling.bad_words if len(word) > 1]
+        if words:
+            rules.append(BadWords(words))
+        if sampling.thinking is not None:
+            rules.append(Thinking(sampling.thinking, prompt.tolist()))
+        return rules
 
 
 def no_constraints(sampling: Sampling, prompt: Tokens) -> list[Constraint]:

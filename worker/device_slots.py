@@ -16,6 +16,7 @@ from torch import Tensor
 from ..ipc.messages import Admit, Sampling, StepPlan
 from ..kernels.copy_segments import copy_segments
 from .constraints import Constraints
+from .rules import TokenRules
 from .slots import I32, I64, Bools, SamplingColumns
 from .staging import Staging
 
@@ -294,7 +295,7 @@ def _is_special(wanted: Sampling) -> bool:
         wanted.presence_penalty != 0 or wanted.frequency_penalty != 0 or wanted.repetition_penalty != 1
     )
     filtered = wanted.temperature > 0 and (wanted.top_k > 0 or wanted.top_p < 1 or wanted.min_p > 0)
-    return held_back or penalized or filtered
+    return held_back or penalized or filtered or TokenRules.of(wanted) is not None
 
 
 def _round_up(value: int, multiple: int) -> int:

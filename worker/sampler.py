@@ -1,8 +1,9 @@
 """From logits to tokens: the stages of sampling in their order, each skipped when no row asks for it.
 
-Order: constraints -> min_tokens -> repetition, frequency, presence penalty -> (greedy: argmax) temperature ->
-min_p -> top_k, top_p -> draw. Rows are independent: a row's token is a function of its logits, its parameters
-and the noise of (seed, position, token id). Knows the slot table; does not know models.
+Order: constraints -> allowed_token_ids, bad_words, logit_bias -> min_tokens -> repetition, frequency,
+presence penalty -> (greedy: argmax) temperature -> min_p -> top_k, top_p -> draw. Rows are independent: a
+row's token is a function of its logits, its parameters and the noise of (seed, position, token id). Knows the
+slot table; does not know models.
 
 Logits that are not numbers do not stop the engine. A greedy row takes its first NaN (as torch.argmax does);
 for a random row NaN counts as -inf, and a row without a finite logit draws evenly from its tokens.
@@ -23,6 +24,7 @@ from ..kernels.sampling import gumbel_argmax
 from .constraints import Constraints, Masks
 from .nucleus import Nucleus, keep_likeliest, keep_of_all
 from .slots import F64, I32, I64, Batch, SamplingColumns
+from .token_rules import TokenRuleStage
 
 _HUGE = 3e38
 """Stands for infinity where infinities would subtract to NaN; below float32's largest by a margin."""
@@ -69,6 +71,8 @@ class _Rows:
     slots: I64
     penalized: I64
     """Rows with a penalty."""
+    token_rules: TokenRuleStage | None
+    """Of the rows that have some."""
     held_back: I64
     """Rows with a min_tokens that has stop tokens to hold back."""
     greedy: Tensor | None
@@ -93,11 +97,13 @@ class Sampler:
         """
         rows = self._rows
         if rows is None or batch.changed or batch.sampling is not self._sampling:
-            rows = self._rows = self._describe(slots, batch)
+            rows = self._rows = self._describe(slots, batch, logits.shape[1])
             self._sampling = batch.sampling
         masks = slots.constraints.masks(rows.slots, logits.shape[1])
         if masks is not None:
             _allow(logits, masks)
+        if rows.token_rules is not None:
+            rows.token_rules.apply(logits)
         if len(rows.held_back):
             _hold_back(logits, slots, rows)
         if len(rows.penalized):
@@ -131,7 +137,7 @@ class Sampler:
             )
         return tokens
 
-    def _describe(self, slots: Requests, batch: Batch) -> _Rows:
+    def _describe(self, slots: Requests, batch: Batch, vocab_size: int) -> _Rows:
         sampled = batch.slots[batch.sampling]
         columns = slots.sampling
         penalized = (
@@ -141,9 +147,14 @@ class Sampler:
         )
         held_back = columns.min_tokens[sampled] > 0
         greedy = columns.temperature[sampled] == 0
+        known = columns.token_rules
+        rules = (
+            {row: known[slot] for row, slot in enumerate(sampled.tolist()) if slot in known} if known else {}
+        )
         return _Rows(
             slots=sampled,
             penalized=np.flatnonzero(penalized),
+            token_rules=TokenRuleStage(rules, vocab_size, self._tensor) if rules else None,
             held_back=np.flatnonzero(held_back),
             greedy=self._tensor(np.flatnonzero(greedy)) if greedy.any() else None,
             random=None if greedy.all() else self._describe_random(columns, sampled, ~greedy),

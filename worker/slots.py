@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..ipc.messages import Admit, StepPlan
 from .constraints import Constraints
+from .rules import TokenRules
 
 I32: TypeAlias = NDArray[np.int32]
 I64: TypeAlias = NDArray[np.int64]
@@ -56,6 +57,8 @@ class SamplingColumns:
     min_tokens: I64
     stop_ids: list[list[int]] = field(default_factory=list)
     """Per slot, the tokens that `min_tokens` holds back."""
+    token_rules: dict[int, TokenRules] = field(default_factory=dict)
+    """Of the slots that have some."""
 
     @classmethod
     def empty(cls, num_slots: int) -> SamplingColumns:
@@ -81,6 +84,9 @@ class SamplingColumns:
         self.min_tokens[slot] = sampling.min_tokens
         eos = [] if sampling.eos_token_id is None else [sampling.eos_token_id]
         self.stop_ids[slot] = eos + sampling.stop_token_ids
+        self.token_rules.pop(slot, None)
+        if (rules := TokenRules.of(sampling)) is not None:
+            self.token_rules[slot] = rules
 
 
 class Slots:

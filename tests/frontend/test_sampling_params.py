@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from headrace import RequestError, RequestOutputKind, SamplingParams
+from headrace.frontend.repetition import RepetitionDetectionParams
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,14 +58,25 @@ BAD: list[tuple[str, Any]] = [
     ("logprob_token_ids", [1]),
     ("flat_logprobs", True),
     ("structured_outputs", {"json": {}}),
-    ("logit_bias", {1: 2.0}),
-    ("allowed_token_ids", [1]),
     ("extra_args", {"a": 1}),
     ("routed_experts_prompt_start", 1),
-    ("bad_words", ["a"]),
-    ("skip_reading_prefix_cache", True),
-    ("thinking_token_budget", 1),
     ("repetition_detection", object()),
+    ("logit_bias", [1]),
+    ("logit_bias", {"1": 1.0}),
+    ("logit_bias", {-1: 1.0}),
+    ("logit_bias", {1: math.nan}),
+    ("logit_bias", {1: 1e39}),
+    ("logit_bias", {1: True}),
+    ("allowed_token_ids", []),
+    ("allowed_token_ids", [2**31]),
+    ("allowed_token_ids", 3),
+    ("allowed_token_ids", range(3)),
+    ("bad_words", [""]),
+    ("bad_words", [1]),
+    ("bad_words", {"a"}),
+    ("skip_reading_prefix_cache", 1),
+    ("thinking_token_budget", -2),
+    ("thinking_token_budget", 1.0),
 ]
 
 
@@ -95,33 +107,52 @@ def test_defaults() -> None:
 
 
 def test_plain_forms() -> None:
-    params = SamplingParams(stop="x", seed=-1, top_k=-1)
+    params = SamplingParams(stop="x", seed=-1, thinking_token_budget=-1, stop_token_ids=[4, 4])
     assert params.stop == ["x"]
+    assert params.stop_token_ids == [4]
     assert params.seed is None
-    assert params.to_wire([], 5).top_k == 0
+    assert params.thinking_token_budget is None
 
 
 def test_low_temperature_is_raised_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "headrace"):
         assert SamplingParams(temperature=0.001).temperature == 0.01
     assert "0.001" in caplog.text
-    assert SamplingParams(temperature=1e-6).is_greedy
+    assert SamplingParams(temperature=1e-9).temperature == 0.01
+    assert SamplingParams(temperature=0).is_greedy
 
 
-def test_greedy_has_one_completion_and_neutral_filters() -> None:
+def test_greedy_has_one_completion() -> None:
     with pytest.raises(RequestError, match="n must be 1 when using greedy"):
         SamplingParams(temperature=0, n=2)
-    wire = SamplingParams(temperature=0, top_p=0.5, top_k=3, min_p=0.1).to_wire([2], 7)
-    assert (wire.temperature, wire.top_p, wire.top_k, wire.min_p) == (0.0, 1.0, 0, 0.0)
 
 
-def test_end_of_sequence_on_the_wire() -> None:
-    params = SamplingParams(stop_token_ids=[9, 3], seed=1)
-    wire = params.to_wire([2, 3, 4], 7)
-    assert (wire.eos_token_id, wire.stop_token_ids, wire.seed) == (2, [9, 3, 4], 1)
-    assert params.stop_token_ids == [9, 3]
-    ignoring = SamplingParams(stop_token_ids=[9], ignore_eos=True).to_wire([2, 3], 7)
-    assert (ignoring.eos_token_id, ignoring.stop_token_ids, ignoring.seed) == (None, [9], 7)
+@pytest.mark.parametrize(
+    ("name", "most", "beyond"),
+    [
+        ("n", 16384, 16385),
+        ("stop", ["x" * 4096] * 1024, ["x"] * 1025),
+        ("stop", "x" * 4096, "x" * 4097),
+        ("bad_words", ["x" * 4096] * 1024, ["x"] * 1025),
+        ("bad_words", ["x"], ["x" * 4097]),
+        ("stop_token_ids", list(range(1 << 18)), list(range(1 + (1 << 18)))),
+        ("allowed_token_ids", list(range(1 << 18)), list(range(1 + (1 << 18)))),
+        ("logit_bias", dict.fromkeys(range(1 << 18), 1.0), dict.fromkeys(range(1 + (1 << 18)), 1.0)),
+        ("max_tokens", 2**31 - 1, 2**31),
+    ],
+)
+def test_every_limit(name: str, most: Any, beyond: Any) -> None:
+    """At the limit all is well, one beyond it is refused."""
+    SamplingParams(**{name: most})
+    with pytest.raises(RequestError, match=name):
+        SamplingParams(**{name: beyond})
+
+
+@pytest.mark.parametrize("numbers", [(1025, 0, 2), (4, 5, 2), (4, 1, 1), (4, -1, 2), (4, 1, (1 << 20) + 1)])
+def test_repetition_is_checked(numbers: tuple[int, int, int]) -> None:
+    RepetitionDetectionParams(1024, 1024, 1 << 20)
+    with pytest.raises(RequestError, match="repetition_detection"):
+        RepetitionDetectionParams(*numbers)
 
 
 def test_stop_strings_need_text() -> None:
@@ -147,6 +178,9 @@ def test_clone_shares_nothing() -> None:
 
 def test_from_optional() -> None:
     assert SamplingParams.from_optional(temperature=None, top_k=5) == SamplingParams(top_k=5)
+    biased = SamplingParams.from_optional(logit_bias={"3": 1000, 4: -1000.0, 5: 1})
+    assert biased.logit_bias == {3: 100.0, 4: -100.0, 5: 1.0}
+    assert SamplingParams(logit_bias={3: 1000}).logit_bias == {3: 1000.0}
 
 
 anything = (
@@ -161,14 +195,15 @@ anything = (
 
 @given(st.sampled_from(sorted({name for name, _ in BAD})), anything)
 def test_nothing_but_request_errors(name: str, value: Any) -> None:
-    """Whatever is given is accepted in a form that the wire takes, or refused by name."""
+    """Whatever is given is accepted in its plain form, or refused by name."""
     refused: RequestError | None = None
     try:
-        wire = SamplingParams(**{name: value}).to_wire([1], 3)
+        params = SamplingParams(**{name: value})
     except RequestError as error:
         refused = error
     if refused is not None:
         assert refused.parameter is not None
         return
-    assert math.isfinite(wire.temperature + wire.top_p + wire.min_p + wire.repetition_penalty)
-    assert 0 <= wire.seed < 2**63
+    again = params.clone()
+    again.verify()
+    assert again == params

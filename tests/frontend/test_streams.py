@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import pytest
 from headrace import EngineDeadError, RequestError, RequestOutput, RequestOutputKind
 from headrace.frontend.detokenizer import DecoderFactory
+from headrace.frontend.repetition import RepetitionDetectionParams
 from headrace.frontend.request_table import RequestTable
 from headrace.frontend.requests import Request
 from headrace.frontend.stop_strings import StopStrings
@@ -37,6 +38,7 @@ class Bench:
         stop: list[str] | None = None,
         include: bool = False,
         min_tokens: int = 0,
+        repetition: RepetitionDetectionParams | None = None,
     ) -> Request:
         request = Request(name, "p", [1, 2], kind, include, self.table.metrics)
         self.table.reserve(request)
@@ -45,6 +47,7 @@ class Bench:
             [StopStrings(stop, include) if stop else None for _ in range(n)],
             min_tokens,
             max_tokens=None,
+            repetition=repetition,
         )
         self.table.number(request)
         return request
@@ -104,6 +107,21 @@ def test_three_kinds() -> None:
         assert (delta[0].prompt, delta[0].prompt_token_ids) == ("p", [1, 2])
         assert len(bench.table) == 0
         assert bench.aborted == []
+
+    asyncio.run(main())
+
+
+def test_repetition_ends_a_completion_unless_it_ends_anyway() -> None:
+    async def main() -> None:
+        bench = Bench()
+        wanted = RepetitionDetectionParams(max_pattern_size=1, min_count=2)
+        stream = bench.stream(bench.add("a", FINAL, n=3, repetition=wanted))
+        assert bench.step({0: 1, 1: 1, 2: 1}) == []
+        assert bench.step({0: 1, 1: 1, 2: 2}, end(1)) == [0]  # the core is told to abort it
+        bench.step({0: 9, 2: 3}, end(2))
+        (output,) = await collect(stream)
+        assert seen(output) == [(0, [1, 1], "repetition"), (1, [1, 1], "length"), (2, [1, 2, 3], "length")]
+        assert output.outputs[0].stop_reason == "repetition_detected"
 
     asyncio.run(main())
 

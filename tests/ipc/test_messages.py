@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,6 +31,7 @@ from headrace.ipc.messages import (
     Stats,
     StepOutputs,
     StepPlan,
+    ThinkingBudget,
     ToCore,
     Welcome,
     pack,
@@ -65,7 +67,25 @@ CONFIG = EngineConfig(
     kv_cache_memory_bytes=None,
     log_stats=True,
 )
-SAMPLING = Sampling(0.5, 0.9, 40, 0.1, 7, 0.25, -0.5, 1.5, 3, 2, [4, 5])
+SAMPLING = Sampling(
+    temperature=0.5,
+    top_p=0.9,
+    top_k=40,
+    min_p=0.1,
+    seed=7,
+    presence_penalty=0.25,
+    frequency_penalty=-0.5,
+    repetition_penalty=1.5,
+    min_tokens=3,
+    eos_token_id=2,
+    stop_token_ids=[4, 5],
+    bias_tokens=pack([6]),
+    bias_values=array("f", [-1.5]).tobytes(),
+    allowed_token_ids=pack([6, 7]),
+    bad_words=[[8], [9, 8]],
+    thinking=ThinkingBudget(10, 8, 9),
+    skip_reading_prefix_cache=True,
+)
 ERROR = ErrorInfo("request", "n must be >= 1, got 0", "n", "0", ">= 1")
 TO_CORE: list[ToCore] = [
     Hello(2, "doc"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 import torch
 from headrace.core.request import Request
 from headrace.core.scheduler import Scheduler
-from headrace.ipc.messages import Sampling, StepPlan, StepResult, pack, unpack
+from headrace.ipc.config import EngineConfig
+from headrace.ipc.messages import Sampling, StepPlan, StepResult, ThinkingBudget, pack, unpack
+from headrace.worker.constraints import ConstraintBuilder, Constraints
 from headrace.worker.cuda_runner import run_packed
 from headrace.worker.device_slots import DeviceSlots
 from headrace.worker.device_step import RESULTS, DeviceStep
@@ -40,14 +43,18 @@ KINDS = (
     Sampling(temperature=0.7, seed=6, top_k=20, top_p=0.9),
     Sampling(temperature=0.9, seed=7, repetition_penalty=1.3, presence_penalty=0.5),
     Sampling(temperature=1.0, seed=8, min_tokens=4, stop_token_ids=[3, 4, 5], frequency_penalty=0.2),
+    Sampling(temperature=0.0, bias_tokens=pack([7, 8]), bias_values=array("f", [0.4, -3]).tobytes()),
+    Sampling(temperature=1.0, seed=9, allowed_token_ids=pack(range(20, 40)), bad_words=[[21], [30, 31]]),
+    Sampling(temperature=1.0, seed=10, bad_words=[[a, b] for a in range(40) for b in range(50)]),
+    Sampling(temperature=1.0, seed=11, thinking=ThinkingBudget(3, begin=60, end=61), top_k=50),
 )
 
 
 class OnDevice:
     """`CudaRunner` without what needs a GPU: no graphs, no events."""
 
-    def __init__(self, model: CausalLM) -> None:
-        slots = DeviceSlots(CPU, SLOTS, MAX_LEN, BLOCK, BLOCKS)
+    def __init__(self, model: CausalLM, config: EngineConfig) -> None:
+        slots = DeviceSlots(CPU, SLOTS, MAX_LEN, BLOCK, BLOCKS, Constraints(ConstraintBuilder(config)))
         shape = (BLOCKS + 1, BLOCK, model.num_kv_heads, model.head_dim)
         caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(model.num_layers)]
         self.step = DeviceStep(model, caches, slots, MODEL["num_attention_heads"])
@@ -65,6 +72,7 @@ class OnDevice:
             step.decode(work.num_rows)
         row = step.results[self._num_results % RESULTS, : work.num_sampling]
         self._num_results += work.num_sampling > 0
+        step.slots.constraints.expect(work.slots[work.sampling], row.numpy().tobytes)
         return row.numpy().tobytes()
 
 
@@ -94,7 +102,7 @@ def test_both_tables_bring_the_same_tokens(seed: int, make_config: Any) -> None:
     host.allocate(BLOCKS, MAX_LEN)
     model = build_model("LlamaForCausalLM", MODEL, torch.float32, CPU, TensorParallel(), MAX_LEN)
     load_weights(model, config, CPU, TensorParallel())
-    device = OnDevice(model)
+    device = OnDevice(model, config)
 
     rng = random.Random(seed)
     scheduler = Scheduler(config, BLOCKS, MAX_LEN)
@@ -104,7 +112,7 @@ def test_both_tables_bring_the_same_tokens(seed: int, make_config: Any) -> None:
     for now in range(400):
         if requests < 24 and rng.random() < 0.2:
             prompt = unpack(pack(rng.randrange(VOCAB) for _ in range(rng.randrange(1, 40))))
-            kind = KINDS[rng.randrange(len(KINDS))]
+            kind = KINDS[requests % len(KINDS)]
             scheduler.add(Request(b"", requests, prompt, kind, max_tokens=rng.randrange(1, 24)))
             requests += 1
         plan = scheduler.schedule(float(now))

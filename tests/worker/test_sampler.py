@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from headrace.ipc.messages import Admit, Sampling, StepPlan, pack
 from headrace.kernels.sampling import exponential_noise, noise_keys
+from headrace.worker.constraints import Constraint, Constraints, Tokens
 from headrace.worker.nucleus import Nucleus, keep_likeliest, keep_of_all
+from headrace.worker.rules import BadWords
 from headrace.worker.sampler import Sampler
 from headrace.worker.slots import Slots
 from numpy.typing import NDArray
@@ -22,10 +27,15 @@ Prompt = tuple[list[int], list[int], Sampling]
 """Prompt tokens, tokens generated so far, parameters."""
 
 
+def build(sampling: Sampling, prompt: Tokens) -> list[Constraint]:
+    words = [word for word in sampling.bad_words if len(word) > 1]
+    return [BadWords(words)] if words else []
+
+
 def sample(logits: Tensor, requests: Sequence[Prompt]) -> list[int]:
     """One step of a fresh sampler over requests that were admitted through a plan."""
     longest = max(len(prompt) + len(output) for prompt, output, _ in requests)
-    slots = Slots(len(requests), longest + 1, 16, 1000)
+    slots = Slots(len(requests), longest + 1, 16, 1000, Constraints(build))
     blocks = pack(range(longest // 16 + 1))
     lengths = [len(prompt) + len(output) for prompt, output, _ in requests]
     admitted = [
@@ -43,6 +53,13 @@ def survivors(logits: NDArray[np.float64], request: Prompt) -> NDArray[np.float6
     if len(output) < sampling.min_tokens:
         eos = [] if sampling.eos_token_id is None else [sampling.eos_token_id]
         scores[eos + sampling.stop_token_ids] = -np.inf
+    allowed = np.frombuffer(sampling.allowed_token_ids, np.int32)
+    if len(allowed):
+        scores[np.setdiff1d(np.arange(len(scores)), allowed)] = -np.inf
+    for word in sampling.bad_words:
+        if output[len(output) - len(word) + 1 :] == word[:-1] and len(word) <= len(output) + 1:
+            scores[word[-1]] = -np.inf
+    scores[np.frombuffer(sampling.bias_tokens, np.int32)] += np.frombuffer(sampling.bias_values, np.float32)
     for token in set(prompt + output):
         factor = sampling.repetition_penalty
         scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
@@ -94,7 +111,21 @@ def random_request(rng: random.Random, vocab: int) -> Prompt:
     )
     prompt = [rng.randrange(vocab) for _ in range(rng.randint(1, 30))]
     output = [rng.randrange(vocab) for _ in range(rng.randint(0, 30))]
-    return prompt, output + output[:5], sampling
+    output += output[:5]
+    return prompt, output, msgspec.structs.replace(sampling, **random_rules(rng, vocab, output))
+
+
+def random_rules(rng: random.Random, vocab: int, output: list[int]) -> dict[str, Any]:
+    """Fields that say which tokens may come; some bad words are about to be completed."""
+    biased = rng.sample(range(vocab), rng.choice([0, 0, 1, 9]))
+    allowed = rng.sample(range(vocab), rng.choice([0, 0, 15, vocab // 2]))
+    words = [output[len(output) - rng.randint(0, 3) :] for _ in range(rng.choice([0, 0, 8]))]
+    return {
+        "bias_tokens": pack(biased),
+        "bias_values": array("f", [rng.gauss(0, 5) for _ in biased]).tobytes(),
+        "allowed_token_ids": pack(allowed),
+        "bad_words": [[*word, rng.randrange(vocab)] for word in words],
+    }
 
 
 @pytest.mark.parametrize(("vocab", "scale"), [(50, 2.0), (3000, 4.0), (3000, 0.3)])
