@@ -22,10 +22,12 @@ from ..ipc.messages import (
     Fatal,
     FromWorker,
     Loaded,
+    Prepared,
     Progress,
     StepPlan,
     StepResult,
     ToWorker,
+    UsePrepared,
     WorkerReady,
     WorkerStart,
 )
@@ -70,6 +72,7 @@ class Workers:
         self._folder = tempfile.mkdtemp(prefix="headrace-workers-") if many else None
         self._encoder = msgspec.msgpack.Encoder()
         self._workers: list[_Worker] = []
+        self._prepared = [0] * config.tensor_parallel_size
         try:
             for rank in range(config.tensor_parallel_size):
                 self._workers.append(self._start(config, rank))
@@ -98,7 +101,7 @@ class Workers:
         self._broadcast(plan)
 
     def recv(self) -> StepResult | None:
-        """The next result if it is there. Also looks at the other ranks, which only ever speak to die."""
+        """The next result if it is there. Also looks at the other ranks, which may have died."""
         for rank in poll_pipes(self._pipes, 0):
             message = self._hear(rank)
             if isinstance(message, StepResult):
@@ -151,9 +154,17 @@ class Workers:
     def _hear(self, rank: int) -> Any:
         """A rank's next message if it is there; when it has failed, raises the first cause."""
         try:
-            return self._recv(rank)
+            while isinstance(message := self._recv(rank), Prepared):
+                self._note_prepared(rank, message.count)
+            return message
         except WorkerError as error:
             raise self._first_cause(error) from None
+
+    def _note_prepared(self, rank: int, count: int) -> None:
+        before = min(self._prepared)
+        self._prepared[rank] = count
+        if min(self._prepared) > before:
+            self._broadcast(UsePrepared(min(self._prepared)))
 
     def _recv(self, rank: int) -> Any:
         try:

@@ -349,6 +349,22 @@ class WorkerReady(Message, frozen=True):
     rank: int
 
 
+class Prepared(Message, frozen=True):
+    """A rank of several has used idle time: it can run steps in `count` more ways than at its start."""
+
+    rank: int
+    count: int
+    """The first so many of a list that is the same on all ranks."""
+
+
+class UsePrepared(Message, frozen=True):
+    """All ranks have prepared the first `count`. Between the same two plans on all ranks: how a step is run
+    decides what the ranks exchange in it.
+    """
+
+    count: int
+
+
 class Progress(Message, frozen=True):
     """A phase of the start-up begins."""
 
@@ -408,6 +424,6 @@ class CoreStart(msgspec.Struct, frozen=True):
     """Set for a core that is nobody's child."""
 
 
-ToWorker: TypeAlias = Allocate | StepPlan
-FromWorker: TypeAlias = Progress | Loaded | WorkerReady | StepResult | Fatal
+ToWorker: TypeAlias = Allocate | StepPlan | UsePrepared
+FromWorker: TypeAlias = Progress | Loaded | WorkerReady | StepResult | Prepared | Fatal
 FromStarting: TypeAlias = Progress | Ready | Fatal

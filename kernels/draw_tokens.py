@@ -4,15 +4,19 @@
 
 The noise is that of `sampling`. Logits are read once, in the dtype that the model left them in, and nothing
 of their size is written: a program finds the winner of a block of columns, a second launch the winner of a
-row's blocks.
+row's blocks. Where every rank has the logits of some tokens, the second launch also finds the winner of the
+ranks: they exchange a word per row, and each takes the same.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .jit import INTERPRETED, tl, triton
+from .mailbox import Layout, Mailbox, box_pointers, clear, receive, send
 from .pdl import allow_next, pdl_options, wait_previous
 from .sampling import gumbel_argmax_reference
 
@@ -22,8 +26,32 @@ _SMALL_BLOCK = 1024
 """With few rows: 126 programs for a row of 128256 columns."""
 
 
+class Share(NamedTuple):
+    """Which tokens this rank has the logits of."""
+
+    first: int
+    """The token of column 0."""
+    columns: int
+    """How many tokens; further columns are padding."""
+    mailbox: Mailbox
+    """Of `winners_layout`."""
+    live: bool = True
+    """False launches the same kernels without exchanging anything."""
+
+
+def winners_layout(size: int, rows: int) -> Layout:
+    """For draws of up to `rows` rows."""
+    return Layout(rows, size, 1, torch.int64)
+
+
 def draw_tokens(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, slots: Tensor | None = None
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    slots: Tensor | None = None,
+    *,
+    share: Share | None = None,
 ) -> Tensor:
     """The tokens drawn, int64 [rows]. Of equal scores the first wins.
 
@@ -32,9 +60,11 @@ def draw_tokens(
         temperatures: float32 [slots], seeds: int64 [slots]; both may be columns of tables.
         positions: [rows], index of the drawn token in its sequence.
         slots: integer [rows], where row i finds temperature and seed; None: at i.
+        share: the columns are those of one rank; the result is the same on all.
     """
     if logits.is_cuda:
-        return draw_tokens_triton(logits, temperatures, seeds, positions, slots)
+        return draw_tokens_triton(logits, temperatures, seeds, positions, slots, share=share)
+    assert share is None
     return draw_tokens_reference(logits, temperatures, seeds, positions, slots)
 
 
@@ -54,13 +84,21 @@ def draw_tokens_reference(
 
 
 def draw_tokens_triton(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, slots: Tensor | None = None
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    slots: Tensor | None = None,
+    *,
+    share: Share | None = None,
 ) -> Tensor:
     """`draw_tokens` in two launches."""
     rows, columns = logits.shape
+    if share is not None:
+        columns = share.columns
     assert logits.stride(1) == 1
     block = _SMALL_BLOCK if rows <= 4 else _BLOCK
-    blocks = triton.cdiv(columns, block)
+    blocks = max(triton.cdiv(columns, block), 1)
     best = torch.empty(rows, blocks, dtype=torch.float32, device=logits.device)
     winner = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -77,12 +115,26 @@ def draw_tokens_triton(
         logits.stride(0),
         temperatures.stride(0),
         seeds.stride(0),
+        0 if share is None else share.first,
         HAS_SLOTS=slots is not None,
         BLOCK=block,
         **options,
     )
+    size = 1 if share is None else share.mailbox.layout.sources
     _draw_row_kernel[(rows,)](
-        best, winner, tokens, blocks, BLOCKS=triton.next_power_of_2(blocks), num_warps=1, **options
+        best,
+        winner,
+        tokens,
+        tokens if share is None else share.mailbox.addresses,
+        winner if share is None else share.mailbox.turns,
+        blocks,
+        0 if share is None else int(share.live),
+        BLOCKS=triton.next_power_of_2(blocks),
+        RANK=0 if share is None else share.mailbox.rank,
+        SIZE=size,
+        WIDTH=triton.next_power_of_2(size),
+        num_warps=1,
+        **options,
     )
     return tokens
 
@@ -135,6 +187,7 @@ def _draw_block_kernel(
     row_stride,
     temperature_stride,
     seed_stride,
+    first_token,
     HAS_SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -153,19 +206,57 @@ def _draw_block_kernel(
     inside = column < columns
     score = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=-float("inf")).to(tl.float32)
     if temperature > 0:
-        score = tl.where(inside, score * (1.0 / temperature) + _noise(column, seed, position), -float("inf"))
+        score = tl.where(
+            inside, score * (1.0 / temperature) + _noise(first_token + column, seed, position), -float("inf")
+        )
     best, place = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
     at = row * tl.num_programs(0) + block
     tl.store(best_ptr + at, best)
-    tl.store(winner_ptr + at, block * BLOCK + place)
+    tl.store(winner_ptr + at, first_token + block * BLOCK + place)
 
 
-@triton.jit
-def _draw_row_kernel(best_ptr, winner_ptr, tokens_ptr, blocks, BLOCKS: tl.constexpr, PDL: tl.constexpr):
+@triton.jit(do_not_specialize=["live"])
+def _draw_row_kernel(
+    best_ptr,
+    winner_ptr,
+    tokens_ptr,
+    addresses_ptr,
+    turns_ptr,
+    blocks,
+    live,
+    BLOCKS: tl.constexpr,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     allow_next(PDL)
     wait_previous(PDL)
     block = tl.arange(0, BLOCKS)
     score = tl.load(best_ptr + row * blocks + block, mask=block < blocks, other=-float("inf"))
     place = tl.argmax(score, axis=0, tie_break_left=True)
-    tl.store(tokens_ptr + row, tl.load(winner_ptr + row * blocks + place).to(tl.int64))
+    token = tl.load(winner_ptr + row * blocks + place).to(tl.int64)
+    if SIZE > 1:
+        boxes = box_pointers(addresses_ptr, tl.int64, SIZE, WIDTH)
+        own = tl.load(addresses_ptr + RANK).to(tl.pointer_type(tl.int64))
+        turn = tl.load(turns_ptr + row)
+        first = row * (3 * SIZE)
+        whole = tl.arange(0, 1)[None, :] >= 0
+        word = tl.full([1, 1], 0, tl.int64) + _word(tl.max(score, 0), token)
+        send(boxes, first + turn * SIZE + RANK, word, whole, live, SIZE, WIDTH)
+        clear(own, first + (turn + 2) % 3 * SIZE, 1, SIZE, WIDTH)
+        tl.store(turns_ptr + row, (turn + live) % 3)
+        words = receive(own, first + turn * SIZE, whole, live, 1, SIZE, WIDTH)
+        exists = tl.arange(0, WIDTH)[:, None] < SIZE
+        best = tl.max(tl.max(tl.where(exists, words, -9223372036854775808), 1), 0)
+        token = 0x7FFFFFFF - (best & 0x7FFFFFFF)
+    tl.store(tokens_ptr + row, token)
+
+
+@triton.jit
+def _word(score, token):
+    """A word that is the larger the better the score, and of equal scores the lower the token."""
+    bits = score.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - token)

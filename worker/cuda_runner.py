@@ -6,8 +6,10 @@ here waits for the device while steps are under way.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -18,13 +20,13 @@ from ..ipc.messages import Admit, FailedRow, Sampling, StepPlan, StepResult, pac
 from ..kernels.causal_attention import padded_lengths
 from .constraints import ConstraintBuilder, Constraints
 from .device_slots import DeviceSlots, Work
-from .device_step import RESULTS, DeviceStep, Logits
+from .device_step import MORE_RESULTS, RESULTS, DeviceStep, Logits
 from .graphs import Graphs, Recorder, graph_sizes, most_useful
 from .kv_cache import CacheSize, cuda_budget, size_cache
 from .models import build_model
 from .models.causal_lm import CausalLM, LayerCache
-from .packed_graphs import PackedGraphs, Shape
-from .parallel import TensorParallel, connect
+from .packed_graphs import MAX_TOKENS, PackedGraphs, Shape
+from .parallel import TensorParallel, connect, open_mailboxes
 from .slots import I32, I64
 from .weights import load_weights
 
@@ -70,6 +72,9 @@ class CudaRunner:
         self._events = [torch.cuda.Event() for _ in range(RESULTS)]
         self._num_events = 0
         self._chores = self._prepare()
+        self._prepared: deque[Callable[[], None]] = deque()
+        """What takes each finished preparation into use."""
+        self._num_in_use = 0
         self._num_results = 0
 
     # --- starting ------------------------------------------------------------------------------------
@@ -81,7 +86,7 @@ class CudaRunner:
         torch.cuda.set_device(self._device)
         if config.tensor_parallel_size > 1:
             progress("connect ranks")
-            self._tp = connect(self._rank, config.tensor_parallel_size, self._device, self._rendezvous)
+            self._tp = self._connect()
         progress("load weights")
         model = build_model(
             config.architecture, config.hf_config, self._dtype, self._device, self._tp, config.max_model_len
@@ -95,9 +100,11 @@ class CudaRunner:
     def allocate(self, num_blocks: int, max_model_len: int) -> None:
         """Make the KV cache, with one block more for padding, and the slot table."""
         self._step = self._new_step(self._config.max_num_seqs, max_model_len, num_blocks)
-        if not self._config.enforce_eager:
+        peers = self._tp.peers
+        recordable = self._tp.size == 1 or (peers is not None and self._step.is_fused)
+        if recordable and not self._config.enforce_eager:
             sizes = graph_sizes(self._config.max_num_seqs)
-            step, recorder = self._step, Recorder()
+            step, recorder = self._step, Recorder(nullcontext if peers is None else peers.silence)
 
             def rehearse(rows: int) -> None:
                 step.decode(rows, rehearsal=True)
@@ -114,37 +121,52 @@ class CudaRunner:
         _rehearse(self._temporary_step(1, length), 1, length)
         if self._graphs is not None:
             self._graphs.record(1)
+            self._graphs.use(1)
         torch.cuda.synchronize()
 
     @torch.inference_mode()
     def idle(self) -> bool:
-        """Prepare one more kind of step."""
-        return next(self._chores, False)
+        """Prepare one more kind of step. The other ranks do so at other times: nothing waits for them."""
+        finished = next(self._chores, None)
+        if finished is None:
+            return False
+        self._prepared.append(finished)
+        return True
 
-    def _prepare(self) -> Iterator[bool]:
-        """What makes steps faster and can wait, the most useful first. Each takes some 30 ms."""
+    def use_prepared(self, count: int) -> None:
+        """Steps may from now on be run in the ways that the first `count` calls of `idle` have prepared."""
+        while self._num_in_use < count:
+            self._prepared.popleft()()
+            self._num_in_use += 1
+
+    def _prepare(self) -> Iterator[Callable[[], None]]:
+        """What makes steps faster and can wait, the most useful first. Each takes some 30 ms.
+
+        Yields what takes it into use; on all ranks the same.
+        """
         sizes = graph_sizes(self._config.max_num_seqs)
-        if self._graphs is not None:
+        graphs, packed_graphs = self._graphs, self._packed_graphs
+        if graphs is not None:
             for size in most_useful(sizes):
-                self._graphs.record(size)
-                yield True
-        packed: Iterator[Shape] = (
-            iter(()) if self._packed_graphs is None else self._packed_graphs.record_next()
-        )
+                graphs.record(size)
+                yield partial(graphs.use, size)
+        packed: Iterator[Shape] = iter(()) if packed_graphs is None else packed_graphs.record_next()
         for shape in packed:
-            yield True
+            assert packed_graphs is not None
+            yield partial(packed_graphs.use, shape)
             if shape.decodes:
                 break
         longest = min(self._config.max_num_batched_tokens, self._step.slots.tokens.shape[1])
         for length in padded_lengths(longest):
             self._step.prepare_whole(length)
-            yield True
-        for _ in packed:
-            yield True
-        if self._graphs is not None:
+            yield lambda: None
+        for shape in packed:
+            assert packed_graphs is not None
+            yield partial(packed_graphs.use, shape)
+        if graphs is not None:
             for size in sizes:
-                self._graphs.record(size)
-                yield True
+                graphs.record(size)
+                yield partial(graphs.use, size)
 
     # --- steps ---------------------------------------------------------------------------------------
 
@@ -191,14 +213,22 @@ class CudaRunner:
     def _special_logits(self, rows: int) -> Logits:
         """Logits where every graph leaves them: kept apart they would fill the memory."""
         logits = self._step.decode_logits(rows)
-        kept = self._kept_logits(logits.logits.dtype)[:rows]
+        kept = self._kept_logits(logits.logits.dtype, logits.logits.shape[1])[:rows]
         kept.copy_(logits.logits)
         return Logits(kept, logits.slots, logits.ends)
 
     @cache  # noqa: B019 (the runner lives as long as its process)
-    def _kept_logits(self, dtype: torch.dtype) -> Tensor:
+    def _kept_logits(self, dtype: torch.dtype, columns: int) -> Tensor:
         rows = len(self._step.slots.rows)
-        return torch.empty(rows, self._model.vocab_size, dtype=dtype, device=self._device)
+        return torch.empty(rows, columns, dtype=dtype, device=self._device)
+
+    def _connect(self) -> TensorParallel:
+        """Meet the other ranks. The mailboxes have room for what stands in CUDA graphs."""
+        config = self._config
+        tp = connect(self._rank, config.tensor_parallel_size, self._device, self._rendezvous)
+        rows = graph_sizes(config.max_num_seqs)[-1]
+        elements = (rows + MAX_TOKENS) * int(config.hf_config["hidden_size"])
+        return open_mailboxes(tp, self._device, self._dtype, elements, rows + MORE_RESULTS)
 
     # --- sizes ---------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ RESULTS = 8
 """Steps whose tokens the results ring holds: more than are ever in flight."""
 
 
-_MORE_RESULTS = 64
+MORE_RESULTS = 64
 """A step padded to a graph's shape may report more rows than there are slots."""
 
 
@@ -59,7 +59,7 @@ class Logits:
     """A step whose tokens remain to be drawn."""
 
     logits: Tensor
-    """[rows, vocab], float32 or the model's dtype"""
+    """[rows, vocab], float32 or the model's dtype; of a fused model that is split over ranks this rank's"""
     slots: Tensor
     """int32 [rows]"""
     ends: Tensor
@@ -106,7 +106,7 @@ class DeviceStep:
         self._sampler = Sampler(slots.device)
         device, on_gpu = slots.device, slots.device.type == "cuda"
         # Written by the device, read by the host: no copy in between.
-        width = len(slots.rows) + _MORE_RESULTS
+        width = len(slots.rows) + MORE_RESULTS
         self.results = torch.zeros(RESULTS, width, dtype=torch.int32, pin_memory=on_gpu)
         self._real = _Scene(slots.rows, self.results, slots.counter)
         self._rehearsed = _Scene(
@@ -148,7 +148,10 @@ class DeviceStep:
     def draw(self, drawn: Logits, rehearsal: bool = False) -> None:
         """Sample with temperature alone, and append."""
         table = self.slots
-        tokens = draw_tokens(drawn.logits, table.temperatures, table.seeds, drawn.ends, drawn.slots)
+        share = None if self._fused is None else self._fused.share
+        tokens = draw_tokens(
+            drawn.logits, table.temperatures, table.seeds, drawn.ends, drawn.slots, share=share
+        )
         self._append(tokens, drawn, rehearsal)
 
     def draw_special(self, drawn: Logits, work: Work) -> None:
@@ -172,7 +175,10 @@ class DeviceStep:
             one_each=work.decode,
             changed=True,
         )
-        tokens = self._sampler.sample(drawn.logits[:count].float(), requests, batch)
+        logits = drawn.logits[:count]
+        if self._fused is not None:
+            logits = self._fused.gather(logits)
+        tokens = self._sampler.sample(logits.float(), requests, batch)
         self._append(tokens, Logits(drawn.logits, drawn.slots[:count], drawn.ends[:count]))
 
     def _append(self, tokens: Tensor, drawn: Logits, rehearsal: bool = False) -> None:

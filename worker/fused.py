@@ -1,8 +1,7 @@
 """Models by kernels that do each of a layer's operations together with what surrounds it.
 
 The same computation as the models' `forward`, in fewer launches and fewer passes over memory. Knows the parts
-of models and which kernel suits which rows; a model that it does not know or that is split over ranks is not
-fused.
+of models and which kernel suits which rows; a model that it does not know is not fused.
 """
 
 from __future__ import annotations
@@ -18,10 +17,12 @@ from torch import Tensor
 from ..kernels.causal_attention import causal_attention, padded_length
 from ..kernels.decode_attention import decode_attention
 from ..kernels.decode_plan import DecodePlan, plan_decode
+from ..kernels.draw_tokens import Share
 from ..kernels.fused_linear import linear_add, norm_gate_up_silu, norm_linear
 from ..kernels.kv_write import finish_heads
 from ..kernels.paged_prefill import paged_prefill
 from ..kernels.slot_table import StepInputs
+from .layers import RowLinear, VocabTable
 from .models.causal_lm import CausalLM, LayerCache
 from .models.llama import Llama, LlamaLayer
 from .models.opt import NORM_EPS, OPT, POSITION_OFFSET, OPTLayer
@@ -72,16 +73,27 @@ class Fused:
         self,
         run: _Run,
         logits: _Logits,
+        head: VocabTable,
         caches: Sequence[LayerCache],
         block_tables: Tensor,
         num_heads: int,
         max_rows: int,
     ) -> None:
-        self._run, self._logits = run, logits
+        self._run, self._logits, self._head = run, logits, head
         self._caches, self._tables = caches, block_tables
         _, _, kv_heads, head_dim = caches[0][0].shape
         self._kv_heads, self._head_dim, self._num_heads = kv_heads, head_dim, num_heads
         self._plan = DecodePlan.empty(max_rows, num_heads, kv_heads, head_dim, block_tables.device)
+
+    @property
+    def share(self) -> Share | None:
+        """Which tokens the logits of `decode` and `packed` are of; None: all."""
+        head = self._head
+        return None if head.tp.peers is None else head.tp.peers.share(head.start, head.stop - head.start)
+
+    def gather(self, logits: Tensor) -> Tensor:
+        """The logits of all tokens from those of this rank's `share`. Not for CUDA graphs."""
+        return logits if self.share is None else self._head.gather(logits)
 
     def decode(self, inputs: StepInputs, slots: Tensor) -> Tensor:
         """Logits [rows, vocab], in the model's dtype, of rows of one token each; `slots`: int32 [rows]."""
@@ -162,10 +174,25 @@ def fuse(
     if not block_tables.is_cuda:
         return None
     if isinstance(model, Llama) and _is_plain_llama(model):
-        return Fused(lambda i, a: _llama(model, i, a), lambda h: _llama_logits(model, h), *rest)
+        return Fused(lambda i, a: _llama(model, i, a), lambda h: _llama_logits(model, h), model.head, *rest)
     if isinstance(model, OPT) and _is_plain_opt(model):
-        return Fused(lambda i, a: _opt(model, i, a), lambda h: _opt_logits(model, h), *rest)
+        return Fused(lambda i, a: _opt(model, i, a), lambda h: _opt_logits(model, h), model.head, *rest)
     return None
+
+
+def _add(linear: RowLinear, x: Tensor, residual: Tensor) -> None:
+    """`residual += linear(x)`, summed over the ranks."""
+    tp = linear.tp
+    if tp.size == 1:
+        linear_add(x, linear.weight, linear.bias, residual)
+    else:
+        partial = norm_linear(x, linear.weight, linear.bias if tp.rank == 0 else None)
+        tp.add_all_reduced(partial, residual)
+
+
+def _vocab_logits(head: VocabTable, logits: Tensor) -> Tensor:
+    """Without mailboxes a draw must see all tokens."""
+    return logits if head.tp.peers is not None else head.gather(logits)
 
 
 # --- Llama, Mistral, Qwen2, Qwen3 --------------------------------------------------------------------
@@ -174,7 +201,7 @@ def fuse(
 def _is_plain_llama(model: Llama) -> bool:
     first = model.layers[0]
     assert isinstance(first, LlamaLayer)
-    return model.embedding.tp.size == 1 and first.mlp.gate_up_proj.bias is None
+    return first.mlp.gate_up_proj.bias is None
 
 
 def _llama(model: Llama, inputs: StepInputs, attend: Attend) -> Tensor:
@@ -193,14 +220,15 @@ def _llama(model: Llama, inputs: StepInputs, attend: Attend) -> Tensor:
         if isinstance(attention, Qwen3Attention):
             q_norm, k_norm = attention.q_norm.weight, attention.k_norm.weight
             heads = Heads(attention.scale, model.rotation, q_norm, k_norm, eps)
-        linear_add(attend(number, qkv, heads), attention.o_proj.weight, attention.o_proj.bias, residual)
+        _add(attention.o_proj, attend(number, qkv, heads), residual)
         gated = norm_gate_up_silu(residual, layer.mlp_norm.weight, mlp.gate_up_proj.weight, eps)
-        linear_add(gated, mlp.down_proj.weight, None, residual)
+        _add(mlp.down_proj, gated, residual)
     return residual
 
 
 def _llama_logits(model: Llama, hidden: Tensor) -> Tensor:
-    return norm_linear(hidden, model.head.weight, norm_weight=model.norm.weight, eps=model.norm.eps)
+    logits = norm_linear(hidden, model.head.weight, norm_weight=model.norm.weight, eps=model.norm.eps)
+    return _vocab_logits(model.head, logits)
 
 
 # --- OPT ---------------------------------------------------------------------------------------------
@@ -209,7 +237,7 @@ def _llama_logits(model: Llama, hidden: Tensor) -> Tensor:
 def _is_plain_opt(model: OPT) -> bool:
     first = model.layers[0]
     assert isinstance(first, OPTLayer)
-    return model.embedding.tp.size == 1 and first.norm_before and model.project_in is None
+    return first.norm_before and model.project_in is None
 
 
 def _opt(model: OPT, inputs: StepInputs, attend: Attend) -> Tensor:
@@ -226,8 +254,7 @@ def _opt(model: OPT, inputs: StepInputs, attend: Attend) -> Tensor:
             norm_bias=layer.attention_norm.bias,
             eps=NORM_EPS,
         )
-        attended = attend(number, qkv, Heads(attention.head_dim**-0.5))
-        linear_add(attended, attention.out_proj.weight, attention.out_proj.bias, residual)
+        _add(attention.out_proj, attend(number, qkv, Heads(attention.head_dim**-0.5)), residual)
         hidden = norm_linear(
             residual,
             layer.fc1.weight,
@@ -237,16 +264,17 @@ def _opt(model: OPT, inputs: StepInputs, attend: Attend) -> Tensor:
             eps=NORM_EPS,
             relu=True,
         )
-        linear_add(hidden, layer.fc2.weight, layer.fc2.bias, residual)
+        _add(layer.fc2, hidden, residual)
     return residual
 
 
 def _opt_logits(model: OPT, hidden: Tensor) -> Tensor:
     assert model.norm is not None
-    return norm_linear(
+    logits = norm_linear(
         hidden,
         model.head.weight,
         norm_weight=model.norm.weight,
         norm_bias=model.norm.bias,
         eps=NORM_EPS,
     )
+    return _vocab_logits(model.head, logits)

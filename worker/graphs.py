@@ -7,6 +7,7 @@ function of the batch size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -32,9 +33,14 @@ def most_useful(sizes: list[int]) -> list[int]:
 
 
 class Recorder:
-    """Records CUDA graphs, all with one pool of memory: they never run at the same time."""
+    """Records CUDA graphs, all with one pool of memory: they never run at the same time.
 
-    def __init__(self) -> None:
+    `alone` makes a context in which kernels neither send anything to other ranks nor wait for them: these
+    rehearse at another time, or not at all.
+    """
+
+    def __init__(self, alone: Callable[[], AbstractContextManager[None]]) -> None:
+        self._alone = alone
         self._pool: Any = None
         self._stream = torch.cuda.Stream()
 
@@ -42,7 +48,8 @@ class Recorder:
         """What `run` launches. `rehearse` launches the same once for real: kernels are compiled and loaded,
         which a recording must not do.
         """
-        rehearse()
+        with self._alone():
+            rehearse()
         graph = torch.cuda.CUDAGraph()
         # Not `torch.cuda.graph`: that empties the allocator's cache, and the next prompts would pay for it.
         torch.cuda.synchronize()
@@ -67,7 +74,10 @@ class Recording(Generic[Result]):
 
 
 class Graphs(Generic[Result]):
-    """Recordings of `step(size)`, which launches the same work on the same tensors whenever it is called."""
+    """Recordings of `step(size)`, which launches the same work on the same tensors whenever it is called.
+
+    A recording serves when `use` says so, and not before: which ones serve must be the same on all ranks.
+    """
 
     def __init__(
         self,
@@ -81,14 +91,16 @@ class Graphs(Generic[Result]):
         self._rehearse = rehearse
         self._sizes = sizes
         self._recorded: dict[int, Recording[Result]] = {}
+        self._in_use: set[int] = set()
 
     def run(self, rows: int) -> Result:
-        """Launch the step for at least `rows` rows, recording it first if nothing near is recorded."""
+        """Launch the step for at least `rows` rows, recording it first if nothing near is in use."""
         size = next(size for size in self._sizes if size >= rows)
-        if size not in self._recorded:
-            larger = (s for s in self._sizes if size < s <= _STRETCH * size and s in self._recorded)
+        if size not in self._in_use:
+            larger = (s for s in self._sizes if size < s <= _STRETCH * size and s in self._in_use)
             size = next(larger, size)
         self.record(size)
+        self.use(size)
         return self._recorded[size].replay()
 
     def record(self, size: int) -> None:
@@ -97,3 +109,7 @@ class Graphs(Generic[Result]):
             self._recorded[size] = self._recorder.record(
                 lambda: self._step(size), lambda: self._rehearse(size)
             )
+
+    def use(self, size: int) -> None:
+        """`run` may from now on take this recording."""
+        self._in_use.add(size)

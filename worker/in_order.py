@@ -66,3 +66,6 @@ class InOrder:
     def idle(self) -> bool:
         """There is never anything left to prepare."""
         return False
+
+    def use_prepared(self, count: int) -> None:
+        raise AssertionError("nothing was prepared")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ipc.errors import ConfigError
+from ..kernels.embedding import embed
 from ..kernels.rms_norm import rms_norm
 from .parallel import TensorParallel
 
@@ -160,14 +161,15 @@ class VocabTable(nn.Module):
         """int64 [tokens] to [tokens, size]."""
         if self.tp.size == 1:
             return F.embedding(ids, self.weight)
-        foreign = (ids < self.start) | (ids >= self.stop)
-        vectors = F.embedding((ids - self.start).masked_fill_(foreign, 0), self.weight)
-        return self.tp.all_reduce(vectors.masked_fill_(foreign[:, None], 0))
+        return self.tp.all_reduce(embed(ids, self.weight, self.start))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, size] to float32 [rows, vocab_size], on all ranks."""
-        logits = self.tp.all_gather_last(F.linear(hidden, self.weight))
-        return logits[:, : self.vocab_size].float()
+        return self.gather(F.linear(hidden, self.weight)).float()
+
+    def gather(self, logits: Tensor) -> Tensor:
+        """[rows, of this rank's ids] to [rows, vocab_size], on all ranks."""
+        return self.tp.all_gather_last(logits)[:, : self.vocab_size]
 
     def weights(self, name: str) -> Weights:
         target = self.weight[: self.stop - self.start]

@@ -24,10 +24,12 @@ from ..ipc.messages import (
     Fatal,
     FromWorker,
     Loaded,
+    Prepared,
     Progress,
     StepPlan,
     StepResult,
     ToWorker,
+    UsePrepared,
     WorkerReady,
     WorkerStart,
 )
@@ -63,6 +65,9 @@ class Runner(Protocol):
 
     def idle(self) -> bool:
         """Called while there is nothing to run: prepare a little; False when nothing is left to prepare."""
+
+    def use_prepared(self, count: int) -> None:
+        """Steps may from now on be run as the first `count` calls of `idle` have prepared it."""
 
 
 def run(payload: bytes) -> None:
@@ -133,6 +138,12 @@ class Worker:
 
         return InOrder(config, ModelRunner(config, self._start.rank, self._start.rendezvous))
 
+    def _prepared(self, runner: Runner, count: int) -> None:
+        if self._start.config.tensor_parallel_size == 1:
+            runner.use_prepared(count)
+        else:
+            self._pipe.send(Prepared(self._start.rank, count))
+
     def _progress(self, phase: str) -> None:
         self.phase = phase
         self._pipe.send(Progress(self._start.rank, phase))
@@ -141,16 +152,22 @@ class Worker:
         """Take plans and answer them in order, polling both sides while a step is under way."""
         pipe, answers = self._pipe, self._start.rank == 0
         under_way: deque[tuple[int, Pending]] = deque()
-        prepared = False
+        num_prepared, prepared = 0, False
         while True:
             self.phase = "waiting for a plan"
-            plan = pipe.recv(None if prepared and not under_way else 0)
-            if plan is not None:
-                assert isinstance(plan, StepPlan), f"expected StepPlan, got {plan}"
-                self.phase = f"step {plan.step}"
-                under_way.append((plan.step, runner.submit(plan)))
+            message = pipe.recv(None if prepared and not under_way else 0)
+            if isinstance(message, StepPlan):
+                self.phase = f"step {message.step}"
+                under_way.append((message.step, runner.submit(message)))
+            elif isinstance(message, UsePrepared):
+                runner.use_prepared(message.count)
+            elif message is not None:
+                raise AssertionError(f"expected StepPlan, got {message}")
             elif not under_way:
                 prepared = not runner.idle()
+                if not prepared:
+                    num_prepared += 1
+                    self._prepared(runner, num_prepared)
             while under_way and under_way[0][1].ready():
                 step, pending = under_way.popleft()
                 self.phase = f"step {step}"

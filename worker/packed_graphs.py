@@ -23,6 +23,7 @@ MAX_PROMPTS = 16
 """Rows that are not decodes."""
 _DECODES = (0, 8, 32, 64, 128, 256)
 _TOKENS = (32, 128, 512)
+MAX_TOKENS = _TOKENS[-1]
 """Of prompts. With more the GPU is the slower one, even with small models."""
 
 
@@ -102,6 +103,7 @@ class PackedGraphs:
     def __init__(self, recorder: Recorder, step: DeviceStep) -> None:
         self._recorder, self._step = recorder, step
         self._recorded: dict[Shape, tuple[Form, Recording[None]]] = {}
+        self._in_use: set[Shape] = set()
         table = step.slots
         room = min(table.tokens.shape[1], table.block_tables.shape[1] * table.block_size)
         most = len(table.rows)
@@ -117,6 +119,10 @@ class PackedGraphs:
             self._recorded[shape] = form, self._recorder.record(launch, partial(launch, rehearsal=True))
             yield shape
 
+    def use(self, shape: Shape) -> None:
+        """`run` may from now on take this recording: see `Graphs`."""
+        self._in_use.add(shape)
+
     def run(self, work: Work) -> I64 | None:
         """Launch the step; the places of its tokens in the results. None, and nothing happens, if it fits no
         recording.
@@ -125,8 +131,8 @@ class PackedGraphs:
         tokens = int(work.num_scheduled.sum()) - num_decodes
         if work.special or work.num_rows - num_decodes > MAX_PROMPTS:
             return None
-        fitting = (s for s in self._recorded if s.decodes >= num_decodes and s.tokens >= tokens)
-        shape = min(fitting, default=None, key=sum)
+        fitting = (s for s in self._in_use if s.decodes >= num_decodes and s.tokens >= tokens)
+        shape = min(fitting, default=None, key=lambda s: (sum(s), s))
         if shape is None or sum(shape) > 4 * (num_decodes + tokens) + 64:
             return None
         form, recording = self._recorded[shape]

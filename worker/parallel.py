@@ -2,16 +2,63 @@
 
 Knows collectives, not models: what is split and where sums are due stands in `layers`. The process groups are
 plain objects, not torch.distributed's process-wide default group, so nothing here is global.
+
+Between GPUs small messages go through mailboxes in peer memory (`kernels.all_reduce`), whose kernels can be
+recorded in CUDA graphs; large ones go through NCCL.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..kernels.all_reduce import all_reduce_triton, one_shot_layout, two_shot_layout
+from ..kernels.draw_tokens import Share, winners_layout
+from ..kernels.mailbox import Mailbox, empty, make_mailbox
+from . import peer_memory
+
+_SENT_IN_ONE_SHOT = 1 << 20
+"""Most bytes that a rank sends to its peers together in one shot; it takes two shots for more."""
+
+
+class Peers:
+    """The mailboxes that the ranks' kernels meet in."""
+
+    def __init__(self, one_shot: Mailbox, two_shot: Mailbox, winners: Mailbox) -> None:
+        self._one_shot, self._two_shot, self._winners = one_shot, two_shot, winners
+        self._live = True
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        """Inside, kernels that would exchange anything are launched and exchange nothing."""
+        self._live = False
+        yield
+        self._live = True
+
+    def serve(self, tensor: Tensor) -> bool:
+        """Whether `add` can sum such tensors."""
+        layout = self._two_shot.layout
+        room = layout.programs * layout.sources * layout.block
+        serves = tensor.numel() <= room and tensor.dtype == layout.dtype
+        assert serves or self._live, f"{tensor.shape} cannot be rehearsed: it is for NCCL"
+        return serves
+
+    def add(self, partial: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The sum of all ranks' `partial`, added to `residual`, or else in place."""
+        sent = partial.numel() * partial.itemsize * (self._one_shot.layout.sources - 1)
+        mailbox = self._one_shot if sent <= _SENT_IN_ONE_SHOT else self._two_shot
+        return all_reduce_triton(partial, mailbox, residual, self._live)
+
+    def share(self, first: int, count: int) -> Share:
+        """For a draw from logits of the tokens from `first` on."""
+        return Share(first, count, self._winners, self._live)
 
 
 @dataclass(frozen=True)
@@ -22,12 +69,25 @@ class TensorParallel:
     size: int = 1
     group: Any = None
     """A ProcessGroupGloo or ProcessGroupNCCL (whose stubs lack the collectives); None when `size` is 1."""
+    peers: Peers | None = None
+    """None: not GPUs, or their memories are out of each other's reach."""
+    store: Any = None
+    """A torch.distributed store that the ranks have in common; None when `size` is 1."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks, in place."""
+        """Sum over the ranks, in place. Contiguous."""
+        if self.peers is not None and self.peers.serve(tensor):
+            return self.peers.add(tensor)
         if self.group is not None:
             self.group.allreduce([tensor]).wait()
         return tensor
+
+    def add_all_reduced(self, partial: Tensor, residual: Tensor) -> None:
+        """`residual += all_reduce(partial)`; `partial` is garbage afterwards."""
+        if self.peers is not None and self.peers.serve(partial):
+            self.peers.add(partial, residual)
+        else:
+            residual += self.all_reduce(partial)
 
     def all_gather_last(self, tensor: Tensor) -> Tensor:
         """The ranks' tensors (of equal shapes) side by side along the last dimension."""
@@ -54,10 +114,40 @@ def connect(rank: int, size: int, device: torch.device, rendezvous: str) -> Tens
         return TensorParallel()
     store = dist.FileStore(rendezvous, size)  # type: ignore[attr-defined]  # the stubs do not export it
     if device.type == "cuda":
-        return TensorParallel(
-            rank, size, dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
-        )
+        os.environ["NCCL_NVLS_ENABLE"] = "0"  # NVLink multicast: a fault in it takes the whole host along
+        group = dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+        return TensorParallel(rank, size, group, store=store)
     # Without a named interface gloo asks the resolver for this machine's hostname, which may not resolve.
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-    return TensorParallel(rank, size, dist.ProcessGroupGloo(store, rank, size, options))
+    return TensorParallel(rank, size, dist.ProcessGroupGloo(store, rank, size, options), store=store)
+
+
+def open_mailboxes(
+    tp: TensorParallel, device: torch.device, dtype: torch.dtype, max_elements: int, max_rows: int
+) -> TensorParallel:
+    """`tp` with mailboxes, if its GPUs reach each other's memory. All ranks call it.
+
+    Args:
+        dtype: of the model, and so of what is summed.
+        max_elements: of a sum in a CUDA graph.
+        max_rows: most rows of which tokens are drawn at once.
+    """
+    if tp.size == 1 or not peer_memory.can_share(tp.size):
+        return tp
+    layouts = (
+        one_shot_layout(tp.size, _SENT_IN_ONE_SHOT // (tp.size - 1), dtype),
+        two_shot_layout(tp.size, max_elements * dtype.itemsize, dtype),
+        winners_layout(tp.size, max_rows),
+    )
+    sizes = [-(-layout.num_bytes // 16) * 16 for layout in layouts]
+    memory = peer_memory.allocate(sum(sizes), device)
+    for layout, part in zip(layouts, torch.split(memory, sizes), strict=True):
+        empty(part, layout.dtype)
+    bases = peer_memory.share(memory, tp.rank, tp.size, tp.store)
+    offsets = (0, sizes[0], sizes[0] + sizes[1])
+    mailboxes = (
+        make_mailbox(layout, tp.rank, [base + offset for base in bases], device)
+        for layout, offset in zip(layouts, offsets, strict=True)
+    )
+    return replace(tp, peers=Peers(*mailboxes))
