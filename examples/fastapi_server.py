@@ -1,6 +1,6 @@
 """A small HTTP server around AsyncLLM.
 
-pip install 'headrace[server]'
+pip install headrace fastapi uvicorn
 python examples/fastapi_server.py [--model MODEL] [--host HOST] [--port PORT]
 curl localhost:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "Hello, my name is"}'
 curl -N localhost:8000/stream -H 'Content-Type: application/json' -d '{"prompt": "Hello, my name is"}'

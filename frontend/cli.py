@@ -14,7 +14,7 @@ import itertools
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -163,6 +163,31 @@ def _answering(args: argparse.Namespace) -> Answering:
     return Answering(AsyncEngineArgs(**given), sampling, args.system)
 
 
+def _serve(parser: _Parser, words: Sequence[str]) -> Action:
+    from .engine_args import FIELDS, AsyncEngineArgs  # noqa: PLC0415 - see the module's docstring
+    from .server import options as server  # noqa: PLC0415 - see the module's docstring
+
+    parser.usage = f"{parser.prog} [MODEL] [options]"
+    parser.add_argument("positional_model", metavar="MODEL", nargs="?", help="as --model")
+    _add_flags(parser, "server", server.ServerOptions)
+    _add_engine_flags(parser, attaches=True)
+    args = vars(parser.parse(words))
+    if (model := args.pop("positional_model")) is not None:
+        args["model"] = model
+    engine_args = {name: args.pop(name) for name in FIELDS if name in args}
+    options = server.ServerOptions(**args)
+    server.check_options(options)
+    keys = server.read_api_keys(options, os.environ)
+    engine = AsyncEngineArgs(**engine_args)
+
+    def serve() -> None:
+        from .server import main  # noqa: PLC0415 - so that --help needs none of its libraries
+
+        main.serve(options, engine, keys)
+
+    return serve
+
+
 def _explain_config(parser: _Parser, words: Sequence[str]) -> Action:
     import msgspec  # noqa: PLC0415 - see the module's docstring
 
@@ -207,12 +232,24 @@ def _add_engine_flags(parser: _Parser, *, attaches: bool = False, **defaults: st
     """
     from .engine_args import ATTACHING, AsyncEngineArgs  # noqa: PLC0415 - see the module's docstring
 
-    group = parser.add_argument_group("engine arguments")
-    docs = _field_docs(AsyncEngineArgs)
-    for name, value in defaults.items():
+    skip = () if attaches else ATTACHING
+    _add_flags(parser, "engine arguments", AsyncEngineArgs, skip, defaults)
+
+
+def _add_flags(
+    parser: _Parser,
+    title: str,
+    cls: type,
+    skip: Sequence[str] = (),
+    defaults: Mapping[str, str] | None = None,
+) -> None:
+    """One flag for each field of a class of options, absent from the namespace unless given."""
+    group = parser.add_argument_group(title)
+    docs = _field_docs(cls)
+    for name, value in (defaults or {}).items():
         docs[name] = f"{docs[name].partition(' (default:')[0]} (default: {value!r})"
-    for name, kind in typing.get_type_hints(AsyncEngineArgs).items():
-        if name in ATTACHING and not attaches:
+    for name, kind in typing.get_type_hints(cls).items():
+        if name in skip:
             continue
         flag = "engine-core" if name == "engine_core_address" else name.replace("_", "-")
         given: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": docs.get(name)}
@@ -256,6 +293,7 @@ def _resolve(args: argparse.Namespace) -> EngineConfig:
 _COMMANDS: dict[str, tuple[Callable[[_Parser, Sequence[str]], Action], str]] = {
     "run": (_run, "answer one prompt in the terminal"),
     "chat": (_chat, "talk to a model in the terminal"),
+    "serve": (_serve, "serve a model over HTTP, as OpenAI's API does"),
     "engine-core": (_engine_core, "start an engine core that AsyncLLM can attach to"),
     "keygen": (_keygen, "make the CURVE keys that a core needs to serve beyond this machine"),
     "as-vllm": (_as_vllm, "run a program written against vLLM's AsyncLLM or LLM"),

@@ -57,9 +57,9 @@ class Tokenizer:
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def encode_long(self, text: str) -> list[int]:
+    def encode_long(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """`encode` for a thread of its own: as a batch it leaves the interpreter to others meanwhile."""
-        ids: list[int] = self.backend.encode_batch([text])[0].ids
+        ids: list[int] = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:

@@ -1,0 +1,33 @@
+"""The application: every route, behind the guard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from . import chat, completions, openapi, operations, tokens
+from .errors import on_error
+from .guard import Guard, Keys
+from .service import Service
+
+ENDPOINTS = [*completions.ENDPOINTS, *chat.ENDPOINTS, *tokens.ENDPOINTS, *operations.ENDPOINTS]
+
+
+def make_app(service: Service, keys: Sequence[str]) -> Starlette:
+    origins = [origin.strip() for origin in service.options.allowed_origins.split(",") if origin.strip()]
+    middleware = [Middleware(Guard, keys=Keys(keys), gate=service.gate)]
+    if origins:  # before the guard: a browser asks for permission without the key
+        cors = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+        middleware.insert(0, cors)
+    return Starlette(
+        routes=[
+            *(endpoint.route(service) for endpoint in ENDPOINTS),
+            openapi.route(ENDPOINTS),
+        ],
+        middleware=middleware,
+        exception_handlers={HTTPException: on_error},  # no such route, or not this method
+    )

@@ -1,0 +1,201 @@
+"""POST /v1/chat/completions"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..outputs import CompletionOutput, RequestOutput
+from ..sampling_params import SamplingParams
+from .conversation import render
+from .endpoints import Endpoint
+from .errors import bad_request
+from .generation import Run, encode, truncated
+from .parsers import AnswerParser, Delta
+from .protocol import ChatRequest, NamedTool
+from .service import Service
+from .streaming import EventStream, event, json_response, unless_gone
+from .tool_calls import CallDelta
+
+
+async def chat(service: Service, request: Request, body: ChatRequest) -> Response:
+    service.check_model(body.model)
+    body.refuse_unsupported()
+    _check_tools(body)
+    text = render(
+        service,
+        body.messages,
+        None if body.tool_choice == "none" else body.tools,
+        body.add_generation_prompt,
+        body.continue_final_message,
+        _template_variables(body),
+    )
+    params = body.sampling(_defaults(service), max_tokens=body.max_completion_tokens)
+    ids = truncated(await encode(service, text, bool(body.add_special_tokens)), body.truncate_prompt_tokens)
+    run = Run(service, "chatcmpl", body, [{"prompt": text, "prompt_token_ids": ids}], params)
+    answer = _Answer(service, body, run, [_parser(service, body, text) for _ in range(params.n)])
+    if body.stream:
+        return EventStream(answer.events())
+    return await unless_gone(request, answer.whole())
+
+
+class _Answer:
+    """A run's outputs in the form of this route."""
+
+    def __init__(self, service: Service, body: ChatRequest, run: Run, parsers: list[AnswerParser]) -> None:
+        self._body = body
+        self._run = run
+        self._parsers = parsers
+        self._head = {
+            "id": run.id,
+            "object": "chat.completion.chunk" if body.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": service.model,
+        }
+
+    async def whole(self) -> Response:
+        choices: list[dict[str, Any]] = []
+        prompt: list[int] = []
+        async for _, output in self._run.outputs():
+            choices = [self._choice("message", part, _message) for part in output.outputs]
+            prompt = output.prompt_token_ids
+        answer: dict[str, Any] = {**self._head, "choices": choices, "usage": self._run.usage.body()}
+        if self._body.return_token_ids:
+            answer["prompt_token_ids"] = prompt
+        return json_response(answer)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        options = self._body.stream_options
+        shows_usage = options is not None and bool(options.continuous_usage_stats)
+        begun: set[int] = set()
+        async for _, output in self._run.outputs():
+            for part in output.outputs:
+                if part.index not in begun:
+                    begun.add(part.index)
+                    yield self._event([_opening(part.index)], shows_usage, self._prompt_ids(output))
+                choice = self._choice("delta", part, _delta)
+                if choice["delta"] or part.finish_reason is not None or choice.get("token_ids"):
+                    yield self._event([choice], shows_usage)
+        if options is not None and options.include_usage:
+            yield self._event([], True)
+
+    def _prompt_ids(self, output: RequestOutput) -> dict[str, Any]:
+        return {"prompt_token_ids": output.prompt_token_ids} if self._body.return_token_ids else {}
+
+    def _event(
+        self, choices: list[dict[str, Any]], shows_usage: bool, more: dict[str, Any] | None = None
+    ) -> bytes:
+        chunk = {**self._head, "choices": choices, **(more or {})}
+        if shows_usage:
+            chunk["usage"] = self._run.usage.body()
+        return event(chunk)
+
+    def _choice(self, name: str, part: CompletionOutput, show: Any) -> dict[str, Any]:
+        parser = self._parsers[part.index]
+        found = parser.push(part.text, part.finish_reason is not None)
+        if self._body.include_reasoning is False:
+            found = found._replace(reasoning="")
+        reason = part.finish_reason
+        choice: dict[str, Any] = {
+            "index": part.index,
+            name: show(found),
+            "logprobs": None,
+            "finish_reason": "tool_calls" if reason == "stop" and parser.has_calls else reason,
+            "stop_reason": part.stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = part.token_ids
+        return choice
+
+
+def _defaults(service: Service) -> SamplingParams:
+    """An answer may be as long as the context leaves, unless the model's makers say otherwise."""
+    params = service.engine.get_default_sampling_params()
+    if "max_tokens" not in service.engine.config.default_sampling:
+        params.max_tokens = None
+    return params
+
+
+def _opening(index: int) -> dict[str, Any]:
+    delta = {"role": "assistant", "content": ""}
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _delta(found: Delta) -> dict[str, Any]:
+    delta: dict[str, Any] = {}
+    if found.reasoning:
+        delta["reasoning_content"] = found.reasoning
+    if found.content:
+        delta["content"] = found.content
+    if found.calls:
+        delta["tool_calls"] = [_call_delta(call) for call in found.calls]
+    return delta
+
+
+def _call_delta(call: CallDelta) -> dict[str, Any]:
+    function = {"arguments": call.arguments}
+    if call.name is None:
+        return {"index": call.number, "function": function}
+    return {
+        "index": call.number,
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, **function},
+    }
+
+
+def _message(found: Delta) -> dict[str, Any]:
+    """An answer that has arrived as one piece: deltas of one call follow each other."""
+    message: dict[str, Any] = {"role": "assistant", "content": found.content}
+    if found.reasoning:
+        message["reasoning_content"] = found.reasoning
+    calls: list[dict[str, Any]] = []
+    for call in found.calls:
+        if call.name is None:
+            calls[-1]["function"]["arguments"] += call.arguments
+        else:
+            function = {"name": call.name, "arguments": call.arguments}
+            calls.append({"id": call.id, "type": "function", "function": function})
+    if calls:
+        message["tool_calls"] = calls
+        message["content"] = found.content or None
+    return message
+
+
+def _check_tools(body: ChatRequest) -> None:
+    choice = body.tool_choice
+    names = [tool.function.name for tool in body.tools or ()]
+    if choice in ("auto", "required") or isinstance(choice, NamedTool):
+        if not names:
+            raise bad_request("tool_choice needs tools", "tool_choice")
+        if body.response_format is not None and choice != "auto":
+            raise bad_request("a forced tool call has its own response_format", "response_format")
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        raise bad_request(f"tool_choice names {choice.function.name!r:.100}, not one of tools", "tool_choice")
+
+
+def _template_variables(body: ChatRequest) -> dict[str, Any]:
+    variables = dict(body.chat_template_kwargs or {})
+    for name in ("documents", "reasoning_effort"):
+        if (value := getattr(body, name)) is not None:
+            variables.setdefault(name, value)
+    return variables
+
+
+def _parser(service: Service, body: ChatRequest, prompt: str) -> AnswerParser:
+    choice = body.tool_choice
+    tools = [] if choice == "none" else [tool.function.name for tool in body.tools or ()]
+    forced = None
+    if choice == "required":
+        forced = "required"
+    elif isinstance(choice, NamedTool):
+        forced = choice.function.name
+    limit = 1 if body.parallel_tool_calls is False else None
+    return service.parsers.answer(prompt, tools, forced, limit)
+
+
+ENDPOINTS = [Endpoint("POST", "/v1/chat/completions", chat, "Continue a conversation", ChatRequest)]

@@ -1,0 +1,112 @@
+"""POST /v1/completions"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..outputs import CompletionOutput, RequestOutput
+from .endpoints import Endpoint
+from .errors import bad_request
+from .generation import MAX_CHOICES, Run, encode, truncated
+from .protocol import CompletionRequest
+from .service import Service
+from .streaming import EventStream, event, json_response, unless_gone
+
+
+async def complete(service: Service, request: Request, body: CompletionRequest) -> Response:
+    service.check_model(body.model)
+    body.refuse_unsupported()
+    params = body.sampling(service.engine.get_default_sampling_params())
+    prompts = [await _prompt(service, body, prompt) for prompt in _several(body.prompt)]
+    answer = _Answer(service, body, Run(service, "cmpl", body, prompts, params), params.n)
+    if body.stream:
+        return EventStream(answer.events())
+    return await unless_gone(request, answer.whole())
+
+
+class _Answer:
+    """A run's outputs in the form of this route."""
+
+    def __init__(self, service: Service, body: CompletionRequest, run: Run, n: int) -> None:
+        self._service = service
+        self._body = body
+        self._run = run
+        self._n = n
+        self._head = {
+            "id": run.id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.model,
+        }
+        self._begun: set[int] = set()
+        """Choices of which something has been shown."""
+
+    async def whole(self) -> Response:
+        choices: list[dict[str, Any]] = []
+        async for index, output in self._run.outputs():
+            choices += [self._choice(index, output, part) for part in output.outputs]
+        choices.sort(key=lambda choice: choice["index"])
+        return json_response({**self._head, "choices": choices, "usage": self._run.usage.body()})
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        options = self._body.stream_options
+        shows_usage = options is not None and bool(options.continuous_usage_stats)
+        async for index, output in self._run.outputs():
+            for part in output.outputs:
+                chunk: dict[str, Any] = {**self._head, "choices": [self._choice(index, output, part)]}
+                if shows_usage:
+                    chunk["usage"] = self._run.usage.body()
+                yield event(chunk)
+        if options is not None and options.include_usage:
+            yield event({**self._head, "choices": [], "usage": self._run.usage.body()})
+
+    def _choice(self, index: int, output: RequestOutput, part: CompletionOutput) -> dict[str, Any]:
+        body = self._body
+        number = index * self._n + part.index
+        is_first = number not in self._begun
+        self._begun.add(number)
+        text = part.text
+        if body.echo and is_first:
+            text = (output.prompt or self._service.tokenizer.decode(output.prompt_token_ids)) + text
+        choice: dict[str, Any] = {
+            "index": number,
+            "text": text,
+            "logprobs": None,
+            "finish_reason": part.finish_reason,
+            "stop_reason": part.stop_reason,
+        }
+        if body.return_token_ids:
+            choice["token_ids"] = part.token_ids
+            if is_first:
+                choice["prompt_token_ids"] = output.prompt_token_ids
+        return choice
+
+
+def _several(prompt: str | list[Any]) -> list[str | list[int]]:
+    """The request's prompts. Raises ApiError."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if prompt and all(type(item) is int for item in prompt):
+        return [prompt]
+    if not prompt or not (
+        all(type(item) is str for item in prompt) or all(type(item) is list for item in prompt)
+    ):
+        raise bad_request("prompt must be text, token ids, or a non-empty list of either", "prompt")
+    if len(prompt) > MAX_CHOICES:
+        raise bad_request(f"prompt holds {len(prompt)} prompts, at most {MAX_CHOICES} are taken", "prompt")
+    return prompt
+
+
+async def _prompt(service: Service, body: CompletionRequest, prompt: str | list[int]) -> dict[str, Any]:
+    if isinstance(prompt, list):
+        return {"prompt_token_ids": truncated(prompt, body.truncate_prompt_tokens)}
+    ids = await encode(service, prompt, body.add_special_tokens is not False)
+    return {"prompt": prompt, "prompt_token_ids": truncated(ids, body.truncate_prompt_tokens)}
+
+
+ENDPOINTS = [Endpoint("POST", "/v1/completions", complete, "Complete prompts", CompletionRequest)]

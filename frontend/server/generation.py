@@ -1,0 +1,123 @@
+"""Run: the generations behind one HTTP request, one stream for each of its prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from ...ipc.errors import RequestError
+from ..outputs import RequestOutput
+from ..sampling_params import RequestOutputKind, SamplingParams
+from ..streams import RequestStream
+from .protocol import Generation
+from .service import Service
+
+LONG_TEXT = 2048
+"""Characters, about 1 ms of tokenizing; longer ones are tokenized on a thread."""
+MAX_CHOICES = 1024
+"""Of one HTTP request."""
+
+
+class Usage:
+    """Tokens that a run has cost so far."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "completion_tokens": self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class Run:
+    """`async for index, output in run.outputs()`, where index counts the prompts.
+
+    Nothing starts before the first iteration, where errors are raised; one error ends the whole run, and so
+    does closing the iterator.
+    """
+
+    def __init__(
+        self, service: Service, prefix: str, body: Generation, prompts: Sequence[Any], params: SamplingParams
+    ) -> None:
+        if params.n * len(prompts) > MAX_CHOICES:
+            message = f"n={params.n} for {len(prompts)} prompts is more than {MAX_CHOICES} choices"
+            raise RequestError(message, parameter="n", value=params.n, limit=MAX_CHOICES)
+        self.id = f"{prefix}-{body.request_id or secrets.token_hex(12)}"
+        self.usage = Usage()
+        self._started = [False] * len(prompts)
+        params.output_kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
+        self._streams = [
+            service.engine.generate(
+                prompt=prompt,
+                sampling_params=params,
+                # Clients may repeat their ids; the engine's are unique.
+                request_id=f"{self.id}-{secrets.token_hex(4)}",
+                priority=body.priority or 0,
+            )
+            for prompt in prompts
+        ]
+
+    async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        try:
+            if len(self._streams) == 1:
+                async for output in self._streams[0]:
+                    self._count(0, output)
+                    yield 0, output
+            else:
+                async for index, output in _merged(self._streams):
+                    self._count(index, output)
+                    yield index, output
+        finally:
+            for stream in self._streams:
+                stream.abort()
+
+    def _count(self, index: int, output: RequestOutput) -> None:
+        usage = self.usage
+        if not self._started[index]:
+            self._started[index] = True
+            usage.prompt_tokens += len(output.prompt_token_ids)
+            usage.cached_tokens += output.num_cached_tokens or 0
+        for part in output.outputs:
+            usage.completion_tokens += len(part.token_ids)
+
+
+async def _merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    waiting = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = waiting.pop(task)
+                output = task.result()
+                if not output.finished:
+                    waiting[asyncio.ensure_future(anext(streams[index]))] = index
+                yield index, output
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def encode(service: Service, text: str, add_special_tokens: bool) -> list[int]:
+    tokenizer = service.tokenizer
+    if len(text) < LONG_TEXT:
+        return tokenizer.encode(text, add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode_long, text, add_special_tokens)
+
+
+def truncated(ids: list[int], keep: int | None) -> list[int]:
+    """The last `keep` ids. Raises RequestError."""
+    if keep is None:
+        return ids
+    if keep < 1:
+        message = f"truncate_prompt_tokens must be at least 1, got {keep}"
+        raise RequestError(message, parameter="truncate_prompt_tokens", value=keep, limit="at least 1")
+    return ids[-keep:]

@@ -1,0 +1,212 @@
+"""The bodies of requests: OpenAI's fields, and vLLM's further ones.
+
+Types are checked by msgspec; ranges by `SamplingParams`, whose fields have the same names, so that every door
+has the same limits. A field that is not here is refused, as OpenAI does. Of those that are, `NO_EFFECT` says
+which ones change nothing, and `_FIXED` which ones exist only with one value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from ..sampling_params import SamplingParams
+from .errors import bad_request
+
+Message: TypeAlias = dict[str, Any]
+"""One of a conversation: role, content, and what the chat template makes of the rest."""
+Content: TypeAlias = str | list[dict[str, Any]]
+
+
+class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Base of the requests' types. null always means the default."""
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    """End the stream with an event that holds the usage and no choice."""
+    continuous_usage_stats: bool | None = None
+    """Every event holds the usage so far."""
+    include_obfuscation: bool | None = None
+    """OpenAI's; nothing is obfuscated here."""
+
+
+class Function(Body, omit_defaults=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON Schema of the arguments."""
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    """The model must call this function."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class TextFormat(Body, tag_field="type", tag="text"):
+    """Any text."""
+
+
+class JsonObjectFormat(Body, tag_field="type", tag="json_object"):
+    """A JSON object."""
+
+
+class JsonSchema(Body):
+    name: str
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body, tag_field="type", tag="json_schema"):
+    """JSON that a schema describes."""
+
+    json_schema: JsonSchema
+
+
+ResponseFormat: TypeAlias = TextFormat | JsonObjectFormat | JsonSchemaFormat
+
+
+class Generation(Body, kw_only=True):
+    """What every request that generates may hold."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = None
+
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    logprob_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
+    structured_outputs: dict[str, Any] | None = None
+    thinking_token_budget: int | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    """Keep only that many tokens at the prompt's end."""
+    priority: int | None = None
+    request_id: str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    """Name tokens in logprobs "token_id:7"."""
+    use_beam_search: bool | None = None
+
+    def refuse_unsupported(self) -> None:
+        """Raises ApiError for fields whose value asks for what does not exist."""
+        for name, fixed in _FIXED.items():
+            value = getattr(self, name, None)
+            if value is not None and value not in fixed:
+                raise bad_request(f"{name}={value!r:.100} is not supported", name)
+        if self.stream_options is not None and not self.stream:
+            raise bad_request("stream_options can only be given with stream=true", "stream_options")
+
+    def sampling(self, defaults: SamplingParams, **more: Any) -> SamplingParams:
+        """The sampling parameters: `more`, else what the body gives, else `defaults`. Raises RequestError."""
+        given = {name: getattr(self, name) for name in self.__struct_fields__ if name in _SAMPLING}
+        given |= {name: value for name, value in more.items() if value is not None}
+        return dataclasses.replace(defaults, **{n: value for n, value in given.items() if value is not None})
+
+
+class CompletionRequest(Generation, kw_only=True):
+    """POST /v1/completions"""
+
+    prompt: str | list[str | int | list[int]]
+    """Text, token ids, or a list of either."""
+    best_of: int | None = None
+    echo: bool | None = None
+    """Begin each text with the prompt."""
+    logprobs: int | None = None
+    suffix: str | None = None
+
+
+class ChatRequest(Generation, kw_only=True):
+    """POST /v1/chat/completions"""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    modalities: list[str] | None = None
+    verbosity: str | None = None
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, str]] | None = None
+    include_reasoning: bool | None = None
+
+
+class TokenizeRequest(Body, kw_only=True):
+    """POST /tokenize: a prompt, or a conversation"""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(Body, kw_only=True):
+    """POST /detokenize"""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+NO_EFFECT = frozenset(
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"}
+)
+"""Fields for OpenAI's own bookkeeping, and hints that a model of one's own does not have."""
+_FIXED: dict[str, tuple[object, ...]] = {
+    "use_beam_search": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+    "modalities": (["text"],),
+}
+_SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}

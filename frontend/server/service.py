@@ -1,0 +1,52 @@
+"""Service: what all routes share."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from ...ipc.errors import EngineDeadError
+from ..tokenizer import Tokenizer
+from .errors import ApiError
+from .guard import Gate
+from .parsers import Parsers
+
+if TYPE_CHECKING:
+    from ..async_llm import AsyncLLM
+    from .options import ServerOptions
+
+
+class Service:
+    """The engine, what the server was told, and what it is doing.
+
+    Attributes:
+        chat_template: Jinja source that replaces the model's, or None.
+        parsers: how the model's answers are taken apart.
+    """
+
+    def __init__(self, engine: AsyncLLM, options: ServerOptions, chat_template: str | None) -> None:
+        self.engine = engine
+        self.options = options
+        self.gate = Gate()
+        self.created = int(time.time())
+        self.tokenizer: Tokenizer = engine.get_tokenizer()
+        self.chat_template = chat_template or self.tokenizer.chat_template
+        self.parsers = Parsers(options.tool_call_parser, options.reasoning_parser, self.chat_template)
+
+    @property
+    def model(self) -> str:
+        return self.engine.config.served_model_name
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError unless it is the model served here, or none is named."""
+        if name and name != self.model:
+            message = f"the model {name!r:.200} does not exist; this server has {self.model!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def why_unhealthy(self) -> str | None:
+        """None when the engine answers."""
+        try:
+            await self.engine.check_health()
+        except EngineDeadError as error:
+            return str(error)
+        return None

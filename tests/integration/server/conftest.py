@@ -1,0 +1,74 @@
+"""`headrace serve` as a process of its own: one server for a module's tests, reached over HTTP."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from headrace.frontend.demo import demo_model_path
+
+SECONDS = 120
+COMMAND = [sys.executable, "-P", "-c", "from headrace.frontend.cli import main; main()", "serve"]
+ORACLE = ["demo", "--load-format", "oracle", "--max-model-len", "2048", "--num-gpu-blocks-override", "2000"]
+"""Exact tokens at no cost; the demo model's tokenizer gives them text."""
+
+
+class Server:
+    """A running server; `end` checks that it ends well."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+        self.process = process
+        self.url = url
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=SECONDS, **options)
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Signal it and wait; returns the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(SECONDS)
+
+
+@contextmanager
+def running(*words: str, **environ: str) -> Iterator[Server]:
+    command = [*COMMAND, *words, "--port", "0"]
+    environment = {**os.environ, **environ}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        line = process.stdout.readline()  # "headrace: MODEL at URL", once it serves
+        assert " at http" in line, process.stderr.read()
+        yield Server(process, line.split()[-1])
+    finally:
+        process.kill()
+        process.communicate(timeout=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Callable[..., Server]]:
+    """`serve(*command line, **environment)`: servers that live as long as the module's tests."""
+    demo_model_path()  # fetched before anything is timed
+    with ExitStack() as stack:
+        yield lambda *words, **environ: stack.enter_context(running(*words, **environ))
+
+
+@pytest.fixture(scope="module")
+def oracle(serve: Callable[..., Server]) -> Server:
+    return serve(*ORACLE)
+
+
+@pytest.fixture
+def http(oracle: Server) -> Iterator[httpx.Client]:
+    with oracle.client() as client:
+        yield client
