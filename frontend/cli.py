@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 Action: TypeAlias = Callable[[], object]
 
+_BENCHMARKS = {
+    "latency": "bench_latency.py",
+    "throughput": "bench_throughput.py",
+    "serve": "bench_serving.py",
+    "startup": "bench_startup.py",
+}
 _SAMPLING_FLAGS: dict[str, Callable[[str], float | int]] = {
     "temperature": float,
     "top_p": float,
@@ -188,6 +194,21 @@ def _serve(parser: _Parser, words: Sequence[str]) -> Action:
     return serve
 
 
+def _bench(parser: _Parser, words: Sequence[str]) -> Action:
+    folder = Path(__file__).parents[1] / "scripts"
+    parser.add_argument("kind", choices=_BENCHMARKS, help="each has its own --help")
+    kind: str = parser.parse(words[:1]).kind
+    command = [sys.executable, str(folder / _BENCHMARKS[kind]), *words[1:]]
+    return partial(os.execv, sys.executable, command)
+
+
+def _models(parser: _Parser, words: Sequence[str]) -> Action:
+    from .local_models import table  # noqa: PLC0415 - see the module's docstring
+
+    parser.parse(words)
+    return lambda: print(table())
+
+
 def _explain_config(parser: _Parser, words: Sequence[str]) -> Action:
     import msgspec  # noqa: PLC0415 - see the module's docstring
 
@@ -294,6 +315,8 @@ _COMMANDS: dict[str, tuple[Callable[[_Parser, Sequence[str]], Action], str]] = {
     "run": (_run, "answer one prompt in the terminal"),
     "chat": (_chat, "talk to a model in the terminal"),
     "serve": (_serve, "serve a model over HTTP, as OpenAI's API does"),
+    "models": (_models, "list the models on this machine"),
+    "bench": (_bench, "measure latency, throughput, serving or the start"),
     "engine-core": (_engine_core, "start an engine core that AsyncLLM can attach to"),
     "keygen": (_keygen, "make the CURVE keys that a core needs to serve beyond this machine"),
     "as-vllm": (_as_vllm, "run a program written against vLLM's AsyncLLM or LLM"),

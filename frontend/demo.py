@@ -49,8 +49,8 @@ def demo_model_path() -> Path:
 
     Any number of processes may ask at once. Raises ConfigError, which says how to get the file by hand.
     """
-    target = _cache_folder() / DEMO.name
-    if not (target.is_file() and target.stat().st_size == DEMO.size):
+    target = demo_cache_path()
+    if not is_fetched(target):
         try:
             _fetch(target)
         except (OSError, zipfile.BadZipFile, KeyError) as error:
@@ -58,11 +58,17 @@ def demo_model_path() -> Path:
     return target
 
 
-def _cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/headrace/demo`, or under `~/.cache` where that is not set (or not absolute)."""
+def is_fetched(path: Path) -> bool:
+    """Whether the file is there, whole."""
+    return path.is_file() and path.stat().st_size == DEMO.size
+
+
+def demo_cache_path() -> Path:
+    """Where the demo's file is once it has been fetched:
+    in `$XDG_CACHE_HOME/headrace/demo`, or under `~/.cache` where that is not set (or not absolute)."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        return (base if base.is_absolute() else Path.home() / ".cache") / "headrace" / "demo"
+        return (base if base.is_absolute() else Path.home() / ".cache") / "headrace" / "demo" / DEMO.name
     except RuntimeError as error:
         message = f"model: there is no cache folder for 'demo': {error}; set XDG_CACHE_HOME"
         raise ConfigError(message, parameter="model", value="demo") from error

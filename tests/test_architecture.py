@@ -56,7 +56,7 @@ def test_packages_match_the_disk() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     on_disk = {
         ".".join(("headrace", *path.parent.relative_to(ROOT).parts))
-        for folder in MAY_IMPORT
+        for folder in (*MAY_IMPORT, "scripts")
         for path in (ROOT / folder).rglob("*.py")
     }
     assert listed == on_disk | {"headrace"}

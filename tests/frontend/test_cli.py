@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -130,3 +131,30 @@ def test_each_command_has_help(command: str) -> None:
 def test_nothing_is_left_in_the_working_directory(tmp_path: Path) -> None:
     subprocess.run([*HEADRACE, "--help"], cwd=tmp_path, stdout=subprocess.DEVNULL, check=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["latency", "throughput", "serve", "startup"])
+def test_benchmarks_come_with_the_package(kind: str) -> None:
+    done = headrace("bench", kind, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--model" in done.stdout
+
+
+def test_models_are_the_demo_and_what_the_hub_s_cache_holds(tmp_path: Path) -> None:
+    def models() -> list[str]:
+        env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "XDG_CACHE_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [*HEADRACE, "models"], capture_output=True, text=True, timeout=60, check=True, env=env
+        )
+        return done.stdout.splitlines()
+
+    assert len(models()) == 1
+    assert models()[0].startswith("none yet")
+    repo = tmp_path / "hub" / "models--mills--wheel"
+    (repo / "snapshots" / "abc").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    (repo / "snapshots" / "abc" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (repo / "snapshots" / "abc" / "model.safetensors").write_bytes(b"\0" * 20_000_000)
+    (line,) = models()
+    assert line.split()[:4] == ["mills/wheel", "LlamaForCausalLM", "0.02", "GB"]
