@@ -28,9 +28,21 @@ _NEXT = {
     Phase.WAITING: {Phase.RUNNING, Phase.FINISHED},
     Phase.RUNNING: {Phase.PREEMPTED, Phase.DRAINING, Phase.FINISHED},
     Phase.PREEMPTED: {Phase.RUNNING, Phase.FINISHED},
-    Phase.DRAINING: {Phase.FINISHED},
+    Phase.DRAINING: {Phase.PREEMPTED, Phase.FINISHED},  # back only if the workers crash
     Phase.FINISHED: set[Phase](),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """A request was being computed when the workers crashed."""
+
+    until: int
+    """Cleared when it has this many tokens."""
+    strikes: int
+    """Crashes that count against it."""
+    alone: bool
+    """It is to be the only suspect among those that run."""
 
 
 @dataclass(slots=True, eq=False)
@@ -70,6 +82,10 @@ class Request:
     attention_at: int = 0
     """A decoding request needs no look until `num_computed_tokens` is this."""
     block_hashes: list[bytes] = field(default_factory=list)
+    suspicion: Suspicion | None = None
+    """See `blame`."""
+    slot_length: int = 0
+    """Its tokens when it last took a slot."""
     num_named_blocks: int = 0
     """Leading blocks of the table that were offered to the prefix cache."""
 
@@ -84,6 +100,11 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def has_brought(self) -> bool:
+        """A token has come since it took its slot."""
+        return len(self.tokens) > self.slot_length
 
     def move(self, phase: Phase) -> None:
         """Enter `phase`, which must be a legal successor."""

@@ -24,10 +24,12 @@ from typing import NamedTuple
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, RequestError
 from ..ipc.messages import Admit, FinishReason, Stats, StepPlan, StepResult, pack, unpack
+from .blame import Blame
 from .block_pool import BlockPool, extend_hashes
 from .request import Phase, Request
 
 MAX_IN_FLIGHT = 2
+_CRASHED = ErrorInfo.of(RequestCrashedError("the workers crashed each time when they computed this request"))
 
 
 class Ended(NamedTuple):
@@ -88,9 +90,12 @@ class Scheduler:
         self._caching = config.enable_prefix_caching
         self._by_priority = config.scheduling_policy == "priority"
         self._max_model_len = max_model_len
+        self._vocab_size = config.vocab_size
         self._pool = BlockPool(num_blocks)
+        self._blame = Blame(config.max_replays)
         # No more running requests than a step has tokens: every decoding row runs in every step.
-        self._free_slots = list(range(min(config.max_num_seqs, self._budget) - 1, -1, -1))
+        self._num_slots = min(config.max_num_seqs, self._budget)
+        self._free_slots = _all_slots(self._num_slots)
         self._waiting: list[tuple[tuple[int, int], Request]] = []  # heap
         self._prefilling: list[Request] = []
         # Rebound, never changed in place: plans in flight and `Outputs` refer to it.
@@ -105,6 +110,7 @@ class Scheduler:
         self._num_added = 0
         self._num_steps = 0
         self._num_preemptions = 0
+        self._num_replays = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self._cache_queries = 0
@@ -160,6 +166,7 @@ class Scheduler:
             generation_tokens=self._generation_tokens,
             prefix_cache_queries=self._cache_queries,
             prefix_cache_hits=self._cache_hits,
+            num_replays=self._num_replays,
         )
 
     def _check_prompt(self, prompt: int) -> None:
@@ -245,12 +252,15 @@ class Scheduler:
         while self._waiting and self._free_slots and step.budget:
             _, request = self._waiting[0]
             if request.phase is not Phase.FINISHED:
-                if request.num_pending_tokens or not self._admit(request, step):
+                if request.num_pending_tokens or not self._blame.may_run(request):
+                    return
+                if not self._admit(request, step):
                     return
                 self._num_live_waiting -= 1
                 if request.phase is Phase.WAITING:
                     self._count_start(request, step, now)
                 request.move(Phase.RUNNING)
+                self._blame.runs(request)
                 self._prefilling.append(request)
                 self._run_chunk(request, step)
             heappop(self._waiting)
@@ -276,6 +286,7 @@ class Scheduler:
         request.num_computed_tokens = computed
         request.num_named_blocks = len(shared)
         request.slot = self._free_slots.pop()
+        request.slot_length = total
         step.admitted.append(
             Admit(
                 slot=request.slot,
@@ -348,12 +359,15 @@ class Scheduler:
     # --- results ------------------------------------------------------------------------------------
 
     def update(self, result: StepResult) -> Outputs:
-        """Take in the oldest plan's result. Raises RuntimeError when it is not that plan's."""
+        """Take in the oldest plan's result. Raises BadResultError when it cannot be that plan's."""
         step = self._in_flight.popleft() if self._in_flight else None
         if step is None or step.number != result.step or len(result.tokens) != 4 * len(step.sampling):
             expected = "none" if step is None else f"{step.number} with {len(step.sampling)} tokens"
             got = f"{result.step} with {len(result.tokens) / 4:g}"
-            raise RuntimeError(f"the worker answered step {got}; expected {expected}")
+            raise BadResultError(f"the worker answered step {got}; expected {expected}")
+        # As unsigned numbers negative ones are large, too.
+        if result.tokens and max(memoryview(result.tokens).cast("I")) >= self._vocab_size:
+            raise BadResultError(f"the worker answered step {result.step} with tokens out of the vocabulary")
         started = [request for request in step.started if request.phase is not Phase.FINISHED]
         ended: list[Ended] = []
         dropped: set[Request] = set()
@@ -372,6 +386,7 @@ class Scheduler:
             kept = [row not in dropped for row in rows]
             rows, tokens = list(compress(rows, kept)), array("i", compress(tokens, kept))
         self._generation_tokens += len(rows)
+        self._blame.look_again()
         return Outputs(rows, tokens, started, ended)
 
     def _take_token(self, request: Request, token: int, ended: list[Ended]) -> None:
@@ -396,6 +411,50 @@ class Scheduler:
         if request.phase is not Phase.FINISHED:
             ended.append(Ended(request, FinishReason.ERROR, None, error))
             self._finish(request)
+
+    # --- new workers --------------------------------------------------------------------------------
+
+    def restart(self) -> Outputs:
+        """The workers are new and know nothing: all that ran is back in the queue, no block is in use.
+
+        Plans in flight are forgotten. Returns what the clients have to hear of it: who started in those
+        plans, and who ends because it crashed the workers too often.
+        """
+        in_flight: dict[Request, None] = {}  # a set that keeps the order
+        started: list[Request] = []
+        for step in self._in_flight:
+            in_flight.update(dict.fromkeys(step.sampling))
+            in_flight.update((request, None) for request, _ in step.chunks)
+            started += [request for request in step.started if request.phase is not Phase.FINISHED]
+        lost = [request for request in in_flight if request.phase is not Phase.FINISHED]
+        guilty = self._blame.crash(lost)
+        for request in dict.fromkeys(lost + self._running()):
+            self._put_back(request)
+        self._num_replays += len(lost) - len(guilty)
+        self._forget_workers()
+        ended = [Ended(request, FinishReason.ERROR, None, _CRASHED) for request in guilty]
+        for request in guilty:
+            self._finish(request)
+        return Outputs([], array("i"), started, ended)
+
+    def _put_back(self, request: Request) -> None:
+        """Queue a request whose slot and blocks went with the workers."""
+        request.slot = -1
+        request.block_table = []
+        request.num_pending_tokens = 0
+        if request.phase is not Phase.PREEMPTED:
+            request.move(Phase.PREEMPTED)
+            self._num_live_waiting += 1
+            heappush(self._waiting, (request.order, request))
+
+    def _forget_workers(self) -> None:
+        self._pool = BlockPool(self._pool.num_blocks)
+        self._free_slots = _all_slots(self._num_slots)
+        self._released = array("i")
+        self._prefilling, self._decoding, self._stale = [], [], False
+        self._in_flight.clear()
+        self._last_rows, self._last_slots = None, b""
+        self._num_draining = 0
 
     # --- leaving ------------------------------------------------------------------------------------
 
@@ -461,6 +520,11 @@ class Scheduler:
             for i in range(request.num_named_blocks, full):
                 self._pool.name(table[i], hashes[i])
             request.num_named_blocks = full
+
+
+def _all_slots(count: int) -> list[int]:
+    """Free slots, the lowest last: the next to be taken."""
+    return list(range(count - 1, -1, -1))
 
 
 def _order(request: Request) -> tuple[int, int]:

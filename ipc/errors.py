@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-ErrorKind: TypeAlias = Literal["request", "config", "dead", "overloaded"]
+ErrorKind: TypeAlias = Literal["request", "config", "dead", "overloaded", "crashed"]
 
 
 class HeadraceError(Exception):
@@ -64,6 +64,10 @@ class OverloadedError(RequestError):
         self.retry_after = retry_after
 
 
+class RequestCrashedError(RequestError):
+    """The engine crashed each time when it computed this request, and will not try again."""
+
+
 class ConfigError(RefusedError):
     """The engine cannot be built as asked: an argument, a model's files, or the memory they need."""
 
@@ -92,6 +96,8 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
         retry_after = None
         if isinstance(error, OverloadedError):
             kind, retry_after = "overloaded", error.retry_after
+        elif isinstance(error, RequestCrashedError):
+            kind = "crashed"
         return cls(kind, str(error), error.parameter, error.value, error.limit, retry_after)
 
     def exception(self) -> HeadraceError:
@@ -106,8 +112,8 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
                 value=self.value,
                 limit=self.limit,
             )
-        family = RequestError if self.kind == "request" else ConfigError
-        return family(self.message, parameter=self.parameter, value=self.value, limit=self.limit)
+        families = {"request": RequestError, "config": ConfigError, "crashed": RequestCrashedError}
+        return families[self.kind](self.message, parameter=self.parameter, value=self.value, limit=self.limit)
 
 
 def _cause(error: BaseException) -> str:

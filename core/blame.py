@@ -1,0 +1,65 @@
+"""Which requests may have crashed the workers, and how they are run again. No clock, no messages.
+
+A crash leaves suspects: the requests of the plans in flight. Each is replayed, and is cleared when it gets past
+the tokens that those plans would have brought. A suspect that had brought no token since it took its slot is
+replayed alone among suspects, the others together: so a request whose prompt crashes the workers is known for
+sure at its first replay, and a crash that had nothing to do with requests costs the decoding ones no time.
+When a crash leaves several suspects that were suspects before, none is blamed; they are all replayed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .request import Phase, Request, Suspicion
+
+
+class Blame:
+    """Ends requests that crash the workers more than `max_replays` times; lets innocent ones run on."""
+
+    def __init__(self, max_replays: int) -> None:
+        self._max_replays = max_replays
+        self._suspects: list[Request] = []
+        """Those that run again and are not cleared."""
+
+    def crash(self, in_flight: Iterable[Request]) -> list[Request]:
+        """The workers crashed while they computed these; returns those among them that are to end."""
+        suspects = list(in_flight)
+        again = [request for request in suspects if request.suspicion is not None]
+        guilty: list[Request] = []
+        for request in suspects:
+            before = request.suspicion
+            strikes = 1 if before is None else before.strikes + (len(again) == 1)
+            if strikes > self._max_replays:
+                guilty.append(request)
+            until = max(request.num_computed_tokens, len(request.tokens)) + 1
+            alone = before is not None or not request.has_brought
+            request.suspicion = Suspicion(until, strikes, alone)
+        self._suspects = []
+        return guilty
+
+    def may_run(self, request: Request) -> bool:
+        """False while another suspect would have to share the blame with this one."""
+        suspicion = request.suspicion
+        if suspicion is None or not self._suspects:
+            return True
+        self._suspects = [other for other in self._suspects if _is_suspect(other)]
+        return not any(suspicion.alone or other.suspicion.alone for other in self._suspects if other.suspicion)
+
+    def runs(self, request: Request) -> None:
+        """The request was admitted."""
+        if request.suspicion is not None:
+            self._suspects.append(request)
+
+    def look_again(self) -> None:
+        """After every result: clear those that got past the crash."""
+        if not self._suspects:
+            return
+        for request in self._suspects:
+            if request.suspicion is not None and len(request.tokens) >= request.suspicion.until:
+                request.suspicion = None
+        self._suspects = [request for request in self._suspects if _is_suspect(request)]
+
+
+def _is_suspect(request: Request) -> bool:
+    return request.suspicion is not None and request.phase in (Phase.RUNNING, Phase.DRAINING)
