@@ -1,10 +1,10 @@
 """Which requests may have crashed the workers, and how they are run again. No clock, no messages.
 
-A crash leaves suspects: the requests of the plans in flight. Each is replayed, and is cleared when it gets past
-the tokens that those plans would have brought. A suspect that had brought no token since it took its slot is
-replayed alone among suspects, the others together: so a request whose prompt crashes the workers is known for
-sure at its first replay, and a crash that had nothing to do with requests costs the decoding ones no time.
-When a crash leaves several suspects that were suspects before, none is blamed; they are all replayed alone.
+A crash leaves suspects: the requests of the plans in flight. Each is replayed, and is cleared when it gets
+past the tokens that those plans would have brought. A suspect that had brought no token since it took its slot
+is replayed with no other suspect beside it, the rest together: so a request whose prompt crashes the workers is
+known for sure at its first replay, and a crash that no request caused costs those that decode no time. When a
+crash leaves several suspects that were suspects before, none is blamed, and each is replayed alone.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Blame:
         return guilty
 
     def may_run(self, request: Request) -> bool:
-        """False while another suspect would have to share the blame with this one."""
-        suspicion = request.suspicion
-        if suspicion is None or not self._suspects:
+        """False while it would have to share the blame with a suspect that runs."""
+        if not self._suspects:
             return True
         self._suspects = [other for other in self._suspects if _is_suspect(other)]
-        return not any(suspicion.alone or other.suspicion.alone for other in self._suspects if other.suspicion)
+        together = [request, *self._suspects]
+        return not self._suspects or all(other.suspicion and not other.suspicion.alone for other in together)
 
     def runs(self, request: Request) -> None:
         """The request was admitted."""

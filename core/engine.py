@@ -26,6 +26,7 @@ from ..ipc.messages import (
     CallMethod,
     Dying,
     EngineInfo,
+    Fatal,
     Finished,
     FinishReason,
     FromCore,
@@ -40,8 +41,9 @@ from ..ipc.sockets import Delivery, ServerSocket
 from .clients import Client, Splitter, shown_name
 from .intake import MAX_N, make_requests
 from .logs import fields
+from .ranks import SERVING, WorkerError
 from .request import Request
-from .scheduler import Outputs, Scheduler
+from .scheduler import BadResultError, Outputs, Scheduler
 from .workers import Workers
 
 LOGGER = logging.getLogger(__name__)
@@ -84,8 +86,9 @@ class Engine:
         self._poller = zmq.Poller()
         for sock in server.sockets:
             self._poller.register(sock, zmq.POLLIN)
-        for descriptor in (wake, *workers.descriptors()):
-            self._poller.register(descriptor, zmq.POLLIN)
+        self._poller.register(wake, zmq.POLLIN)
+        self._watched: list[int] = []
+        """The workers' descriptors in the poller."""
         self._woken = (wake, zmq.POLLIN)
         self._attend = attend
         self._next_round = 0.0
@@ -93,9 +96,10 @@ class Engine:
         self._drain_until: float | None = None
 
     def run(self) -> int:
-        """Serve until drained; returns how many requests were cut off. Raises WorkerError, and what a signal
-        handler raises."""
+        """Serve until drained; returns how many requests were cut off. Raises WorkerError when the workers
+        cannot be revived, and what a signal handler raises."""
         while not self._is_drained():
+            self._watch_workers()
             if self._woken in self._poller.poll(self._patience()):
                 self._attend()
             for _ in range(_MAX_MESSAGES):
@@ -127,10 +131,13 @@ class Engine:
     def _step(self) -> None:
         """Take in results and send plans; the workers' next work goes out before the clients' tokens."""
         brought: list[Outputs] = []
-        while (result := self._workers.recv()) is not None:
-            brought.append(self._scheduler.update(result))
+        try:
+            while (result := self._workers.recv()) is not None:
+                brought.append(self._scheduler.update(result))
+                self._send_plans()
             self._send_plans()
-        self._send_plans()
+        except (WorkerError, BadResultError) as error:
+            brought.append(self._restart(error))
         for outputs in brought:
             for identity, message in self._splitter.split(outputs).items():
                 if (client := self._clients.get(identity)) is not None:
@@ -141,7 +148,27 @@ class Engine:
                 if client is not None:
                     del client.requests[ended.request.number]
 
+    def _restart(self, error: WorkerError | BadResultError) -> Outputs:
+        """The workers have failed: they start again, and so does all that was running on them."""
+        if isinstance(error, BadResultError):
+            error = WorkerError(Fatal(0, SERVING, ErrorInfo.of(error)))
+        outputs = self._scheduler.restart()
+        self._workers.fail(error, progress=bool(outputs.ended))
+        return outputs
+
+    def _watch_workers(self) -> None:
+        """Poll the descriptors of the workers that there are now."""
+        descriptors = self._workers.descriptors()
+        if descriptors != self._watched:
+            for descriptor in self._watched:
+                self._poller.unregister(descriptor)
+            for descriptor in descriptors:
+                self._poller.register(descriptor, zmq.POLLIN)
+            self._watched = descriptors
+
     def _send_plans(self) -> None:
+        if not self._workers.are_serving:
+            return
         while (plan := self._scheduler.schedule(time.monotonic())) is not None:
             self._workers.send(plan)
 
@@ -149,7 +176,8 @@ class Engine:
         """Milliseconds to wait for news."""
         if self._spins and self._scheduler.num_in_flight:
             return 0
-        return _RETRY_MS if self._server.has_undelivered else int(1000 * _ROUND_SECONDS)
+        patience = _RETRY_MS if self._server.has_undelivered else int(1000 * _ROUND_SECONDS)
+        return min(patience, self._workers.patience_ms)
 
     def _is_drained(self) -> bool:
         if self._drain_until is None:
@@ -243,13 +271,16 @@ class Engine:
     def _answer(self, call: Call) -> Reply:
         match call.method:
             case "ping":
-                return Reply(call.call)
+                return Reply(call.call, unhealthy=self._workers.trouble)
             case "stats":
                 now = time.monotonic()
                 shares = [client.stats(now) for client in self._clients.values()]
                 stats = self._scheduler.stats()
-                if self._drain_until is not None:
-                    stats = msgspec.structs.replace(stats, draining=True)
+                stats = msgspec.structs.replace(
+                    stats,
+                    draining=self._drain_until is not None,
+                    num_restarts=self._workers.num_restarts,
+                )
                 return Reply(call.call, stats=stats, clients=shares)
             case "reset_prefix_cache":
                 return Reply(call.call, ok=self._scheduler.reset_prefix_cache())

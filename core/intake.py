@@ -45,12 +45,22 @@ def make_requests(client: bytes, message: AddRequest, vocab_size: int, now: floa
     _check(1 <= message.max_tokens <= _INT32, "max_tokens", message.max_tokens, f">= 1 and <= {_INT32}")
     sampling = message.sampling
     _check_sampling(sampling, message.max_tokens, vocab_size)
-    prompt = _read_prompt(message.prompt, vocab_size)
+    prompt = _read_ids("prompt", message.prompt, vocab_size)
+    _check(len(prompt) > 0, "prompt", 0, ">= 1 tokens")
+    generated = _read_ids("generated", message.generated, vocab_size)
+    _check(
+        len(generated) < message.max_tokens,
+        "generated",
+        f"{len(generated)} tokens",
+        f"< {message.max_tokens}",
+    )
+    _check(not generated or message.n == 1, "generated", f"n={message.n}", "used with n=1 only")
     for i in range(message.n):
         yield Request(
             client=client,
             number=message.request + i,
-            tokens=prompt[:],
+            tokens=prompt + generated,
+            num_prompt_tokens=len(prompt),
             sampling=msgspec.structs.replace(sampling, seed=(sampling.seed + i) % _SEEDS) if i else sampling,
             max_tokens=message.max_tokens,
             priority=message.priority,
@@ -58,10 +68,10 @@ def make_requests(client: bytes, message: AddRequest, vocab_size: int, now: floa
         )
 
 
-def _read_prompt(column: bytes, vocab_size: int) -> array[int]:
-    _check(len(column) > 0, "prompt", 0, ">= 1 tokens")
-    _check(len(column) % 4 == 0, "prompt", f"{len(column)} bytes", "int32 values")
-    _check_ids("prompt", np.frombuffer(column, np.int32), vocab_size)
+def _read_ids(name: str, column: bytes, vocab_size: int) -> array[int]:
+    _check(len(column) % 4 == 0, name, f"{len(column)} bytes", "int32 values")
+    if column:
+        _check_ids(name, np.frombuffer(column, np.int32), vocab_size)
     return unpack(column)
 
 

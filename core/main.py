@@ -21,9 +21,10 @@ from . import logs
 from .cache_size import size_cache
 from .engine import Engine
 from .logs import fields
+from .ranks import WorkerError
 from .signals import Signals
 from .supervisor import Supervisor
-from .workers import WorkerError, Workers
+from .workers import Workers
 
 LOGGER = logging.getLogger(__name__)
 

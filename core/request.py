@@ -59,11 +59,12 @@ class Request:
     priority: int = 0
     arrival_time: float = 0.0
     """time.monotonic()"""
+    num_prompt_tokens: int = 0
+    """0: all of `tokens`."""
 
     phase: Phase = Phase.WAITING
     order: tuple[int, int] = (0, 0)
     """(priority, arrival number): the queue's order, and backwards the order of preemption."""
-    num_prompt_tokens: int = field(init=False)
     max_total_tokens: int = field(init=False)
     """Length with prompt at which it ends."""
     stop_ids: frozenset[int] = field(init=False)
@@ -90,7 +91,7 @@ class Request:
     """Leading blocks of the table that were offered to the prefix cache."""
 
     def __post_init__(self) -> None:
-        self.num_prompt_tokens = len(self.tokens)
+        self.num_prompt_tokens = self.num_prompt_tokens or len(self.tokens)
         self.max_total_tokens = self.num_prompt_tokens + self.max_tokens
         stops = set(self.sampling.stop_token_ids)
         if self.sampling.eos_token_id is not None:

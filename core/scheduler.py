@@ -21,8 +21,10 @@ from heapq import heapify, heappop, heappush
 from itertools import compress
 from typing import NamedTuple
 
+import numpy as np
+
 from ..ipc.config import EngineConfig
-from ..ipc.errors import ErrorInfo, RequestError
+from ..ipc.errors import ErrorInfo, HeadraceError, RequestCrashedError, RequestError
 from ..ipc.messages import Admit, FinishReason, Stats, StepPlan, StepResult, pack, unpack
 from .blame import Blame
 from .block_pool import BlockPool, extend_hashes
@@ -39,6 +41,10 @@ class Ended(NamedTuple):
     reason: FinishReason
     stop_token_id: int | None
     error: ErrorInfo | None = None
+
+
+class BadResultError(HeadraceError):
+    """A worker's answer does not fit its plan; nothing of it was used."""
 
 
 @dataclass(slots=True)
@@ -128,13 +134,14 @@ class Scheduler:
         self.check(request)
         request.order = (request.priority if self._by_priority else 0, self._num_added)
         self._num_added += 1
+        self._num_replays += request.num_output_tokens > 0
         self._num_live_waiting += 1
         heappush(self._waiting, (request.order, request))
 
     def check(self, request: Request) -> None:
         """Raise RequestError, with the arithmetic, when a new request can never run."""
         request.max_total_tokens = min(request.max_total_tokens, self._max_model_len)
-        self._check_prompt(request.num_prompt_tokens)
+        self._check_prompt(request)
         # The last token's KV is never needed.
         prompt, total, size = request.num_prompt_tokens, request.max_total_tokens, self._block_size
         blocks, available = -(-(total - 1) // size), self._pool.num_blocks
@@ -169,13 +176,14 @@ class Scheduler:
             num_replays=self._num_replays,
         )
 
-    def _check_prompt(self, prompt: int) -> None:
-        limit = self._max_model_len - 1
+    def _check_prompt(self, request: Request) -> None:
+        prompt, limit = len(request.tokens), self._max_model_len - 1
         if prompt > limit:
             message = (
                 f"the prompt has {prompt} tokens; max_model_len {self._max_model_len} leaves room for {limit}"
             )
             raise RequestError(message, parameter="prompt", value=prompt, limit=limit)
+        prompt = request.num_prompt_tokens
         if prompt > self._budget and not self._chunked:
             message = (
                 f"the prompt has {prompt} tokens; without chunked prefill it must fit in one step of "
@@ -301,7 +309,7 @@ class Scheduler:
 
     def _count_start(self, request: Request, step: _Step, now: float) -> None:
         request.queued_seconds = now - request.arrival_time
-        request.num_cached_tokens = request.num_computed_tokens
+        request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         step.started.append(request)
         self._prompt_tokens += request.num_prompt_tokens
         if self._caching:
@@ -360,14 +368,8 @@ class Scheduler:
 
     def update(self, result: StepResult) -> Outputs:
         """Take in the oldest plan's result. Raises BadResultError when it cannot be that plan's."""
-        step = self._in_flight.popleft() if self._in_flight else None
-        if step is None or step.number != result.step or len(result.tokens) != 4 * len(step.sampling):
-            expected = "none" if step is None else f"{step.number} with {len(step.sampling)} tokens"
-            got = f"{result.step} with {len(result.tokens) / 4:g}"
-            raise BadResultError(f"the worker answered step {got}; expected {expected}")
-        # As unsigned numbers negative ones are large, too.
-        if result.tokens and max(memoryview(result.tokens).cast("I")) >= self._vocab_size:
-            raise BadResultError(f"the worker answered step {result.step} with tokens out of the vocabulary")
+        self._check_result(result)
+        step = self._in_flight.popleft()
         started = [request for request in step.started if request.phase is not Phase.FINISHED]
         ended: list[Ended] = []
         dropped: set[Request] = set()
@@ -388,6 +390,18 @@ class Scheduler:
         self._generation_tokens += len(rows)
         self._blame.look_again()
         return Outputs(rows, tokens, started, ended)
+
+    def _check_result(self, result: StepResult) -> None:
+        step = self._in_flight[0] if self._in_flight else None
+        if step is None or step.number != result.step or len(result.tokens) != 4 * len(step.sampling):
+            expected = "none" if step is None else f"{step.number} with {len(step.sampling)} tokens"
+            got = f"{result.step} with {len(result.tokens) / 4:g}"
+            raise BadResultError(f"the answer to step {got}; expected {expected}")
+        # As unsigned numbers negative ones are large.
+        if result.tokens and int(np.frombuffer(result.tokens, np.uint32).max()) >= self._vocab_size:
+            raise BadResultError(f"the answer to step {result.step} has tokens out of the vocabulary")
+        if any(not 0 <= failed.row < len(step.sampling) for failed in result.failed):
+            raise BadResultError(f"the answer to step {result.step} names rows that it has not")
 
     def _take_token(self, request: Request, token: int, ended: list[Ended]) -> None:
         """A token that may end its request, or comes after a preemption."""

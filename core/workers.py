@@ -1,213 +1,181 @@
-"""The worker processes: started, brought up together, sent plans, and watched for their death.
+"""The workers as the engine sees them: brought up once, and started again whenever one of them fails.
 
-One pipe per rank over an inherited socket; every rank gets every plan, rank 0 answers. Knows nothing of what
-plans mean.
+A rank alone is of no use, so all go down together and come up together, with the KV cache of the first start.
+What was running on them is the scheduler's to put back. Nothing here waits but `bring_up` and `close`.
 """
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
-
-import msgspec
+import logging
+import select
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
 
 from ..ipc.config import EngineConfig
-from ..ipc.errors import ErrorInfo, HeadraceError
-from ..ipc.messages import (
-    Allocate,
-    Fatal,
-    FromWorker,
-    Loaded,
-    Prepared,
-    Progress,
-    StepPlan,
-    StepResult,
-    ToWorker,
-    UsePrepared,
-    WorkerReady,
-    WorkerStart,
-)
-from ..ipc.pipe import Pipe, PipeClosedError, frame, poll_pipes, socket_pair
-from ..ipc.process import Child, spawn
+from ..ipc.errors import ErrorInfo
+from ..ipc.messages import Allocate, Fatal, Loaded, Progress, StepPlan, StepResult
+from .ranks import Ranks, WorkerError
 
-ENTRY = "headrace.worker.main:run"
-SERVING = "serving"
+LOGGER = logging.getLogger(__name__)
+
+START_SECONDS = 600.0
+"""A start, or an end, that takes longer has failed."""
+MAX_RESTARTS = 3
+"""In a row without progress; one more failure is the engine's end."""
 _GRACE = 0.2
-"""Seconds that a worker gets to end by itself: it has nothing to save."""
-
-M = TypeVar("M")
-
-
-class WorkerError(HeadraceError):
-    """A worker failed or died; `fatal` names the rank, the phase and the cause.
-
-    `silent` when it died without a `Fatal` of its own.
-    """
-
-    def __init__(self, fatal: Fatal, *, silent: bool = False) -> None:
-        super().__init__(f"worker {fatal.rank}, in phase {fatal.phase!r}: {fatal.error.message}")
-        self.fatal = fatal
-        self.silent = silent
+"""Seconds that a worker gets to end by itself: it may have something to say, but nothing to save."""
+_STEADY_SECONDS = 60.0
+"""Workers that served this long did not fail to start, even if nothing was asked of them."""
+_ENDING_MS, _STUCK_MS = 5, 1
 
 
-class _Worker:
-    """One rank: its process, its pipe, and the phase it last named."""
-
-    def __init__(self, child: Child, pipe: Pipe[ToWorker, FromWorker]) -> None:
-        self.child = child
-        self.pipe = pipe
-        self.phase = "start"
+class _State(Enum):
+    ENDING = auto()
+    STARTING = auto()
+    SERVING = auto()
 
 
 class Workers:
-    """All ranks. Every method may raise WorkerError; `close` never does."""
+    """All ranks, life after life. `bring_up`, then `send` and `recv`; what these raise, `fail` answers."""
 
     def __init__(self, config: EngineConfig) -> None:
-        # One rank has nobody to find.
-        many = config.tensor_parallel_size > 1
-        self._folder = tempfile.mkdtemp(prefix="headrace-workers-") if many else None
-        self._encoder = msgspec.msgpack.Encoder()
-        self._workers: list[_Worker] = []
-        self._prepared = [0] * config.tensor_parallel_size
-        try:
-            for rank in range(config.tensor_parallel_size):
-                self._workers.append(self._start(config, rank))
-        except BaseException:
-            self.close()
-            raise
-        self._pipes = [worker.pipe for worker in self._workers]
+        self.num_restarts = 0
+        self._config = config
+        self._ranks: Ranks | None = None
+        self._allocate: Allocate | None = None
+        self._state = _State.STARTING
+        self._since = time.monotonic()
+        """When that state began."""
+        self._is_stuck = False
+        """A plan waits for room in a pipe."""
+        self._has_answered = False
+        """In this life."""
+        self._failures: list[WorkerError] = []
+        """Those since there was progress."""
 
     def bring_up(
-        self, size_cache: Callable[[list[Loaded]], Allocate], progress: Callable[[Progress], None]
+        self, size_cache: Callable[[Sequence[Loaded]], Allocate], progress: Callable[[Progress], None]
     ) -> Allocate:
-        """Load, size and allocate on all ranks; returns when all take plans. `size_cache` may raise."""
-        allocate = size_cache(self._gather(Loaded, progress))
-        self._broadcast(allocate)
-        self._gather(WorkerReady, progress)
-        for worker in self._workers:
-            worker.phase = SERVING
-        return allocate
+        """The first start; returns when all ranks take plans. `size_cache` may raise, too."""
+        self._ranks = ranks = Ranks(self._config, self._remember(size_cache), progress)
+        self._enter(_State.STARTING)
+        while not ranks.advance():
+            left = self._since + START_SECONDS - time.monotonic()
+            if left < 0:
+                raise ranks.laggard()
+            select.select(ranks.descriptors(), [], [], left)
+        self._enter(_State.SERVING)
+        assert self._allocate is not None
+        return self._allocate
+
+    @property
+    def are_serving(self) -> bool:
+        """They take plans."""
+        return self._state is _State.SERVING
+
+    @property
+    def trouble(self) -> str:
+        """Why they do not serve; empty when they do."""
+        if self.are_serving:
+            return ""
+        seconds = time.monotonic() - self._since
+        return f"the workers are {self._state.name.lower()} for {seconds:.1f} s, after {self._failures[-1]}"
 
     def descriptors(self) -> list[int]:
-        """To poll for reading: a result, or a death."""
-        return [pipe.fileno() for pipe in self._pipes]
+        """To poll for reading; they change with the workers' lives."""
+        return [] if self._ranks is None or self._state is _State.ENDING else self._ranks.descriptors()
+
+    @property
+    def patience_ms(self) -> int:
+        """How long to poll at most before `recv` is called again."""
+        if self._state is _State.ENDING:
+            return _ENDING_MS
+        return _STUCK_MS if self._is_stuck else 1000
 
     def send(self, plan: StepPlan) -> None:
-        """Give every rank a plan."""
-        self._broadcast(plan)
+        """Give every rank a plan; only while they serve."""
+        assert self._ranks is not None
+        self._ranks.send(plan)
+        self._is_stuck = not self._ranks.flush()
 
     def recv(self) -> StepResult | None:
-        """The next result if it is there. Also looks at the other ranks, which may have died."""
-        for rank in poll_pipes(self._pipes, 0):
-            message = self._hear(rank)
-            if isinstance(message, StepResult):
-                return message
-            if message is not None:
-                raise self._failure(rank, f"sent {type(message).__name__} while serving")
-        return None
+        """The next result if it is there. While they do not serve: take the next step towards it."""
+        if not self.are_serving:
+            self._revive()
+            return None
+        assert self._ranks is not None
+        if self._is_stuck:
+            self._is_stuck = not self._ranks.flush()
+        result = self._ranks.recv()
+        self._has_answered |= result is not None
+        return result
+
+    def fail(self, error: WorkerError, *, progress: bool = False) -> None:
+        """They are of no use any more because of `error`: take all down, for `recv` to start them again.
+
+        `progress`: a request that crashed them was found. Raises the first cause after too many failures.
+        """
+        steady = self.are_serving and time.monotonic() - self._since > _STEADY_SECONDS
+        if progress or steady or self._has_answered:
+            self._failures.clear()
+        self._failures.append(error)
+        if len(self._failures) > MAX_RESTARTS:
+            raise self._failures[0]
+        LOGGER.error("%s; the workers are started again", error)
+        if self._ranks is not None:
+            self._ranks.hang_up()
+        self._has_answered = self._is_stuck = False
+        self.num_restarts += 1
+        self._enter(_State.ENDING)
 
     def close(self) -> None:
-        """End all workers, by force if they are in the middle of something. Idempotent."""
-        for worker in self._workers:
-            worker.pipe.close()  # the end of the pipe is the request to end
-        for worker in self._workers:
-            worker.child.stop(_GRACE)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        """End all. Idempotent, never raises."""
+        if self._ranks is not None:
+            self._ranks.close(_GRACE)
 
-    def _start(self, config: EngineConfig, rank: int) -> _Worker:
-        ours, theirs = socket_pair()
-        with theirs:
-            rendezvous = "" if self._folder is None else str(Path(self._folder, "rendezvous"))
-            start = WorkerStart(config, rank, theirs.fileno(), rendezvous)
-            name = f"worker {rank}"
-            child = spawn(name, ENTRY, start, pass_fds=(theirs.fileno(),), remove=self._folder)
-        return _Worker(child, Pipe(ours, FromWorker))
+    def _revive(self) -> None:
+        ranks, seconds = self._ranks, time.monotonic() - self._since
+        assert ranks is not None
+        if self._state is _State.ENDING:
+            if ranks.is_gone():
+                ranks.close()
+                self._start_again()
+            elif seconds > START_SECONDS:
+                raise ranks.failure(0, "cannot be killed")
+            elif seconds > _GRACE:
+                ranks.kill()
+        elif ranks.advance():
+            self._enter(_State.SERVING)
+            LOGGER.warning("the workers serve again, %.1f s after their start", seconds)
+        elif seconds > START_SECONDS:
+            raise ranks.laggard()
 
-    def _gather(self, kind: type[M], progress: Callable[[Progress], None]) -> list[M]:
-        """One message of this kind from every rank, in rank order."""
-        got: dict[int, M] = {}
-        while len(got) < len(self._workers):
-            for rank in poll_pipes(self._pipes, None):
-                message = self._hear(rank)
-                if isinstance(message, Progress):
-                    self._workers[rank].phase = message.phase
-                    progress(message)
-                elif isinstance(message, kind) and rank not in got:
-                    got[rank] = message
-                elif message is not None:
-                    raise self._failure(rank, f"sent {type(message).__name__} before {kind.__name__}")
-        return [got[rank] for rank in range(len(self._workers))]
-
-    def _broadcast(self, message: ToWorker) -> None:
-        data = frame(self._encoder.encode(message))
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                pipe.send_frame(data)
-            except PipeClosedError:
-                raise self._last_words(rank) from None
-
-    def _hear(self, rank: int) -> Any:
-        """A rank's next message if it is there; when it has failed, raises the first cause."""
+    def _start_again(self) -> None:
+        """With as many KV blocks as before: requests were accepted because they fit into these."""
+        self._enter(_State.STARTING)
         try:
-            while isinstance(message := self._recv(rank), Prepared):
-                self._note_prepared(rank, message.count)
-            return message
-        except WorkerError as error:
-            raise self._first_cause(error) from None
+            self._ranks = Ranks(self._config, lambda loaded: self._the_same(), _log_phase)
+        except OSError as error:
+            raise WorkerError(Fatal(None, "start", ErrorInfo.of(error))) from error
 
-    def _note_prepared(self, rank: int, count: int) -> None:
-        before = min(self._prepared)
-        self._prepared[rank] = count
-        if min(self._prepared) > before:
-            self._broadcast(UsePrepared(min(self._prepared)))
+    def _remember(
+        self, size_cache: Callable[[Sequence[Loaded]], Allocate]
+    ) -> Callable[[Sequence[Loaded]], Allocate]:
+        def size(loaded: Sequence[Loaded]) -> Allocate:
+            self._allocate = size_cache(loaded)
+            return self._allocate
 
-    def _recv(self, rank: int) -> Any:
-        try:
-            message = self._pipes[rank].recv(0)
-        except PipeClosedError:
-            raise self._death(rank) from None
-        except msgspec.DecodeError as error:
-            raise self._failure(rank, f"sent what cannot be decoded: {error}") from None
-        if isinstance(message, Fatal):
-            raise WorkerError(message)
-        return message
+        return size
 
-    def _last_words(self, rank: int) -> WorkerError:
-        """Why a rank no longer takes messages: it may have said so."""
-        try:
-            while self._hear(rank) is not None:
-                pass
-        except WorkerError as error:
-            return error
-        return self._failure(rank, "closed its pipe")
+    def _the_same(self) -> Allocate:
+        assert self._allocate is not None
+        return self._allocate
 
-    def _first_cause(self, error: WorkerError) -> WorkerError:
-        """Of `error` and whatever else has failed by now, the one that the others follow from.
+    def _enter(self, state: _State) -> None:
+        self._state = state
+        self._since = time.monotonic()
 
-        A rank that dies makes its peers fail in their collective operations, and these may be heard first.
-        A rank that went without a word did not fail because of a peer.
-        """
-        found = [error]
-        for rank in range(len(self._pipes)):
-            try:
-                while rank != error.fatal.rank and self._recv(rank) is not None:
-                    pass
-            except WorkerError as other:
-                found.append(other)
-        return next((each for each in found if each.silent), error)
 
-    def _death(self, rank: int) -> WorkerError:
-        try:
-            cause = self._workers[rank].child.cause_of_death()
-        except subprocess.TimeoutExpired:
-            cause = "closed its pipe"
-        return self._failure(rank, cause, silent=True)
-
-    def _failure(self, rank: int, cause: str, *, silent: bool = False) -> WorkerError:
-        phase = self._workers[rank].phase
-        return WorkerError(Fatal(rank, phase, ErrorInfo("dead", cause)), silent=silent)
+def _log_phase(progress: Progress) -> None:
+    LOGGER.info("worker %s: %s", progress.rank, progress.phase)

@@ -71,6 +71,9 @@ class AsyncEngineArgs:
     generation_config: str = "auto"
     """Where sampling defaults come from: "auto" (the model), "vllm" (none), or a folder."""
     scheduling_policy: str = "fcfs"
+    max_replays: int = 1
+    """How often a request is run again that was running when a worker or the core crashed, and has got no
+    further since; then it ends with a RequestCrashedError."""
     disable_log_stats: bool = False
     engine_core_address: str | None = None
     """Attach to the engine core that listens there instead of starting one."""
@@ -147,6 +150,7 @@ def resolve(args: AsyncEngineArgs) -> EngineConfig:
         num_gpu_blocks_override=args.num_gpu_blocks_override,
         gpu_memory_utilization=args.gpu_memory_utilization,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+        max_replays=args.max_replays,
         log_stats=not args.disable_log_stats,
     )
 
@@ -190,6 +194,7 @@ _INTEGERS = {
     "num_gpu_blocks_override": (1, _MAX_INT),
     "kv_cache_memory_bytes": (1, _MAX_SEED),
     "tensor_parallel_size": (1, 64),
+    "max_replays": (0, 100),
 }
 _TEXTS = (
     "model",

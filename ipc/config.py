@@ -59,3 +59,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_memory_bytes: int | None
 
     log_stats: bool
+    max_replays: int = 1
+    """How often a request is run again that was running when the workers or the core crashed, and has got no
+    further since."""

@@ -111,6 +111,9 @@ class AddRequest(Message, frozen=True):
     """Seconds until it must have a token."""
     total_timeout: float | None = None
     """Seconds until it must have ended."""
+    generated: bytes = b""
+    """int32, the tokens that this generation has brought already, from another core; only with `n` 1. What
+    follows is what would have followed there: `max_tokens`, `min_tokens` and penalties count them."""
 
 
 class Abort(Message, frozen=True):
@@ -223,6 +226,10 @@ class Stats(Record, frozen=True):
     """Prompt tokens found."""
     draining: bool = False
     """The core is about to end: requests at work are finished, new ones refused."""
+    num_restarts: int = 0
+    """Of the workers, after they had died or hung."""
+    num_replays: int = 0
+    """Requests that were run again after that."""
 
 
 class ClientStats(Record, frozen=True):
@@ -260,6 +267,8 @@ class Reply(Message, frozen=True):
     """One for each rank, when the workers were asked."""
     clients: list[ClientStats] = []
     """With `stats`: everyone who is connected."""
+    unhealthy: str = ""
+    """To a ping: why requests make no progress at present; empty when all is well."""
 
 
 class Dying(Message, frozen=True):

@@ -35,14 +35,17 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
 class Pipe(Generic[Send, Recv]):
     """One end. `recv` is the union that arrives here."""
 
-    def __init__(self, sock: socket.socket, recv: Any) -> None:
+    def __init__(self, sock: socket.socket, recv: Any, max_bytes: int = 1 << 32) -> None:
+        """Frames that arrive are refused beyond `max_bytes`."""
         sock.setblocking(False)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
         self._sock = sock
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Recv] = msgspec.msgpack.Decoder(recv)
+        self._max_bytes = max_bytes
         self._received = bytearray()
+        self._unsent = bytearray()
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -68,8 +71,27 @@ class Pipe(Generic[Send, Recv]):
             except ConnectionError as error:
                 raise PipeClosedError("the other process is gone") from error
 
+    def post_frame(self, data: bytes) -> None:
+        """Send what `frame` made without ever waiting: `flush` sends what there was no room for."""
+        self._unsent += data
+        self.flush()
+
+    def flush(self) -> bool:
+        """Send what is left of the posted frames; True when nothing is. Raises PipeClosedError."""
+        try:
+            while self._unsent:
+                del self._unsent[: self._sock.send(self._unsent)]
+        except BlockingIOError:
+            return False
+        except ConnectionError as error:
+            raise PipeClosedError("the other process is gone") from error
+        return True
+
     def recv(self, timeout: float | None = None) -> Recv | None:
-        """The next message, or None after `timeout` seconds (None waits, 0 polls). Raises PipeClosedError."""
+        """The next message, or None after `timeout` seconds (None waits, 0 polls).
+
+        Raises PipeClosedError, and msgspec.DecodeError for what cannot be read.
+        """
         while (message := self._take()) is None:
             ready, _, _ = select.select([self], [], [], timeout)
             if not ready:
@@ -80,7 +102,10 @@ class Pipe(Generic[Send, Recv]):
     def has_buffered(self) -> bool:
         """True when `recv` would not have to read: what was taken in never shows on the descriptor again."""
         buffered = len(self._received)
-        return buffered >= 4 and buffered >= 4 + _HEADER.unpack_from(self._received)[0]
+        if buffered < 4:
+            return False
+        size: int = _HEADER.unpack_from(self._received)[0]
+        return buffered >= 4 + size or size > self._max_bytes
 
     def close(self) -> None:
         self._sock.close()
@@ -99,7 +124,10 @@ class Pipe(Generic[Send, Recv]):
     def _take(self) -> Recv | None:
         if not self.has_buffered():
             return None
-        end = 4 + _HEADER.unpack_from(self._received)[0]
+        size = _HEADER.unpack_from(self._received)[0]
+        if size > self._max_bytes:
+            raise msgspec.DecodeError(f"a frame of {size} bytes; {self._max_bytes} are the limit")
+        end = 4 + size
         message = self._decoder.decode(memoryview(self._received)[4:end])
         del self._received[:end]
         return message

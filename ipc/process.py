@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import msgspec
@@ -44,6 +45,10 @@ class Child:
             return f"{self.name} (pid {self.pid}) was killed by {signal.Signals(-code).name}"
         return f"{self.name} (pid {self.pid}) exited with code {code}"
 
+    def kill(self) -> None:
+        """SIGKILL; returns at once."""
+        self._process.kill()
+
     def stop(self, grace: float) -> None:
         """End it: SIGTERM, then SIGKILL after `grace` seconds. Returns once it is gone; idempotent."""
         assert self._process.stdin is not None
@@ -54,7 +59,8 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # it died before it had read its payload
+            self._process.stdin.close()
 
 
 def spawn(
