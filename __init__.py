@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from .frontend.llm import LLM
     from .frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
     from .frontend.sampling_params import RequestOutputKind, SamplingParams
-    from .ipc.errors import ConfigError, EngineDeadError, HeadraceError, OverloadedError, RequestError
+    from .ipc.errors import (
+        ConfigError,
+        EngineDeadError,
+        HeadraceError,
+        OverloadedError,
+        RequestCrashedError,
+        RequestError,
+    )
 
 __version__ = "0.1.0"
 
@@ -28,6 +35,7 @@ _HOME = {
     "EngineDeadError": ".ipc.errors",
     "HeadraceError": ".ipc.errors",
     "OverloadedError": ".ipc.errors",
+    "RequestCrashedError": ".ipc.errors",
     "RequestError": ".ipc.errors",
     "RequestMetrics": ".frontend.outputs",
     "RequestOutput": ".frontend.outputs",
@@ -46,6 +54,7 @@ __all__ = [
     "EngineDeadError",
     "HeadraceError",
     "OverloadedError",
+    "RequestCrashedError",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",

@@ -1,10 +1,10 @@
 """Which requests may have crashed the workers, and how they are run again. No clock, no messages.
 
 A crash leaves suspects: the requests of the plans in flight. Each is replayed, and is cleared when it gets
-past the tokens that those plans would have brought. A suspect that had brought no token since it took its slot
-is replayed with no other suspect beside it, the rest together: so a request whose prompt crashes the workers is
-known for sure at its first replay, and a crash that no request caused costs those that decode no time. When a
-crash leaves several suspects that were suspects before, none is blamed, and each is replayed alone.
+past the tokens that those plans would have brought. A suspect that had brought no token since it took its
+slot is replayed with no other suspect beside it, the rest together: so a request whose prompt crashes the
+workers is known for sure at its first replay, and a crash that no request caused costs those that decode no
+time. When a crash leaves several suspects that were suspects before, none is blamed: each is replayed alone.
 """
 
 from __future__ import annotations

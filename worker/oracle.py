@@ -3,10 +3,16 @@
 Its "KV" of a position is the oracle's state after that position's token. A step reads the state before its
 first position through the block table and writes the states of its own, so a wrong block, a stale prefix
 or a lost token changes the stream exactly as it would with a network. Needs no torch.
+
+It can be told to fail, so that recovery can be tested with real processes: `oracle_faults` in the model's
+config.json maps "raise", "exit", "hang" and "garbage" to token ids. A prompt that holds such a token makes
+the worker do that when it is computed.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -27,6 +33,7 @@ class OracleBackend:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
+        self._faults: dict[str, int] = config.hf_config.get("oracle_faults", {})
         self._states = np.zeros((0, config.block_size), np.uint64)  # [num_blocks, block_size]
         # BASE**i and BASE**-i, as far as the longest chunk
         self._powers = _powers(_BASE, config.max_num_batched_tokens + 1)
@@ -53,7 +60,11 @@ class OracleBackend:
         sampling_slots = batch.slots[rows]
         positions = batch.ends[rows].astype(np.uint64)
         seeds = slots.sampling.seed[sampling_slots]
-        return next_tokens(states[rows], seeds, positions, self._config.vocab_size)
+        tokens = next_tokens(states[rows], seeds, positions, self._config.vocab_size)
+        for fault, token in self._faults.items():
+            if any(token in slots.tokens[slot, : slots.num_prompt[slot]] for slot in batch.admitted):
+                tokens += _fail(fault, self._config.vocab_size)
+        return tokens
 
     def _mixed(self, slots: Slots, batch: Batch, states: U64) -> None:
         """Running requests' single tokens at once, then the others one by one in the plan's order.
@@ -95,6 +106,17 @@ class OracleBackend:
         positions = np.arange(start, end)
         self._states[table[positions // size], positions % size] = after
         return np.uint64(after[-1])
+
+
+def _fail(fault: str, vocab_size: int) -> int:
+    """Do what the fault's name says; returns what to add to the tokens."""
+    if fault == "raise":
+        raise RuntimeError("the oracle was told to fail")
+    if fault == "exit":
+        os._exit(3)
+    while fault == "hang":
+        time.sleep(60)
+    return vocab_size
 
 
 def _powers(base: np.uint64, count: int) -> U64:

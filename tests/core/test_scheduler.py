@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable
 
 import pytest
 from headrace.core.request import Phase, Request
-from headrace.core.scheduler import Ended, Outputs, Scheduler
+from headrace.core.scheduler import BadResultError, Ended, Outputs, Scheduler
 from headrace.ipc.config import EngineConfig
 from headrace.ipc.errors import ErrorInfo, RequestError
 from headrace.ipc.messages import FailedRow, FinishReason, Sampling, StepPlan, StepResult, pack, unpack
@@ -274,9 +275,111 @@ def test_what_can_never_run_is_refused_with_the_arithmetic(
 
 def test_a_result_out_of_order_is_an_error(make: MakeScheduler) -> None:
     scheduler = make()
-    with pytest.raises(RuntimeError, match="expected none"):
+    with pytest.raises(BadResultError, match="expected none"):
         scheduler.update(StepResult(0, b""))
     add(scheduler, 5)
     plan = schedule(scheduler)
-    with pytest.raises(RuntimeError, match="step 0 with 2; expected 0 with 1 tokens"):
+    with pytest.raises(BadResultError, match="step 0 with 2; expected 0 with 1 tokens"):
         answer(scheduler, plan, 1, 2)
+
+
+def test_a_result_that_cannot_be_is_not_used(make: MakeScheduler) -> None:
+    scheduler = make()
+    request = add(scheduler, 5)
+    plan = schedule(scheduler)
+    for result, names in (
+        (StepResult(plan.step + 1, pack([1])), "step 1 with 1"),
+        (StepResult(plan.step, pack([1000])), "out of the vocabulary"),
+        (StepResult(plan.step, pack([-1])), "out of the vocabulary"),
+        (StepResult(plan.step, pack([1]), [FailedRow(1, ErrorInfo("request", "no"))]), "rows"),
+    ):
+        with pytest.raises(BadResultError, match=names):
+            scheduler.update(result)
+    assert list(answer(scheduler, plan, 1).tokens) == [1]
+    assert request.num_output_tokens == 1
+
+
+# --- new workers -----------------------------------------------------------------------------------------
+
+
+def test_a_restart_puts_everything_back(make: MakeScheduler) -> None:
+    """A draining, a decoding and a prefilling request, and one that waits: all run again, in their order."""
+    scheduler = make(max_num_seqs=3, max_num_batched_tokens=8)
+    draining, decoding = add(scheduler, 4, max_tokens=2), add(scheduler, 4, first=20)
+    first = schedule(scheduler)
+    prefilling, waiting = add(scheduler, 12, first=40), add(scheduler, 4, first=60)
+    schedule(scheduler)
+    assert answer(scheduler, first, 7, 8).started == [draining, decoding]
+    assert draining.phase is Phase.DRAINING
+    outputs = scheduler.restart()
+    assert (outputs.rows, outputs.started, outputs.ended) == ([], [prefilling], [])
+    assert scheduler.stats().num_free_blocks == 16
+    assert scheduler.stats().num_replays == 3
+    assert scheduler.num_in_flight == 0
+    again = schedule(scheduler)  # the two that had tokens go together, the suspect prefill alone
+    assert [list(unpack(admit.tokens)) for admit in again.admitted] == [[0, 1, 2, 3, 7], [20, 21, 22, 23, 8]]
+    assert again.released == b""
+    assert [admit.num_computed for admit in again.admitted] == [0, 0]
+    ended = answer(scheduler, again, 70).ended  # the second has a chunk only
+    assert [end.request for end in ended] == [draining]
+    assert (prefilling.phase, waiting.phase) == (Phase.PREEMPTED, Phase.WAITING)
+
+
+def crash_until_ended(scheduler: Scheduler, poison: Request, generated: int) -> tuple[int, list[Outputs]]:
+    """Workers that crash in every step that samples the poison's token number `generated`."""
+    crashes, ends, in_flight = 0, [], deque[tuple[StepPlan, list[Request]]]()
+    while poison.phase is not Phase.FINISHED:
+        plan = scheduler.schedule(0.0)
+        if plan is not None:
+            rows = list(scheduler._in_flight[-1].sampling)
+            in_flight.append((plan, rows))
+        done, rows = in_flight.popleft()
+        if poison in rows and poison.num_output_tokens == generated:
+            crashes += 1
+            ends.append(scheduler.restart())
+            in_flight.clear()
+        else:
+            ends.append(answer(scheduler, done, *[1] * len(rows)))
+    return crashes, ends
+
+
+@pytest.mark.parametrize(("generated", "crashes"), [(0, 2), (3, 3)])
+def test_a_poison_request_is_found_out(make: MakeScheduler, generated: int, crashes: int) -> None:
+    """At its first replay when its prompt is the poison; others beside it never end."""
+    scheduler = make(num_blocks=64, max_num_seqs=8)
+    crowd = [add(scheduler, 4, 12, first=10 * number) for number in range(6)]
+    poison = crowd[2]
+    number, outputs = crash_until_ended(scheduler, poison, generated)
+    assert number == crashes
+    (end,) = [end for each in outputs for end in each.ended if end.reason is FinishReason.ERROR]
+    assert end.request is poison
+    assert end.error is not None
+    assert end.error.kind == "crashed"
+    while (plan := scheduler.schedule(0.0)) is not None:
+        answer(scheduler, plan, *[1] * len(scheduler._in_flight[0].sampling))
+    for request in crowd:
+        assert request is poison or request.num_output_tokens == 12
+
+
+def test_who_gets_further_is_not_blamed(make: MakeScheduler) -> None:
+    """A crash every third step, for ever: the request ends as if there were none."""
+    scheduler = make(num_blocks=64)
+    request = add(scheduler, 4, 40)
+    for number in range(1, 1000):
+        plan = scheduler.schedule(0.0)
+        if plan is None:
+            break
+        if number % 3 == 0:
+            assert not scheduler.restart().ended
+        elif scheduler.num_in_flight:
+            answer(scheduler, plan, 1)
+    assert request.num_output_tokens == 40
+
+
+def test_no_replays_when_none_are_allowed(make: MakeScheduler) -> None:
+    scheduler = make(max_replays=0)
+    running, waiting = add(scheduler, 4), None
+    schedule(scheduler)
+    waiting = add(scheduler, 4)
+    assert [end.request for end in scheduler.restart().ended] == [running]
+    assert [admit.slot for admit in schedule(scheduler).admitted] == [waiting.slot]

@@ -159,6 +159,15 @@ class Rig:
             assert ended.request not in self.ends
             self.ends[ended.request] = (ended.reason, ended.stop_token_id)
 
+    def crash(self) -> None:
+        """The worker loses everything, and a new one takes its place."""
+        self.worker = ToyWorker(self.worker.block_size, self.worker.budget)
+        self.results.clear()
+        outputs = self.scheduler.restart()
+        assert not outputs.ended
+        assert not self.started & set(outputs.started)
+        self.started.update(outputs.started)
+
     def check(self) -> None:
         """No block lost, none held by who should hold none."""
         held = {block for request in self.requests for block in request.block_table}
@@ -216,6 +225,7 @@ class Setting:
             enable_prefix_caching=self.caching,
             scheduling_policy="priority" if self.priority else "fcfs",
             block_size=self.block_size,
+            max_replays=100,
         )
         return Rig(config, self.num_blocks, self.max_in_flight)
 
@@ -233,8 +243,8 @@ SETTINGS = st.builds(
 )
 
 
-def trace(rig: Rig, choose: random.Random, num_requests: int) -> None:
-    """Adds (half of them continue an earlier stream), aborts, plans and answers in random order."""
+def trace(rig: Rig, choose: random.Random, num_requests: int, *, crashes: bool = False) -> None:
+    """Adds (half of them continue an earlier stream), aborts, plans, answers and crashes in random order."""
     longest = rig.max_model_len
     while len(rig.requests) < num_requests:
         action = choose.random()
@@ -257,6 +267,8 @@ def trace(rig: Rig, choose: random.Random, num_requests: int) -> None:
             assert rig.scheduler.reset_prefix_cache() == (
                 rig.scheduler.stats().num_free_blocks == rig.num_blocks
             )
+        elif action < 0.37 and crashes:
+            rig.crash()
         elif action < 0.7:
             rig.send()
         else:
@@ -269,6 +281,12 @@ def trace(rig: Rig, choose: random.Random, num_requests: int) -> None:
 @given(setting=SETTINGS, seed=st.integers(0, 1 << 30), num_requests=st.integers(1, 24))
 def test_short_traces(make_config: MakeConfig, setting: Setting, seed: int, num_requests: int) -> None:
     trace(setting.rig(make_config), random.Random(seed), num_requests)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(setting=SETTINGS, seed=st.integers(0, 1 << 30), num_requests=st.integers(1, 24))
+def test_traces_with_crashes(make_config: MakeConfig, setting: Setting, seed: int, num_requests: int) -> None:
+    trace(setting.rig(make_config), random.Random(seed), num_requests, crashes=True)
 
 
 @pytest.mark.parametrize("seed", range(6))

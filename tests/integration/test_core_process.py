@@ -412,27 +412,61 @@ def test_sigterm_ends_in_good_order(
     client.close()
 
 
-def test_a_killed_worker_is_named(start: Callable[..., Core], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_worker_is_replaced(start: Callable[..., Core], capfd: pytest.CaptureFixture[str]) -> None:
     core = start(max_model_len=20_000, num_gpu_blocks_override=5000, tensor_parallel_size=2)
     core.wait_ready()
     clients = [Client(core), Client(core)]
-    clients[0].add(1, [1], 10_000)
-    clients[0].recv()
+    for client in clients:
+        client.add(1, [1], 10_000)
+        client.recv()
     victim = psutil.Process(core.child.pid).children()[1]
     victim.kill()
     words = f"worker 1, in phase 'serving': worker 1 (pid {victim.pid}) was killed by SIGKILL"
+    unhealthy = ""
+    while not unhealthy:
+        unhealthy = clients[0].call("ping").unhealthy
+    assert words in unhealthy
+    clients[1].add(2, [2], 10)  # meanwhile the core takes requests
     for client in clients:
-        while isinstance(message := client.recv(), StepOutputs):
-            pass
-        assert isinstance(message, Dying)
-        assert message.error.kind == "dead"
-        assert message.error.message == words
+        client.wait_for(1)
+        client.expect(1, [1], 10_000)
+    clients[1].wait_for(2)
+    clients[1].expect(2, [2], 10)
+    stats = clients[0].stats()
+    assert (stats.num_restarts, stats.num_replays, stats.num_blocks) == (1, 2, 5000)
+    assert not clients[0].call("ping").unhealthy
+    clients[0].wait_until_free()
+    for client in clients:
         client.close()
+    assert capfd.readouterr().err.count(words) == 1
+
+
+def test_workers_that_never_come_back_are_the_end(
+    start: Callable[..., Core], capfd: pytest.CaptureFixture[str]
+) -> None:
+    core = start(max_model_len=20_000, num_gpu_blocks_override=5000)
+    core.wait_ready()
+    client = Client(core)
+    client.add(1, [1], 10_000)
+    client.recv()
+    first = core.worker()
+    killed: set[int] = set()
+    while core.child.alive:
+        for worker in psutil.Process(core.child.pid).children():
+            if worker.pid not in killed:
+                killed.add(worker.pid)
+                worker.kill()
+    while isinstance(message := client.recv(), StepOutputs):
+        pass
+    words = f"worker 0, in phase 'serving': worker 0 (pid {first.pid}) was killed by SIGKILL"
+    assert isinstance(message, Dying)
+    assert (message.error.kind, message.error.message) == ("dead", words)
+    client.close()
+    assert len(killed) == 4
     assert core.child.cause_of_death().endswith("exited with code 1")
     fatal = list(core.news())[-1]
     assert isinstance(fatal, Fatal)
-    assert (fatal.rank, fatal.phase) == (1, "serving")
-    assert capfd.readouterr().err.count(words) == 1
+    assert (fatal.rank, fatal.phase) == (0, "serving")
 
 
 def test_no_orphans_when_the_core_is_killed(start: Callable[..., Core]) -> None:

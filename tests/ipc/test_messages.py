@@ -89,7 +89,7 @@ SAMPLING = Sampling(
 ERROR = ErrorInfo("request", "n must be >= 1, got 0", "n", "0", ">= 1")
 TO_CORE: list[ToCore] = [
     Hello(2, "doc"),
-    AddRequest(7, pack([1, 2, -3]), SAMPLING, 8, 2, -1, "salt", 0.5, 2.0, None),
+    AddRequest(7, pack([1, 2, -3]), SAMPLING, 8, 2, -1, "salt", 0.5, 2.0, None, pack([4])),
     Abort([7, 8]),
     Call(3, "stats", {"a": 1, "b": ["c"]}),
     Bye(),
@@ -106,10 +106,11 @@ FROM_CORE: list[FromCore] = [
     Reply(
         3,
         True,
-        Stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, True),
+        Stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, True, 11, 12),
         None,
         [{"rank": 0}],
         [ClientStats("doc", 1, 2, 3, 4, 0.5)],
+        "recovering",
     ),
     Dying(ErrorInfo("dead", "worker 0 was killed by SIGKILL")),
 ]
