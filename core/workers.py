@@ -15,6 +15,7 @@ from enum import Enum, auto
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo
 from ..ipc.messages import Allocate, Fatal, Loaded, Progress, StepPlan, StepResult
+from .logs import fields
 from .ranks import Ranks, WorkerError
 
 LOGGER = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class Workers:
         self._failures.append(error)
         if len(self._failures) > MAX_RESTARTS:
             raise self._failures[0]
-        LOGGER.error("%s; the workers are started again", error)
+        LOGGER.error("workers failed: restarting", extra=fields(error=str(error)))
         if self._ranks is not None:
             self._ranks.hang_up()
         self._has_answered = self._is_stuck = False
@@ -147,7 +148,7 @@ class Workers:
                 ranks.kill()
         elif ranks.advance():
             self._enter(_State.SERVING)
-            LOGGER.warning("the workers serve again, %.1f s after their start", seconds)
+            LOGGER.warning("workers serve again", extra=fields(start_seconds=round(seconds, 1)))
         elif seconds > START_SECONDS:
             raise ranks.laggard()
 
@@ -178,4 +179,4 @@ class Workers:
 
 
 def _log_phase(progress: Progress) -> None:
-    LOGGER.info("worker %s: %s", progress.rank, progress.phase)
+    LOGGER.info("starting", extra=fields(who=f"worker {progress.rank}", phase=progress.phase))
