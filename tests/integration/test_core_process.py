@@ -418,7 +418,8 @@ def test_a_killed_worker_is_replaced(start: Callable[..., Core], capfd: pytest.C
     clients = [Client(core), Client(core)]
     for client in clients:
         client.add(1, [1], 10_000)
-        client.recv()
+        while 1 not in client.streams:
+            client.recv()
     victim = psutil.Process(core.child.pid).children()[1]
     victim.kill()
     words = f"worker 1, in phase 'serving': worker 1 (pid {victim.pid}) was killed by SIGKILL"
@@ -448,7 +449,8 @@ def test_workers_that_never_come_back_are_the_end(
     core.wait_ready()
     client = Client(core)
     client.add(1, [1], 10_000)
-    client.recv()
+    while 1 not in client.streams:
+        client.recv()
     first = core.worker()
     killed: set[int] = set()
     while core.child.alive:
