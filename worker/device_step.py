@@ -22,7 +22,7 @@ from ..kernels.paged_prefill import tile_tokens
 from ..kernels.slot_table import StepInputs, append_tokens, decode_inputs, packed_inputs
 from .constraints import Constraints
 from .device_slots import DeviceSlots, Work
-from .fused import Packed, fuse
+from .fused import Fused, Packed, fuse
 from .models.causal_lm import CausalLM, LayerCache
 from .sampler import Requests, Sampler
 from .slots import I64, Batch, SamplingColumns
@@ -102,9 +102,11 @@ class DeviceStep:
         self.num_heads = num_heads
         self.slots = slots
         self._model, self._caches = model, caches
-        self._fused = fuse(model, caches, slots.block_tables, num_heads, len(slots.rows))
-        self._sampler = Sampler(slots.device)
         device, on_gpu = slots.device, slots.device.type == "cuda"
+        self._fused: Fused | None = None
+        if on_gpu:
+            self._fused = fuse(model, caches, slots.block_tables, num_heads, len(slots.rows))
+        self._sampler = Sampler(device)
         # Written by the device, read by the host: no copy in between.
         width = len(slots.rows) + MORE_RESULTS
         self.results = torch.zeros(RESULTS, width, dtype=torch.int32, pin_memory=on_gpu)

@@ -169,10 +169,8 @@ class Fused:
 def fuse(
     model: CausalLM, caches: Sequence[LayerCache], block_tables: Tensor, num_heads: int, max_rows: int
 ) -> Fused | None:
-    """`model`'s steps on the GPU, with up to `max_rows` decoding rows; None if it must run its `forward`."""
+    """`model`'s steps, with up to `max_rows` decoding rows; None if it must run its `forward`."""
     rest = caches, block_tables, num_heads, max_rows
-    if not block_tables.is_cuda:
-        return None
     if isinstance(model, Llama) and _is_plain_llama(model):
         return Fused(lambda i, a: _llama(model, i, a), lambda h: _llama_logits(model, h), model.head, *rest)
     if isinstance(model, OPT) and _is_plain_opt(model):

@@ -53,7 +53,8 @@ def fill_dummy(model: CausalLM, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(_DUMMY_PERIOD, generator=generator).mul_(_DUMMY_SCALE)
-    noise = noise.to(next(model.parameters()).dtype)
+    # Where the parameters are: a host would take minutes for what a GPU makes in seconds.
+    noise = noise.to(next(model.parameters()))
     for name, weight in model.weights().items():
         weight.load(_dummy(name, weight.shape, noise))
 

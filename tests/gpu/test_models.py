@@ -109,8 +109,10 @@ def generate(
     num_blocks = runner.load(lambda phase: None).num_blocks
     runner.allocate(num_blocks, config.max_model_len)
     runner.warm_up()
+    num_prepared = 0
     while prepared and runner.idle():
-        pass
+        num_prepared += 1
+    runner.use_prepared(num_prepared)
     scheduler = Scheduler(config, num_blocks, config.max_model_len)
     rng = random.Random(seed)
     waiting = deque(
@@ -127,8 +129,9 @@ def generate(
             under_way.append(runner.submit(plan))
         elif under_way:
             scheduler.update(under_way.popleft().result())
-        if rng.random() < 0.2:
-            runner.idle()
+        if rng.random() < 0.2 and runner.idle():
+            num_prepared += 1
+            runner.use_prepared(num_prepared)
     return [
         Answer(list(r.tokens[: r.num_prompt_tokens]), list(r.tokens[r.num_prompt_tokens :])) for r in everyone
     ], scheduler.stats().num_preemptions

@@ -1,0 +1,81 @@
+"""Fused models over two ranks compute what one computes: interpreted kernels, files for the GPUs' memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+import transformers
+from headrace.ipc.config import EngineConfig
+from headrace.kernels.mailbox import empty
+
+from .fused_rank import layouts
+
+RANK = Path(__file__).with_name("fused_rank.py")
+OPTIONS: dict[str, Any] = {
+    "vocab_size": 97,  # odd: the ranks' shares of the vocabulary differ
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "ffn_dim": 96,
+    "word_embed_proj_dim": 64,
+    "max_position_embeddings": 256,
+}
+MODELS: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", {"num_key_value_heads": 1, "attention_bias": True}),  # both ranks hold that head
+    ("OPT", {}),
+]
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels run in the interpreter here; on GPUs tests/gpu has their like"
+)
+
+
+def make_model(family: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A random checkpoint and what the configuration says of it."""
+    torch.manual_seed(0)
+    hf = getattr(transformers, f"{family}Config")(**OPTIONS | options, initializer_range=0.3)
+    peer = getattr(transformers, f"{family}ForCausalLM")(hf)
+    for name, parameter in peer.named_parameters():
+        if name.endswith("bias"):  # a bias added by both ranks must not go unnoticed
+            torch.nn.init.normal_(parameter)
+    peer.save_pretrained(folder)
+    fields = {"hf_config": hf.to_dict(), "architecture": f"{family}ForCausalLM"}
+    return {"load_format": "safetensors", "model_path": str(folder), **fields}
+
+
+def test_two_ranks_equal_one(tmp_path: Path, make_config: Callable[..., EngineConfig]) -> None:
+    for number, layout in enumerate(layouts(2)):
+        for rank in range(2):
+            path = str(tmp_path / f"memory-{number}-{rank}")
+            empty(torch.from_file(path, True, layout.num_bytes, dtype=torch.uint8), layout.dtype)
+    configs = [
+        msgspec.json.encode(make_config(**make_model(*model, tmp_path / model[0]))).decode()
+        for model in MODELS
+    ]
+    places = [(0, 1), (0, 2), (1, 2)]
+    ranks = [
+        subprocess.Popen([sys.executable, str(RANK), str(rank), str(size), str(tmp_path), *configs])
+        for rank, size in places
+    ]
+    try:
+        assert [process.wait(120) for process in ranks] == [0, 0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    alone, *both = (torch.load(tmp_path / f"{rank}-of-{size}.pt") for rank, size in places)
+    for number, (family, _) in enumerate(MODELS):
+        expected = alone[number]["logits"]
+        assert expected.std() > 0.1
+        ours = torch.cat([each[number]["logits"] for each in both], dim=1)
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4, msg=family)
+        for each in (alone, *both):
+            assert torch.equal(each[number]["drawn"], expected.argmax(-1)), family
