@@ -9,10 +9,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import zmq
 from headrace.ipc.addresses import check_address
-from headrace.ipc.errors import ConfigError
+from headrace.ipc.errors import ConfigError, ErrorInfo
 from headrace.ipc.messages import Bye, Call, Hello, Refused, Reply, ToCore
-from headrace.ipc.sockets import ClientSocket, Delivery, ServerSocket
+from headrace.ipc.sockets import MAX_UNDELIVERED_BYTES, ClientSocket, Delivery, ServerSocket
 
 
 @pytest.fixture
@@ -71,6 +72,59 @@ def test_the_loss_of_the_core_shows(tmp_path: Path) -> None:
     assert client.lost_connection()
     assert not client.lost_connection()
     client.close()
+
+
+def test_a_client_that_does_not_read_is_given_up_at_a_limit(server: ServerSocket, tmp_path: Path) -> None:
+    message = Refused(2, "x" * (1 << 20))
+    with zmq.Context[zmq.Socket[bytes]]() as context, context.socket(zmq.DEALER) as lazy:
+        lazy.setsockopt(zmq.RCVHWM, 1)
+        lazy.connect(f"ipc://{tmp_path}/folder/core")
+        lazy.send(msgspec.msgpack.encode(Bye()))
+        identity, _ = receive(server)
+        sent = 0
+        while (delivery := server.send(identity, message)) is Delivery.SENT:
+            sent += 1
+        assert delivery is Delivery.GIVEN_UP
+        assert sent << 20 > MAX_UNDELIVERED_BYTES  # kept by us, beside what ZeroMQ and the kernel hold
+        assert server.has_undelivered
+        last = b""
+        while b"were not read" not in last:
+            assert server.deliver() == []
+            if lazy.poll(10):
+                last = lazy.recv()
+        assert not server.has_undelivered
+        assert server.send(identity, Refused(2, "more")) is Delivery.SENT
+        assert msgspec.msgpack.decode(lazy.recv(), type=Refused) == Refused(2, "more")
+
+
+def test_what_is_kept_arrives_in_order(server: ServerSocket, tmp_path: Path) -> None:
+    with zmq.Context[zmq.Socket[bytes]]() as context, context.socket(zmq.DEALER) as lazy:
+        lazy.setsockopt(zmq.RCVHWM, 1)
+        lazy.setsockopt(zmq.LINGER, 0)
+        lazy.connect(f"ipc://{tmp_path}/folder/core")
+        lazy.send(msgspec.msgpack.encode(Bye()))
+        identity, _ = receive(server)
+
+        def fill() -> int:
+            sent = 0
+            while not server.has_undelivered or sent % 100:
+                message = Reply(sent, error=ErrorInfo("request", "x" * 10_000))
+                assert server.send(identity, message) is Delivery.SENT
+                sent += 1
+            return sent
+
+        for number in range(fill()):
+            server.deliver()
+            assert lazy.poll(5000)
+            assert msgspec.msgpack.decode(lazy.recv(), type=Reply).call == number
+        fill()
+        lazy.close()
+        gone: list[bytes] = []
+        while not gone:
+            assert server.recv() is None  # as the loop does; ZeroMQ notes the end of a connection there
+            gone = server.deliver()
+        assert gone == [identity]
+        assert not server.has_undelivered
 
 
 def test_last_words_leave_before_the_socket_closes(tmp_path: Path) -> None:
