@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .frontend.llm import LLM
     from .frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
     from .frontend.sampling_params import RequestOutputKind, SamplingParams
+    from .frontend.structured_outputs import StructuredOutputsParams
+    from .ipc.config import StructuredOutputsConfig
     from .ipc.errors import (
         ConfigError,
         EngineDeadError,
@@ -41,6 +43,8 @@ _HOME = {
     "RequestOutput": ".frontend.outputs",
     "RequestOutputKind": ".frontend.sampling_params",
     "SamplingParams": ".frontend.sampling_params",
+    "StructuredOutputsConfig": ".ipc.config",
+    "StructuredOutputsParams": ".frontend.structured_outputs",
 }
 
 __all__ = [
@@ -60,6 +64,8 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsConfig",
+    "StructuredOutputsParams",
 ]
 
 

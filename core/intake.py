@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from ..ipc.errors import RequestError
-from ..ipc.messages import AddRequest, Sampling, unpack
+from ..ipc.messages import MAX_GRAMMAR, AddRequest, Sampling, unpack
 from .request import Request
 
 MAX_N = 16384
@@ -80,6 +80,9 @@ def _check_sampling(sampling: Sampling, max_tokens: int, vocab_size: int) -> Non
         value = getattr(sampling, name)
         _check(low <= value <= high, name, value, limit)
     _check(0 <= sampling.min_tokens <= max_tokens, "min_tokens", sampling.min_tokens, f"0 .. {max_tokens}")
+    if sampling.grammar is not None:
+        limit = f"1 .. {MAX_GRAMMAR} characters"
+        _check(1 <= len(sampling.grammar) <= MAX_GRAMMAR, "grammar", len(sampling.grammar), limit)
     eos = sampling.eos_token_id
     _check(eos is None or 0 <= eos < vocab_size, "eos_token_id", eos, f"0 .. {vocab_size - 1}")
     for token in sampling.stop_token_ids:

@@ -405,14 +405,14 @@ class Scheduler:
 
     def _take_token(self, request: Request, token: int, ended: list[Ended]) -> None:
         """A token that may end its request, or comes after a preemption."""
-        tells = (
-            request.num_output_tokens >= request.sampling.min_tokens
-        )  # before: as the sampler's mask counts
+        sampling = request.sampling
+        # Before it counts, as the sampler's mask does. A grammar may end the text earlier.
+        tells = request.num_output_tokens >= sampling.min_tokens or sampling.grammar is not None
         request.tokens.append(token)
         if request.phase is Phase.PREEMPTED:
             request.num_pending_tokens -= 1
         if tells and token in request.stop_ids:
-            eos = token == request.sampling.eos_token_id
+            eos = token == sampling.eos_token_id
             ended.append(Ended(request, FinishReason.STOP, None if eos else token))
         elif len(request.tokens) == request.max_total_tokens:
             ended.append(Ended(request, FinishReason.LENGTH, None))

@@ -24,6 +24,7 @@ from .core_client import CoreClient
 from .core_process import CoreProcess
 from .detokenizer import DecoderFactory
 from .engine_args import AsyncEngineArgs, attach_keys, check_attached, resolve
+from .grammars import Grammars
 from .metrics import AnyMetric, engine_records
 from .model_files import find_model
 from .prompts import ParsedPrompt, Prompt, check_token_ids, parse_prompt
@@ -72,6 +73,7 @@ class AsyncLLM:
             self._client, self._tokenizer = self._attach(engine_args, engine_args.engine_core_address)
             self._seeds = random.SystemRandom()
         self._decoders = None if self._tokenizer is None else DecoderFactory(self._tokenizer)
+        self._grammars = Grammars(self.config)
 
     @classmethod
     def from_engine_args(
@@ -280,6 +282,7 @@ class AsyncLLM:
         """
         if self._client.dead_error is None:
             self._was_shut_down = True
+        self._grammars.close()
         self._client.close()
 
     async def __aenter__(self) -> AsyncLLM:
@@ -341,14 +344,18 @@ class AsyncLLM:
         self._table.reserve(request)
         try:
             request.prompt_token_ids = await self._encode(parsed)
-            self._send(request, params, priority)
+            grammar = None
+            if params.structured_outputs is not None:
+                grammar = await self._grammars.grammar(params.structured_outputs)
+            self._send(request, params, priority, grammar)
         except BaseException:
             self._table.drop(request)
             raise
         return request
 
-    def _send(self, request: Request, params: SamplingParams, priority: int) -> None:
-        sampling = to_wire(params, self.config, self._tokenizer, self._seeds.getrandbits(62))
+    def _send(self, request: Request, params: SamplingParams, priority: int, grammar: str | None) -> None:
+        seed = self._seeds.getrandbits(62)
+        sampling = to_wire(params, self.config, self._tokenizer, seed, grammar)
         ids = request.prompt_token_ids
         packed = check_token_ids(ids, self.config.vocab_size, self.max_model_len)
         room = self.max_model_len - len(ids)

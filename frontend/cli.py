@@ -11,6 +11,7 @@ import ast
 import difflib
 import inspect
 import itertools
+import json
 import os
 import sys
 import typing
@@ -274,12 +275,21 @@ def _add_flags(
             continue
         flag = "engine-core" if name == "engine_core_address" else name.replace("_", "-")
         given: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": docs.get(name)}
-        if kind is bool:
+        if any(typing.get_origin(option) is dict for option in typing.get_args(kind)):
+            given |= {"type": _json_object, "metavar": "JSON"}
+        elif kind is bool:
             given["action"] = argparse.BooleanOptionalAction
         else:
             (given["type"],) = {kind, *typing.get_args(kind)} & {str, int, float}
             given["metavar"] = name.rpartition("_")[2].upper()
         group.add_argument(f"--{flag}", **given)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
 
 
 def _field_docs(cls: type) -> dict[str, str]:

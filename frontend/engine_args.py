@@ -14,12 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ..ipc.config import Device, Dtype, EngineConfig, LoadFormat, SchedulingPolicy
+import msgspec
+
+from ..ipc.config import (
+    Device,
+    Dtype,
+    EngineConfig,
+    LoadFormat,
+    SchedulingPolicy,
+    StructuredOutputsConfig,
+)
 from ..ipc.curve import ClientKeys
 from ..ipc.errors import ConfigError
 from . import model_files
 from .model_files import ModelFiles
 from .names import nearest
+from .tokenizer_json import tokenizer_json
 
 _DTYPES: dict[str, Dtype] = {
     "float": "float32",
@@ -75,6 +85,8 @@ class AsyncEngineArgs:
     """How often a request is run again that was running when a worker or the core crashed, and has got no
     further since; then it ends with a RequestCrashedError."""
     disable_log_stats: bool = False
+    structured_outputs_config: StructuredOutputsConfig | dict[str, Any] | None = None
+    """Defaults of `structured_outputs`: `{"backend": "guidance", "disable_any_whitespace": true, ...}`."""
     engine_core_address: str | None = None
     """Attach to the engine core that listens there instead of starting one."""
     engine_core_curve_server_key: str | None = None
@@ -123,11 +135,12 @@ def resolve(args: AsyncEngineArgs) -> EngineConfig:
     )
     device = _device()
     max_model_len = _max_model_len(args, files.hf_config)
+    tokenizer = _tokenizer(args, files)
     return EngineConfig(
         model=args.model,
         model_path=str(files.path),
         served_model_name=args.served_model_name or args.model,
-        tokenizer=_tokenizer(args, files),
+        tokenizer=tokenizer,
         hf_config=files.hf_config,
         architecture=_architecture(files),
         vocab_size=_from_model(files, "vocab_size"),
@@ -152,6 +165,8 @@ def resolve(args: AsyncEngineArgs) -> EngineConfig:
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         max_replays=args.max_replays,
         log_stats=not args.disable_log_stats,
+        tokenizer_json=_tokenizer_json(tokenizer, load_format),
+        structured_outputs_config=cast(StructuredOutputsConfig, args.structured_outputs_config),
     )
 
 
@@ -208,6 +223,7 @@ _TEXTS = (
     "engine_core_curve_server_key",
     "engine_core_curve_secret_key",
 )
+_SAYS_NOTHING = ("disable_fallback", "reasoning_parser", "reasoning_parser_plugin", "enable_in_reasoning")
 _FLAGS = (
     "skip_tokenizer_init",
     "enable_prefix_caching",
@@ -235,6 +251,7 @@ def _check(args: AsyncEngineArgs) -> None:
     share, limit = args.gpu_memory_utilization, "a number in (0, 1]"
     if isinstance(share, bool) or not isinstance(share, numbers.Real) or not math.isfinite(share):
         raise _refusal("gpu_memory_utilization", share, limit)
+    args.structured_outputs_config = _structured_outputs(args.structured_outputs_config)
     args.gpu_memory_utilization = float(share)
     if not 0 < args.gpu_memory_utilization <= 1:
         raise _refusal("gpu_memory_utilization", share, limit)
@@ -255,6 +272,18 @@ def _check_integer(args: AsyncEngineArgs, name: str, low: int, high: int) -> Non
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
         raise _refusal(name, value, f"an integer from {low} to {high}")
     setattr(args, name, int(value))
+
+
+def _structured_outputs(given: object) -> StructuredOutputsConfig:
+    if isinstance(given, dict):
+        # vLLM's other fields are refused when they say something.
+        given = {name: value for name, value in given.items() if name not in _SAYS_NOTHING or value}
+    try:
+        return msgspec.convert(given or {}, StructuredOutputsConfig, from_attributes=True)
+    except (msgspec.ValidationError, TypeError) as error:
+        message = f"structured_outputs_config: {error}, got {given!r:.200}"
+        limit = "backend 'auto' or 'guidance', disable_any_whitespace, disable_additional_properties"
+        raise ConfigError(message, parameter="structured_outputs_config", value=given, limit=limit) from error
 
 
 def _refusal(name: str, value: object, limit: str) -> ConfigError:
@@ -343,3 +372,10 @@ def _tokenizer(args: AsyncEngineArgs, files: ModelFiles) -> str | None:
         )
         raise ConfigError(message, parameter="tokenizer", value=files.path, limit=names)
     return str(files.path)
+
+
+def _tokenizer_json(tokenizer: str | None, load_format: str) -> str | None:
+    if tokenizer is None or load_format == "oracle":
+        return None
+    path = tokenizer_json(Path(tokenizer))
+    return None if path is None else str(path)

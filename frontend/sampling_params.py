@@ -19,6 +19,7 @@ from ..ipc.errors import RequestError
 from .checks import INT32_MAX, integer, real, refusal, texts, token_ids
 from .names import nearest
 from .repetition import RepetitionDetectionParams
+from .structured_outputs import StructuredOutputsParams
 
 logger = logging.getLogger("headrace")
 
@@ -86,7 +87,7 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     skip_clone: bool = False
     """Accepted for compatibility: the engine never keeps this object."""
-    structured_outputs: Any = None
+    structured_outputs: StructuredOutputsParams | None = None
     logit_bias: dict[int, float] | None = None
     """Added to the logits of these token ids; whole tokens only, so -100 all but forbids one."""
     allowed_token_ids: list[int] | None = None
@@ -144,6 +145,8 @@ class SamplingParams:
                 raise refusal(name, getattr(self, name), "True or False")
         if not isinstance(self.output_kind, RequestOutputKind):
             raise refusal("output_kind", self.output_kind, "a RequestOutputKind")
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise refusal("structured_outputs", self.structured_outputs, "a StructuredOutputsParams")
         if self.stop and not self.detokenize:
             message = "stop strings are only supported when detokenize is True, got detokenize=False"
             raise RequestError(message, parameter="stop", value=self.stop, limit="detokenize=True")
@@ -222,7 +225,6 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "prompt_logprobs": (None, "not yet"),
     "logprob_token_ids": (None, "not yet"),
     "flat_logprobs": (False, "not yet"),
-    "structured_outputs": (None, "not yet"),
     "extra_args": (None, "it carries arguments of KV connectors and plugins, and there are none"),
     "routed_experts_prompt_start": (0, "no output tells the experts that tokens were routed to"),
 }

@@ -17,8 +17,16 @@ THINKING_TOKENS = ("<think>", "</think>")
 """The tokens that open and close a model's thinking, where its tokenizer has them."""
 
 
-def to_wire(params: SamplingParams, config: EngineConfig, tokenizer: Tokenizer | None, seed: int) -> Sampling:
+def to_wire(
+    params: SamplingParams,
+    config: EngineConfig,
+    tokenizer: Tokenizer | None,
+    seed: int,
+    grammar: str | None = None,
+) -> Sampling:
     """The engine's part of verified parameters; `seed` is used when they name none.
+
+    `grammar` is what has become of `structured_outputs`.
 
     The model's first end-of-sequence id ends the request silently, its others are stop tokens; none does with
     `ignore_eos`. Raises RequestError for what this model cannot do.
@@ -55,6 +63,7 @@ def to_wire(params: SamplingParams, config: EngineConfig, tokenizer: Tokenizer |
         bad_words=_tokenized_bad_words(params, config.vocab_size, tokenizer),
         thinking=_thinking(params, tokenizer),
         skip_reading_prefix_cache=bool(params.skip_reading_prefix_cache),
+        grammar=grammar,
     )
 
 

@@ -16,6 +16,17 @@ LoadFormat: TypeAlias = Literal["safetensors", "gguf", "dummy", "oracle"]
 SchedulingPolicy: TypeAlias = Literal["fcfs", "priority"]
 
 
+class StructuredOutputsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What holds for every request with `structured_outputs`."""
+
+    backend: Literal["auto", "guidance"] = "auto"
+    """llguidance either way: there is no other."""
+    disable_any_whitespace: bool = False
+    """JSON comes without whitespace between its tokens."""
+    disable_additional_properties: bool = False
+    """JSON objects have no properties but those that their schema names."""
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that core and workers need to know; names as in vLLM's `EngineArgs`."""
 
@@ -62,3 +73,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_replays: int = 1
     """How often a request is run again that was running when the workers or the core crashed, and has got no
     further since."""
+
+    tokenizer_json: str | None = None
+    """The tokenizer in a file of the `tokenizers` package, to match grammars with; None: no grammars."""
+    structured_outputs_config: StructuredOutputsConfig = StructuredOutputsConfig()
+
+    def why_no_grammars(self) -> str | None:
+        """Why this engine can serve no `structured_outputs`; None when it can."""
+        if self.load_format == "oracle":
+            return "the oracle chooses its tokens without logits"
+        if self.tokenizer_json is None:
+            return "the engine has no tokenizer to match text with"
+        if not self.eos_token_ids:
+            return "the model has no end-of-sequence token"
+        return None

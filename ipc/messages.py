@@ -24,6 +24,8 @@ from .errors import ErrorInfo
 
 PROTOCOL_VERSION = 2
 LogFormat: TypeAlias = Literal["text", "json"]
+MAX_GRAMMAR = 1 << 20
+"""Characters of `Sampling.grammar`."""
 
 
 def pack(values: Iterable[int]) -> bytes:
@@ -87,6 +89,8 @@ class Sampling(Record, frozen=True):
     """Sequences of token ids that must not be generated."""
     thinking: ThinkingBudget | None = None
     skip_reading_prefix_cache: bool = False
+    grammar: str | None = None
+    """What the text may be, in llguidance's own words (`ipc/grammars.py`)."""
 
 
 class AddRequest(Message, frozen=True):
@@ -397,6 +401,50 @@ class Ready(Message, frozen=True):
     info: EngineInfo
 
 
+# --- grammars: frontend <-> the process that checks them ---------------------------------------------
+
+
+GrammarKind: TypeAlias = Literal["json", "regex", "choice", "grammar", "structural_tag"]
+
+
+class CheckGrammar(Message, frozen=True):
+    """Turn a constraint into a grammar and try it out."""
+
+    kind: GrammarKind
+    text: str
+    """A JSON schema, a regular expression, a JSON list of strings, EBNF or Lark, a JSON structural tag."""
+    any_whitespace: bool = True
+    """Of JSON: whether there may be any between its tokens."""
+    additional_properties: bool = True
+    """Of JSON: False forbids those that a schema does not mention."""
+    whitespace_pattern: str | None = None
+    """Of JSON: what `any_whitespace` means, a regular expression."""
+
+
+class CheckedGrammar(Message, frozen=True):
+    """The answer to `CheckGrammar`."""
+
+    grammar: str = ""
+    """For `Sampling.grammar`."""
+    error: str = ""
+    """Why there is none."""
+
+
+class CheckerReady(Message, frozen=True):
+    """The vocabulary is read."""
+
+    error: str = ""
+    """Why no grammar can be matched with it."""
+
+
+class CheckerStart(msgspec.Struct, frozen=True):
+    """How a checker of grammars is started: the payload of its process."""
+
+    config: EngineConfig
+    fd: int
+    """Its end of the pipe."""
+
+
 class WorkerStart(msgspec.Struct, frozen=True):
     """How a worker is started: the payload of its process."""
 
@@ -436,3 +484,4 @@ class CoreStart(msgspec.Struct, frozen=True):
 ToWorker: TypeAlias = Allocate | StepPlan | UsePrepared
 FromWorker: TypeAlias = Progress | Loaded | WorkerReady | StepResult | Prepared | Fatal
 FromStarting: TypeAlias = Progress | Ready | Fatal
+FromChecker: TypeAlias = CheckerReady | CheckedGrammar

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from headrace.ipc.config import EngineConfig
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 # As the workers do, for tests that compute in their own process: torch's threads must not spin on two cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -56,3 +59,38 @@ def make_config() -> Callable[..., EngineConfig]:
         return EngineConfig(**(DEFAULTS | changes))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for `load_format="dummy"`: a Llama of 3 layers whose random weights speak byte-level BPE.
+
+    300 token ids, the last of them without text; 0 ends, 1 is special too and may stand in text as <|tool|>.
+    """
+    folder = tmp_path_factory.mktemp("text-model")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<|end|>", "<|tool|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(['{"name": "value", "number": 10}', "the wheel turns"] * 9, trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 300,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 512,
+        "eos_token_id": 0,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    return folder

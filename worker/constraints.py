@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, RequestError
 from ..ipc.messages import Admit, FailedRow, Sampling
+from .grammar import Grammars
 from .rules import BadWords, Thinking
 
 LOGGER = logging.getLogger(__name__)
@@ -47,10 +48,16 @@ class ConstraintBuilder:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
+        self._grammars = None if config.why_no_grammars() else Grammars(config)
 
     def __call__(self, sampling: Sampling, prompt: Tokens) -> list[Constraint]:
         """What this raises, best a RequestError, ends the request."""
         rules: list[Constraint] = []
+        if sampling.grammar is not None:
+            if self._grammars is None:
+                message = f"structured_outputs: {self._config.why_no_grammars()}"
+                raise RequestError(message, parameter="structured_outputs")
+            rules.append(self._grammars.start(sampling))
         words = [word for word in sampling.bad_words if len(word) > 1]
         if words:
             rules.append(BadWords(words))

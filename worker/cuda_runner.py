@@ -64,6 +64,7 @@ class CudaRunner:
         self._device = torch.device("cuda", rank)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._tp = TensorParallel()
+        self._build_constraints = ConstraintBuilder(config)
         self._model: CausalLM
         self._step: DeviceStep
         self._graphs: Graphs[None] | None = None
@@ -270,7 +271,7 @@ class CudaRunner:
             max_model_len,
             block_size,
             num_blocks,
-            Constraints(ConstraintBuilder(self._config)),
+            Constraints(self._build_constraints),
         )
         heads = int(self._config.hf_config["num_attention_heads"]) // self._tp.size
         return DeviceStep(model, caches, slots, heads)

@@ -48,11 +48,12 @@ class InOrder:
         self._backend = backend
         self.load = backend.load
         self.warm_up = backend.warm_up
+        self._build_constraints = ConstraintBuilder(config)
         self._slots: Slots
 
     def allocate(self, num_blocks: int, max_model_len: int) -> None:
         config = self._config
-        constraints = Constraints(ConstraintBuilder(config))
+        constraints = Constraints(self._build_constraints)
         self._slots = Slots(config.max_num_seqs, max_model_len, config.block_size, num_blocks, constraints)
         self._backend.allocate(num_blocks, max_model_len)
 

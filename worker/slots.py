@@ -81,7 +81,8 @@ class SamplingColumns:
         self.presence_penalty[slot] = sampling.presence_penalty
         self.frequency_penalty[slot] = sampling.frequency_penalty
         self.repetition_penalty[slot] = sampling.repetition_penalty
-        self.min_tokens[slot] = sampling.min_tokens
+        # A grammar holds stop tokens back itself: it knows when nothing else may come.
+        self.min_tokens[slot] = 0 if sampling.grammar is not None else sampling.min_tokens
         eos = [] if sampling.eos_token_id is None else [sampling.eos_token_id]
         self.stop_ids[slot] = eos + sampling.stop_token_ids
         self.token_rules.pop(slot, None)

@@ -85,6 +85,7 @@ SAMPLING = Sampling(
     bad_words=[[8], [9, 8]],
     thinking=ThinkingBudget(10, 8, 9),
     skip_reading_prefix_cache=True,
+    grammar="start: /a/",
 )
 ERROR = ErrorInfo("request", "n must be >= 1, got 0", "n", "0", ">= 1")
 TO_CORE: list[ToCore] = [
