@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
     from .frontend.sampling_params import RequestOutputKind, SamplingParams
     from .frontend.structured_outputs import StructuredOutputsParams
+    from .frontend.timeouts import RequestTimeouts
     from .ipc.config import StructuredOutputsConfig
     from .ipc.errors import (
         ConfigError,
@@ -41,6 +42,7 @@ _HOME = {
     "RequestError": ".ipc.errors",
     "RequestMetrics": ".frontend.outputs",
     "RequestOutput": ".frontend.outputs",
+    "RequestTimeouts": ".frontend.timeouts",
     "RequestOutputKind": ".frontend.sampling_params",
     "SamplingParams": ".frontend.sampling_params",
     "StructuredOutputsConfig": ".ipc.config",
@@ -63,6 +65,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
+    "RequestTimeouts",
     "SamplingParams",
     "StructuredOutputsConfig",
     "StructuredOutputsParams",

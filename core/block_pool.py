@@ -14,10 +14,17 @@ from collections.abc import Sequence
 _ROOT = b"\0" * 32
 
 
-def extend_hashes(hashes: list[bytes], tokens: array[int], block_size: int, num_blocks: int) -> None:
+def root_of(salt: str) -> bytes:
+    """What the first block's digest begins with: requests of different salts share no name."""
+    return hashlib.sha256(salt.encode()).digest() if salt else _ROOT
+
+
+def extend_hashes(
+    hashes: list[bytes], tokens: array[int], block_size: int, num_blocks: int, root: bytes = _ROOT
+) -> None:
     """Append digests until `hashes` names the first `num_blocks` blocks of `tokens` (int32)."""
     for i in range(len(hashes), num_blocks):
-        digest = hashlib.sha256(hashes[-1] if hashes else _ROOT)
+        digest = hashlib.sha256(hashes[-1] if hashes else root)
         digest.update(tokens[i * block_size : (i + 1) * block_size])
         hashes.append(digest.digest())
 
@@ -40,6 +47,11 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         return len(self._unnamed) + len(self._named)
+
+    @property
+    def num_unnamed(self) -> int:
+        """Free blocks that hold nothing worth keeping."""
+        return len(self._unnamed)
 
     def references(self, block: int) -> int:
         return self._references[block]

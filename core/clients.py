@@ -8,7 +8,7 @@ from operator import itemgetter
 
 from ..ipc.messages import ClientStats, Finished, Started, StepOutputs, pack
 from .request import Phase, Request
-from .scheduler import Outputs
+from .steps import Outputs
 
 _MAX_NAME = 100
 

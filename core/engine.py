@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections.abc import Callable
 from typing import get_args
 
@@ -43,7 +44,8 @@ from .intake import MAX_N, make_requests
 from .logs import fields
 from .ranks import SERVING, WorkerError
 from .request import Request
-from .scheduler import BadResultError, Outputs, Scheduler
+from .scheduler import Scheduler
+from .steps import BadResultError, Outputs
 from .workers import Workers
 
 LOGGER = logging.getLogger(__name__)
@@ -138,6 +140,9 @@ class Engine:
             self._send_plans()
         except (WorkerError, BadResultError) as error:
             brought.append(self._restart(error))
+        deadline = self._scheduler.next_deadline
+        if deadline is not None and deadline <= time.monotonic():
+            brought.append(Outputs([], array("i"), [], self._scheduler.expire(time.monotonic())))
         for outputs in brought:
             for identity, message in self._splitter.split(outputs).items():
                 if (client := self._clients.get(identity)) is not None:
@@ -177,7 +182,10 @@ class Engine:
         if self._spins and self._scheduler.num_in_flight:
             return 0
         patience = _RETRY_MS if self._server.has_undelivered else int(1000 * _ROUND_SECONDS)
-        return min(patience, self._workers.patience_ms)
+        patience = min(patience, self._workers.patience_ms)
+        if (deadline := self._scheduler.next_deadline) is None:
+            return patience
+        return min(patience, max(0, int(1000 * (deadline - time.monotonic())) + 1))
 
     def _is_drained(self) -> bool:
         if self._drain_until is None:

@@ -14,9 +14,11 @@ import numpy as np
 
 from ..ipc.errors import RequestError
 from ..ipc.messages import MAX_GRAMMAR, AddRequest, Sampling, unpack
-from .request import Request
+from .request import Deadlines, Request
 
 MAX_N = 16384
+MAX_SALT = 1024
+MAX_TIMEOUT = 1e9
 _INT32 = 2**31 - 1
 _MAX_BAD_WORDS = 1 << 16
 """Tokens of all bad words of a request."""
@@ -45,6 +47,9 @@ def make_requests(client: bytes, message: AddRequest, vocab_size: int, now: floa
     _check(1 <= message.max_tokens <= _INT32, "max_tokens", message.max_tokens, f">= 1 and <= {_INT32}")
     sampling = message.sampling
     _check_sampling(sampling, message.max_tokens, vocab_size)
+    length = len(message.cache_salt)
+    _check(length <= MAX_SALT, "cache_salt", f"{length} characters", f"at most {MAX_SALT} characters")
+    deadlines = _deadlines(message, now)
     prompt = _read_ids("prompt", message.prompt, vocab_size)
     _check(len(prompt) > 0, "prompt", 0, ">= 1 tokens")
     generated = _read_ids("generated", message.generated, vocab_size)
@@ -65,7 +70,20 @@ def make_requests(client: bytes, message: AddRequest, vocab_size: int, now: floa
             max_tokens=message.max_tokens,
             priority=message.priority,
             arrival_time=now,
+            deadlines=deadlines,
+            cache_salt=message.cache_salt,
         )
+
+
+def _deadlines(message: AddRequest, now: float) -> Deadlines:
+    moments: list[float | None] = []
+    for name in ("queue_timeout", "first_token_timeout", "total_timeout"):
+        seconds: float | None = getattr(message, name)
+        _check(
+            seconds is None or 0 <= seconds <= MAX_TIMEOUT, name, seconds, f"seconds, 0 .. {MAX_TIMEOUT:g}"
+        )
+        moments.append(None if seconds is None else now + seconds)
+    return Deadlines(*moments)
 
 
 def _read_ids(name: str, column: bytes, vocab_size: int) -> array[int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
 from ..ipc.messages import Sampling
+from .block_pool import root_of
 
 
 class Phase(Enum):
@@ -46,6 +48,26 @@ class Suspicion:
 
 
 @dataclass(slots=True, eq=False)
+class Share:
+    """A client's account, for as long as it has requests."""
+
+    num_tokens: int
+    """Scheduled for it: prompt tokens computed, and generated ones."""
+    num_requests: int = 0
+
+
+class Deadlines(NamedTuple):
+    """When (time.monotonic) a request must have left the queue, have a token, have ended; None: never."""
+
+    queue: float | None = None
+    first_token: float | None = None
+    total: float | None = None
+
+
+NO_DEADLINES = Deadlines()
+
+
+@dataclass(slots=True, eq=False)
 class Request:
     """A request; the scheduler alone changes it after it was added."""
 
@@ -61,10 +83,17 @@ class Request:
     """time.monotonic()"""
     num_prompt_tokens: int = 0
     """0: all of `tokens`."""
+    deadlines: Deadlines = NO_DEADLINES
+    cache_salt: str = ""
 
     phase: Phase = Phase.WAITING
     order: tuple[int, int] = (0, 0)
-    """(priority, arrival number): the queue's order, and backwards the order of preemption."""
+    """(level, arrival number): backwards the order of preemption."""
+    share: Share = field(default_factory=lambda: Share(0))
+    num_charged_tokens: int = 0
+    """Of `num_computed_tokens`, those that its share has been charged with or that it found in the cache."""
+    num_passes: int = 0
+    """How often others with longer cached prefixes went before it."""
     max_total_tokens: int = field(init=False)
     """Length with prompt at which it ends."""
     stop_ids: frozenset[int] = field(init=False)
@@ -82,6 +111,8 @@ class Request:
     """After a preemption: tokens that sent plans will still bring."""
     attention_at: int = 0
     """A decoding request needs no look until `num_computed_tokens` is this."""
+    cache_root: bytes = field(init=False)
+    """What the names of its blocks begin with."""
     block_hashes: list[bytes] = field(default_factory=list)
     suspicion: Suspicion | None = None
     """See `blame`."""
@@ -97,6 +128,7 @@ class Request:
         if self.sampling.eos_token_id is not None:
             stops.add(self.sampling.eos_token_id)
         self.stop_ids = frozenset(stops)
+        self.cache_root = root_of(self.cache_salt)
 
     @property
     def num_output_tokens(self) -> int:
@@ -106,6 +138,15 @@ class Request:
     def has_brought(self) -> bool:
         """A token has come since it took its slot."""
         return len(self.tokens) > self.slot_length
+
+    def misses(self, now: float) -> bool:
+        """One of its deadlines has passed."""
+        queue, first_token, total = self.deadlines
+        return (
+            (queue is not None and now >= queue and self.phase is Phase.WAITING)
+            or (first_token is not None and now >= first_token and not self.num_output_tokens)
+            or (total is not None and now >= total)
+        )
 
     def move(self, phase: Phase) -> None:
         """Enter `phase`, which must be a legal successor."""

@@ -4,8 +4,9 @@ Sans I/O: requests and results go in, plans and outputs come out; the caller sen
 in the order in which it got them, and owns the clock.
 
 Each step gives tokens to requests until a budget is spent: first one to each decoding request, then chunks
-of the prompts under way, then of newly admitted ones. Up to `MAX_IN_FLIGHT` plans are ahead of their results:
-lengths are known in advance, so only a stop token is noticed late, and the one token after it is dropped.
+of the prompts under way, then of newly admitted ones. Whose turn it is to be admitted is the queue's to say.
+Up to `MAX_IN_FLIGHT` plans are ahead of their results: lengths are known in advance, so only a stop token is
+noticed late, and the one token after it is dropped.
 
 Two facts make sharing and reusing blocks simple. Plans run in order, so a freed block may be granted in the
 next plan although one in flight still writes to it. Within a plan all KV is written before any is read, so a
@@ -16,67 +17,38 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
+from collections.abc import Sequence
+from enum import Enum, auto
 from itertools import compress
-from typing import NamedTuple
 
 import numpy as np
 
 from ..ipc.config import EngineConfig
-from ..ipc.errors import ErrorInfo, HeadraceError, RequestCrashedError, RequestError
+from ..ipc.errors import ErrorInfo, RequestCrashedError
 from ..ipc.messages import Admit, FinishReason, Stats, StepPlan, StepResult, pack, unpack
 from .blame import Blame
-from .block_pool import BlockPool, extend_hashes
+from .block_pool import BlockPool
+from .deadlines import DeadlineQueue
+from .displacement import choose_victims
+from .limits import Limits
+from .prefix_cache import PrefixCache
+from .queue import WaitingQueue
 from .request import Phase, Request
+from .steps import BadResultError, Ended, Outputs, Step
 
 MAX_IN_FLIGHT = 2
+PREFIX_WINDOW = 8
+"""How far behind the head a longer cached prefix is looked for, and how often a head lets one pass."""
 _CRASHED = ErrorInfo.of(RequestCrashedError("the workers crashed each time when they computed this request"))
 
 
-class Ended(NamedTuple):
-    """A request that ended by itself."""
+class Pause(Enum):
+    """What is held back."""
 
-    request: Request
-    reason: FinishReason
-    stop_token_id: int | None
-    error: ErrorInfo | None = None
-
-
-class BadResultError(HeadraceError):
-    """A worker's answer does not fit its plan; nothing of it was used."""
-
-
-@dataclass(slots=True)
-class Outputs:
-    """What one step brought. `rows` is the same object as long as the same requests run."""
-
-    rows: list[Request]
-    """The requests that got a token; do not change it."""
-    tokens: array[int]
-    """int32[len(rows)]"""
-    started: list[Request]
-    """Left the queue for the first time."""
-    ended: list[Ended]
-
-
-@dataclass(slots=True)
-class _Step:
-    """A plan being made, and later in flight."""
-
-    number: int
-    budget: int
-    """Tokens that may still be scheduled."""
-    preempted: bool = False
-    granted: array[int] = field(default_factory=lambda: array("i"))
-    admitted: list[Admit] = field(default_factory=list)
-    chunks: list[tuple[Request, int]] = field(default_factory=list)
-    """Rows that compute prompt tokens, and how many."""
-    sampling: list[Request] = field(default_factory=list)
-    """Rows that sample, in order."""
-    started: list[Request] = field(default_factory=list)
-    last: list[Request] = field(default_factory=list)
-    """Rows that sample their request's last token."""
+    NOTHING = auto()
+    NEW = auto()
+    """Requests that have not started."""
+    EVERYTHING = auto()
 
 
 class Scheduler:
@@ -89,31 +61,37 @@ class Scheduler:
         max_model_len: int,
         max_in_flight: int = MAX_IN_FLIGHT,
     ) -> None:
+        self.paused = Pause.NOTHING
         self._max_in_flight = max_in_flight
         self._block_size = config.block_size
         self._budget = config.max_num_batched_tokens
         self._chunked = config.enable_chunked_prefill
         self._caching = config.enable_prefix_caching
         self._by_priority = config.scheduling_policy == "priority"
-        self._max_model_len = max_model_len
+        self._limits = Limits(config, num_blocks, max_model_len)
         self._vocab_size = config.vocab_size
         self._pool = BlockPool(num_blocks)
+        self._cache = PrefixCache(self._pool, config.block_size, self._caching)
         self._blame = Blame(config.max_replays)
         # No more running requests than a step has tokens: every decoding row runs in every step.
         self._num_slots = min(config.max_num_seqs, self._budget)
         self._free_slots = _all_slots(self._num_slots)
-        self._waiting: list[tuple[tuple[int, int], Request]] = []  # heap
+        self._queue = WaitingQueue(self._by_priority)
+        self._deadlines = DeadlineQueue()
         self._prefilling: list[Request] = []
         # Rebound, never changed in place: plans in flight and `Outputs` refer to it.
         self._decoding: list[Request] = []
         self._stale = False  # the two lists hold requests that no longer run
-        self._in_flight: deque[_Step] = deque()
+        self._in_flight: deque[Step] = deque()
         self._released = array("i")  # slots for the next plan to name
         self._last_rows: list[Request] | None = None
         self._last_slots = b""
-        self._num_live_waiting = 0
         self._num_draining = 0
-        self._num_added = 0
+        # Who could not be admitted, and whom displacing others would not help, until something changes.
+        self._stuck: tuple[Request, int, int] | None = None
+        self._immovable: tuple[Request, int] | None = None
+        self._num_moves = 0  # admissions, and departures of running requests
+        self._last_wait = 0.0  # seconds that the last to start had waited
         self._num_steps = 0
         self._num_preemptions = 0
         self._num_replays = 0
@@ -132,39 +110,53 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError when it can never run."""
         self.check(request)
-        request.order = (request.priority if self._by_priority else 0, self._num_added)
-        self._num_added += 1
         self._num_replays += request.num_output_tokens > 0
-        self._num_live_waiting += 1
-        heappush(self._waiting, (request.order, request))
+        self._queue.enter(request)
+        self._deadlines.add(request)
 
     def check(self, request: Request) -> None:
         """Raise RequestError, with the arithmetic, when a new request can never run."""
-        request.max_total_tokens = min(request.max_total_tokens, self._max_model_len)
-        self._check_prompt(request)
-        # The last token's KV is never needed.
-        prompt, total, size = request.num_prompt_tokens, request.max_total_tokens, self._block_size
-        blocks, available = -(-(total - 1) // size), self._pool.num_blocks
-        if blocks > available:
-            message = (
-                f"prompt {prompt} + max_tokens {total - prompt} = {total} tokens need {blocks} KV blocks of "
-                f"{size} tokens; the cache has {available} ({available * size} tokens)"
-            )
-            raise RequestError(message, parameter="max_tokens", value=total - prompt, limit=available * size)
+        self._limits.check(request)
+
+    def check_room(self, requests: Sequence[Request]) -> None:
+        """Raise OverloadedError unless there is a free slot or room in the queue for each of these."""
+        num_waiting = len(self._queue) + len(requests) - len(self._free_slots)
+        if num_waiting > 0:
+            new = sum(request.num_prompt_tokens for request in requests)
+            self._limits.check_room(num_waiting, self._queue.num_prompt_tokens + new, self._last_wait)
 
     def abort(self, request: Request) -> None:
         """Forget a request in whatever phase; its blocks are free on return."""
         if request.phase is not Phase.FINISHED:
             self._finish(request)
 
-    def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes; False while requests hold blocks."""
+    @property
+    def next_deadline(self) -> float | None:
+        """When to call `expire` (time.monotonic), at the latest."""
+        return self._deadlines.soonest
+
+    def expire(self, now: float) -> list[Ended]:
+        """End the requests that have missed a deadline; their blocks are free on return."""
+        missed = self._deadlines.pop_missed(now)
+        for request in missed:
+            self._finish(request)
+        return [Ended(request, FinishReason.TIMEOUT, None) for request in missed]
+
+    def reset_prefix_cache(self, reset_running: bool = False) -> bool:
+        """Forget all cached prefixes; False while requests hold blocks.
+
+        With `reset_running` these give them up, to be computed again.
+        """
+        if reset_running:
+            for request in self._running():
+                self._preempt(request)
+        self._num_moves += 1
         return self._pool.reset()
 
     def stats(self) -> Stats:
         return Stats(
             num_running=len(self._running()) + self._num_draining,
-            num_waiting=self._num_live_waiting,
+            num_waiting=len(self._queue),
             num_free_blocks=self._pool.num_free,
             num_blocks=self._pool.num_blocks,
             num_preemptions=self._num_preemptions,
@@ -176,38 +168,22 @@ class Scheduler:
             num_replays=self._num_replays,
         )
 
-    def _check_prompt(self, request: Request) -> None:
-        prompt, limit = len(request.tokens), self._max_model_len - 1
-        if prompt > limit:
-            message = (
-                f"the prompt has {prompt} tokens; max_model_len {self._max_model_len} leaves room for {limit}"
-            )
-            raise RequestError(message, parameter="prompt", value=prompt, limit=limit)
-        prompt = request.num_prompt_tokens
-        if prompt > self._budget and not self._chunked:
-            message = (
-                f"the prompt has {prompt} tokens; without chunked prefill it must fit in one step of "
-                f"max_num_batched_tokens {self._budget}"
-            )
-            raise RequestError(message, parameter="prompt", value=prompt, limit=self._budget)
-
     # --- plans --------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next plan, or None when there is nothing to run or enough is in flight."""
-        if len(self._in_flight) == self._max_in_flight:
+        if len(self._in_flight) == self._max_in_flight or self.paused is Pause.EVERYTHING:
             return None
         self._sweep()
-        step = _Step(self._num_steps, self._budget)
+        step = Step(self._num_steps, self._budget)
+        urgent = self._displace() if self._by_priority else None
         self._run_decodes(step)
-        self._run_prefills(step)
-        if not step.preempted:
-            self._admit_waiting(step, now)
+        self._run_prompts(step, now, urgent)
         if not self._decoding and not step.chunks:
             return None
         return self._seal(step)
 
-    def _run_decodes(self, step: _Step) -> None:
+    def _run_decodes(self, step: Step) -> None:
         """One token for every decoding request, preempting others where there are no blocks to grow into."""
         due = [r for r in self._decoding if r.num_computed_tokens == r.attention_at]
         if due:
@@ -220,11 +196,12 @@ class Scheduler:
             request.num_computed_tokens += 1
         step.budget -= len(self._decoding)
 
-    def _grow(self, request: Request, step: _Step) -> None:
+    def _grow(self, request: Request, step: Step) -> None:
         """Give a decoding request the block for its next position, if it needs one."""
         table, size = request.block_table, self._block_size
         if request.num_computed_tokens == len(table) * size:
-            self._name_full_blocks(request)
+            self._cache.name_full_blocks(request)
+            _settle(request)
             while not self._pool.num_free:
                 victim = max(self._running(), key=_order)
                 self._preempt(victim)
@@ -242,73 +219,151 @@ class Scheduler:
         end = len(request.block_table) * self._block_size
         request.attention_at = min(end, request.max_total_tokens - 2)
 
-    def _run_prefills(self, step: _Step) -> None:
-        self._prefilling.sort(key=_order)
-        for request in self._prefilling:
-            if step.budget:
-                self._run_chunk(request, step)
+    def _run_prompts(self, step: Step, now: float, urgent: Request | None) -> None:
+        """Chunks of the prompts under way, then of new ones; of two levels the more urgent first."""
+        under_way = sorted(self._prefilling, key=_order)
+        admits = not step.preempted
+        if admits and urgent is not None:
+            admits = self._admit_one(urgent, step, now)
+        for request in under_way:
+            if admits and self._by_priority:
+                self._admit_waiting(step, now, before=request)
+            if not step.budget:
+                return
+            self._run_chunk(request, step)
+        if admits:
+            self._admit_waiting(step, now)
 
-    def _run_chunk(self, request: Request, step: _Step) -> None:
+    def _run_chunk(self, request: Request, step: Step) -> None:
         count = min(len(request.tokens) - request.num_computed_tokens, step.budget)
         request.num_computed_tokens += count
         step.budget -= count
         step.chunks.append((request, count))
-        self._name_full_blocks(request)
+        self._cache.name_full_blocks(request)
+        _settle(request)
 
-    def _admit_waiting(self, step: _Step, now: float) -> None:
-        """Admit from the queue's head, in strict order: what does not fit waits, and all behind it."""
-        while self._waiting and self._free_slots and step.budget:
-            _, request = self._waiting[0]
-            if request.phase is not Phase.FINISHED:
-                if request.num_pending_tokens or not self._blame.may_run(request):
-                    return
-                if not self._admit(request, step):
-                    return
-                self._num_live_waiting -= 1
-                if request.phase is Phase.WAITING:
-                    self._count_start(request, step, now)
-                request.move(Phase.RUNNING)
-                self._blame.runs(request)
-                self._prefilling.append(request)
-                self._run_chunk(request, step)
-            heappop(self._waiting)
+    # --- admission ----------------------------------------------------------------------------------
 
-    def _admit(self, request: Request, step: _Step) -> bool:
-        """Give a waiting request a slot and blocks for all its tokens, if there are enough.
+    def _displace(self) -> Request | None:
+        """Preempt the least urgent if that makes room for the most urgent in line; returns that one."""
+        urgent = self._queue.most_urgent()
+        if urgent is None or self.paused is not Pause.NOTHING or not self._may_run(urgent):
+            return None
+        if (urgent, self._num_moves) == self._immovable:
+            return None
+        found = self._cache.find(urgent)
+        computes = len(urgent.tokens) - len(found) * self._block_size
+        victims = choose_victims(
+            urgent,
+            self._running(),
+            self._pool,
+            found,
+            block_size=self._block_size,
+            num_free_slots=len(self._free_slots),
+            num_row_tokens=1 if self._may_chunk(computes) else computes,
+            budget=self._budget,
+        )
+        if not victims:
+            self._immovable = urgent, self._num_moves
+            return None
+        for victim in victims:
+            self._preempt(victim)
+        self._sweep()
+        return urgent
+
+    def _admit_waiting(self, step: Step, now: float, before: Request | None = None) -> None:
+        """Admit whose turn it is, in strict order: when one does not fit, all behind it wait.
+
+        With `before`, only those that are more urgent than this running one.
+        """
+        while self._free_slots and step.budget:
+            is_held = self.paused is Pause.NEW
+            head = self._queue.next_preempted() if is_held else self._queue.next(now)
+            if head is None or (before is not None and head.priority >= before.order[0]):
+                return
+            if not self._admit_one(head, step, now):
+                return
+
+    def _admit_one(self, head: Request, step: Step, now: float) -> bool:
+        """Admit the head or, when cached prefixes are at stake, one behind it that has a longer one."""
+        if (head, self._num_moves, self._queue.version) == self._stuck or not self._may_run(head):
+            return False
+        found = self._cache.find(head)
+        rival, its_found = self._longest_prefix(head, found)
+        if rival is not head and self._admit(rival, its_found, step, now):
+            head.num_passes += 1
+            return True
+        computes = len(head.tokens) - len(found) * self._block_size
+        if computes > step.budget and not self._may_chunk(computes):
+            return False
+        if self._admit(head, found, step, now):
+            return True
+        self._stuck = head, self._num_moves, self._queue.version
+        return False
+
+    def _longest_prefix(self, head: Request, found: list[int]) -> tuple[Request, list[int]]:
+        """Of the first few in the head's line, the one with most blocks in the cache, and these.
+
+        Only when admitting the head would push cached blocks out: otherwise everybody's will still be there.
+        """
+        best = head, found
+        own = -(-len(head.tokens) // self._block_size) - len(found)
+        if own <= self._pool.num_unnamed or head.num_passes == PREFIX_WINDOW or not self._chunked:
+            return best
+        if self.paused is Pause.NOTHING:
+            for request in self._queue.first_in_line(head, PREFIX_WINDOW):
+                if request is not head and self._may_run(request):
+                    others = self._cache.find(request)
+                    if len(others) > len(best[1]):
+                        best = request, others
+        return best
+
+    def _may_run(self, request: Request) -> bool:
+        """Its tokens are all known, and nobody runs who would share the blame for a crash with it."""
+        return not request.num_pending_tokens and self._blame.may_run(request)
+
+    def _may_chunk(self, num_tokens: int) -> bool:
+        """A preempted request may have outgrown the budget: that one is chunked whatever the setting."""
+        return self._chunked or num_tokens > self._budget
+
+    def _admit(self, request: Request, shared: list[int], step: Step, now: float) -> bool:
+        """Give a waiting request a slot and blocks for all its tokens, if there are, and run its first chunk.
 
         Blocks for all, so that two prompts under way never wait for each other's; and one block is left for
         each running request, so that an admission is not undone by the next steps' growth.
         """
-        size, total = self._block_size, len(request.tokens)
-        shared = self._find_prefix(request)
-        computed = len(shared) * size
-        # A preempted request may have outgrown the budget: that one is chunked whatever the setting.
-        if total - computed > step.budget and not self._chunked and total - computed <= self._budget:
-            return False
-        own = -(-total // size) - len(shared)
+        own = -(-len(request.tokens) // self._block_size) - len(shared)
         reserve = len(self._decoding) + len(self._prefilling)
-        if own + reserve > self._pool.num_free_without(shared):
+        if not self._free_slots or own + reserve > self._pool.num_free_without(shared):
             return False
         self._pool.share(shared)
         request.block_table = shared + self._pool.take(own)
-        request.num_computed_tokens = computed
+        request.num_computed_tokens = request.num_charged_tokens = len(shared) * self._block_size
         request.num_named_blocks = len(shared)
         request.slot = self._free_slots.pop()
-        request.slot_length = total
+        request.slot_length = len(request.tokens)
         step.admitted.append(
             Admit(
                 slot=request.slot,
                 tokens=request.tokens.tobytes(),
                 num_prompt_tokens=request.num_prompt_tokens,
-                num_computed=computed,
+                num_computed=request.num_computed_tokens,
                 blocks=pack(request.block_table),
                 sampling=request.sampling,
             )
         )
+        self._queue.take(request, now)
+        self._num_moves += 1
+        if request.phase is Phase.WAITING:
+            self._count_start(request, step, now)
+        request.move(Phase.RUNNING)
+        self._blame.runs(request)
+        self._prefilling.append(request)
+        self._run_chunk(request, step)
         return True
 
-    def _count_start(self, request: Request, step: _Step, now: float) -> None:
-        request.queued_seconds = now - request.arrival_time
+    def _count_start(self, request: Request, step: Step, now: float) -> None:
+        request.queued_seconds = self._last_wait = now - request.arrival_time
         request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         step.started.append(request)
         self._prompt_tokens += request.num_prompt_tokens
@@ -316,7 +371,7 @@ class Scheduler:
             self._cache_queries += request.num_prompt_tokens
             self._cache_hits += request.num_cached_tokens
 
-    def _seal(self, step: _Step) -> StepPlan:
+    def _seal(self, step: Step) -> StepPlan:
         """Make the message, and take the requests where this step brings them."""
         slots, num_tokens = self._compose(step)
         plan = StepPlan(
@@ -339,7 +394,7 @@ class Scheduler:
         self._num_steps += 1
         return plan
 
-    def _compose(self, step: _Step) -> tuple[bytes | None, bytes | None]:
+    def _compose(self, step: Step) -> tuple[bytes | None, bytes | None]:
         """The plan's `slots` and `num_tokens`."""
         if self._decoding is self._last_rows and not step.chunks:
             return None, None
@@ -352,7 +407,7 @@ class Scheduler:
         self._last_slots = slots
         return slots, pack(counts)
 
-    def _end_prefills(self, step: _Step) -> None:
+    def _end_prefills(self, step: Step) -> None:
         """Requests whose known tokens are all computed sample in this step, and decode from the next."""
         whole = [r for r, _ in step.chunks if r.num_computed_tokens == len(r.tokens)]
         if not whole:
@@ -458,11 +513,12 @@ class Scheduler:
         request.num_pending_tokens = 0
         if request.phase is not Phase.PREEMPTED:
             request.move(Phase.PREEMPTED)
-            self._num_live_waiting += 1
-            heappush(self._waiting, (request.order, request))
+            self._queue.push(request)
 
     def _forget_workers(self) -> None:
         self._pool = BlockPool(self._pool.num_blocks)
+        self._cache = PrefixCache(self._pool, self._block_size, self._caching)
+        self._num_moves += 1
         self._free_slots = _all_slots(self._num_slots)
         self._released = array("i")
         self._prefilling, self._decoding, self._stale = [], [], False
@@ -478,11 +534,10 @@ class Scheduler:
         elif request.phase is Phase.DRAINING:
             self._num_draining -= 1
         else:
-            self._num_live_waiting -= 1
+            self._queue.remove(request)
+        self._queue.leave(request)
         request.move(Phase.FINISHED)
-        if len(self._waiting) > 2 * self._num_live_waiting + 64:
-            self._waiting = [entry for entry in self._waiting if entry[1].phase is not Phase.FINISHED]
-            heapify(self._waiting)
+        self._deadlines.forget(request)
 
     def _preempt(self, request: Request) -> None:
         """Put a running request back into the queue; it will be recomputed from all its tokens."""
@@ -490,12 +545,13 @@ class Scheduler:
         request.num_pending_tokens = max(0, request.num_computed_tokens + 1 - len(request.tokens))
         request.move(Phase.PREEMPTED)
         self._num_preemptions += 1
-        self._num_live_waiting += 1
-        heappush(self._waiting, (request.order, request))
+        self._queue.push(request)
 
     def _vacate(self, request: Request) -> None:
         """Take a running request's slot and blocks away; what they hold stays findable."""
-        self._name_full_blocks(request)
+        self._cache.name_full_blocks(request)
+        _settle(request)
+        self._num_moves += 1
         self._pool.give_back(request.block_table)
         request.block_table = []
         self._released.append(request.slot)
@@ -513,28 +569,6 @@ class Scheduler:
             self._prefilling = [r for r in self._prefilling if r.phase is Phase.RUNNING]
             self._stale = False
 
-    # --- the prefix cache ---------------------------------------------------------------------------
-
-    def _find_prefix(self, request: Request) -> list[int]:
-        """Blocks that hold the request's first tokens; at least one token is left to compute."""
-        if not self._caching or request.sampling.skip_reading_prefix_cache:
-            return []
-        count = (len(request.tokens) - 1) // self._block_size
-        extend_hashes(request.block_hashes, request.tokens, self._block_size, count)
-        return self._pool.find(request.block_hashes[:count])
-
-    def _name_full_blocks(self, request: Request) -> None:
-        """Make blocks findable whose positions are all scheduled and whose tokens are all known."""
-        if not self._caching:
-            return
-        full = min(request.num_computed_tokens, len(request.tokens)) // self._block_size
-        if full > request.num_named_blocks:
-            hashes, table = request.block_hashes, request.block_table
-            extend_hashes(hashes, request.tokens, self._block_size, full)
-            for i in range(request.num_named_blocks, full):
-                self._pool.name(table[i], hashes[i])
-            request.num_named_blocks = full
-
 
 def _all_slots(count: int) -> list[int]:
     """Free slots, the lowest last: the next to be taken."""
@@ -543,3 +577,9 @@ def _all_slots(count: int) -> list[int]:
 
 def _order(request: Request) -> tuple[int, int]:
     return request.order
+
+
+def _settle(request: Request) -> None:
+    """Charge its client for what has been scheduled."""
+    request.share.num_tokens += request.num_computed_tokens - request.num_charged_tokens
+    request.num_charged_tokens = request.num_computed_tokens

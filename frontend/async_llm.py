@@ -11,6 +11,7 @@ import collections
 import copy
 import logging
 import random
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from types import TracebackType
@@ -34,6 +35,7 @@ from .sampling_params import SamplingParams
 from .sampling_wire import to_wire
 from .stop_strings import StopStrings
 from .streams import RequestStream
+from .timeouts import RequestTimeouts, checked_timeouts
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger("headrace")
@@ -102,6 +104,7 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         prompt_text: str | None = None,
+        timeout: float | RequestTimeouts | None = None,
         **unsupported: Any,
     ) -> RequestStream:
         """Stream one request's outputs.
@@ -109,7 +112,8 @@ class AsyncLLM:
         Called as `(prompt, sampling_params, request_id)`, as `(request_id, prompt, sampling_params)`, by
         keywords, or as `(request_id)` after `add_request`. Without sampling parameters the model's defaults
         hold; without an id a fresh one is used. Nothing happens before the first iteration, where errors are
-        raised too.
+        raised too. With a `timeout` (seconds in all, or more exactly) a request that takes longer ends with
+        finish_reason "timeout".
         """
         given = tell_apart(args)
         for name, value in (
@@ -128,7 +132,12 @@ class AsyncLLM:
         async def start() -> Request:
             refuse_set(unsupported)
             return await self._submit(
-                new_id, given.get("prompt"), given.get("sampling_params"), priority, prompt_text
+                new_id,
+                given.get("prompt"),
+                given.get("sampling_params"),
+                priority,
+                prompt_text,
+                checked_timeouts(timeout),
             )
 
         return RequestStream(new_id, start, self._abort_request, self._abort_soon)
@@ -143,6 +152,7 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         priority: int = 0,
         prompt_text: str | None = None,
+        timeout: float | RequestTimeouts | None = None,  # noqa: ASYNC109 (the core keeps it)
         **unsupported: Any,
     ) -> RequestStream:
         """Start a request now, to be read later: from the stream returned, or by `generate(request_id)`.
@@ -153,7 +163,9 @@ class AsyncLLM:
             raise TypeError("add_request() got params and sampling_params")
         refuse_set(unsupported)
         new_id = checked_id(request_id)
-        request = await self._submit(new_id, prompt, params or sampling_params, priority, prompt_text)
+        request = await self._submit(
+            new_id, prompt, params or sampling_params, priority, prompt_text, checked_timeouts(timeout)
+        )
         self._unclaimed[new_id] = request
         return self._stream_of(new_id)
 
@@ -328,8 +340,10 @@ class AsyncLLM:
         params: SamplingParams | None,
         priority: int,
         prompt_text: str | None,
+        timeouts: RequestTimeouts,
     ) -> Request:
         """Check, tokenize and send one request."""
+        begun = time.monotonic()
         self._client.use_running_loop()
         self._abort_orphans()
         params = self._checked_params(params)
@@ -347,13 +361,22 @@ class AsyncLLM:
             grammar = None
             if params.structured_outputs is not None:
                 grammar = await self._grammars.grammar(params.structured_outputs)
-            self._send(request, params, priority, grammar)
+            left = timeouts.after(time.monotonic() - begun)
+            self._send(request, params, priority, grammar, parsed.cache_salt, left)
         except BaseException:
             self._table.drop(request)
             raise
         return request
 
-    def _send(self, request: Request, params: SamplingParams, priority: int, grammar: str | None) -> None:
+    def _send(
+        self,
+        request: Request,
+        params: SamplingParams,
+        priority: int,
+        grammar: str | None,
+        cache_salt: str,
+        timeouts: RequestTimeouts,
+    ) -> None:
         seed = self._seeds.getrandbits(62)
         sampling = to_wire(params, self.config, self._tokenizer, seed, grammar)
         ids = request.prompt_token_ids
@@ -382,6 +405,10 @@ class AsyncLLM:
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             n=params.n,
             priority=priority,
+            cache_salt=cache_salt,
+            queue_timeout=timeouts.queue,
+            first_token_timeout=timeouts.first_token,
+            total_timeout=timeouts.total,
         )
         self._client.send(message)
 

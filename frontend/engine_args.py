@@ -81,6 +81,11 @@ class AsyncEngineArgs:
     generation_config: str = "auto"
     """Where sampling defaults come from: "auto" (the model), "vllm" (none), or a folder."""
     scheduling_policy: str = "fcfs"
+    """"fcfs", or "priority": requests may name one, and the more urgent displace the less."""
+    max_queued_requests: int = 65_536
+    """Requests that may wait for a slot; beyond, they are refused with OverloadedError."""
+    max_queued_tokens: int = 1 << 28
+    """Prompt tokens of those."""
     max_replays: int = 1
     """How often a request is run again that was running when a worker or the core crashed, and has got no
     further since; then it ends with a RequestCrashedError."""
@@ -159,6 +164,8 @@ def resolve(args: AsyncEngineArgs) -> EngineConfig:
         enable_chunked_prefill=args.enable_chunked_prefill,
         enable_prefix_caching=args.enable_prefix_caching,
         scheduling_policy=cast(SchedulingPolicy, args.scheduling_policy),
+        max_queued_requests=args.max_queued_requests,
+        max_queued_tokens=args.max_queued_tokens,
         block_size=args.block_size,
         num_gpu_blocks_override=args.num_gpu_blocks_override,
         gpu_memory_utilization=args.gpu_memory_utilization,
@@ -205,6 +212,8 @@ _INTEGERS = {
     "max_model_len": (1, _MAX_INT),
     "max_num_seqs": (1, 65536),
     "max_num_batched_tokens": (1, _MAX_INT),
+    "max_queued_requests": (0, _MAX_INT),
+    "max_queued_tokens": (0, _MAX_SEED),
     "block_size": (1, 256),
     "num_gpu_blocks_override": (1, _MAX_INT),
     "kv_cache_memory_bytes": (1, _MAX_SEED),

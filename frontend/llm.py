@@ -30,6 +30,7 @@ from .tokenizer import Tokenizer
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """One conversation: [{"role": "user", "content": ...}, ...]."""
 Result = TypeVar("Result")
+_UNBOUNDED = 2**31 - 1
 
 
 class LLM:
@@ -39,7 +40,9 @@ class LLM:
     """
 
     def __init__(self, model: str, **engine_args: Any) -> None:
-        self._start(AsyncEngineArgs(model=model, **engine_args))
+        # One program's own requests: their number is its affair.
+        bounds = {"max_queued_requests": _UNBOUNDED, "max_queued_tokens": _UNBOUNDED}
+        self._start(AsyncEngineArgs(model=model, **bounds | engine_args))
 
     @classmethod
     def from_engine_args(cls, engine_args: AsyncEngineArgs) -> LLM:

@@ -20,7 +20,7 @@ class CompletionOutput(msgspec.Struct, frozen=True, gc=False):
     logprobs: None = None
     routed_experts: None = None
     finish_reason: str | None = None
-    """"stop", "length" or "abort"; None while it runs."""
+    """"stop", "length", "abort" or "timeout"; None while it runs."""
     stop_reason: int | str | None = None
     """The stop string or stop token id that ended it; None for end of sequence."""
     lora_request: None = None

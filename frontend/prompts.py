@@ -10,9 +10,13 @@ from ..ipc.errors import RequestError
 from .names import nearest
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids, "prompt": text for the output}."""
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids, "prompt": text for the output}.
 
-_KEYS = ("prompt", "prompt_token_ids")
+The mappings may have a "cache_salt": prompts share cached prefixes only with those of the same salt.
+"""
+
+_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+_MAX_SALT = 1024
 _LIMIT = 'a string, a list of token ids, {"prompt": ...} or {"prompt_token_ids": ...}'
 
 
@@ -21,6 +25,7 @@ class ParsedPrompt(NamedTuple):
 
     text: str | None
     token_ids: list[int] | None
+    cache_salt: str = ""
 
 
 def parse_prompt(prompt: object) -> ParsedPrompt:
@@ -43,7 +48,7 @@ def parse_prompt(prompt: object) -> ParsedPrompt:
         raise _refusal("prompt_token_ids", ids, message)
     if text is None and ids is None:
         raise _refusal("prompt", prompt, f"prompt must be {_LIMIT}, got {prompt!r:.100}")
-    return ParsedPrompt(text, None if ids is None else _token_ids(ids))
+    return ParsedPrompt(text, None if ids is None else _token_ids(ids), _salt(prompt.get("cache_salt")))
 
 
 def check_token_ids(ids: list[int], vocab_size: int, max_model_len: int) -> bytes:
@@ -64,6 +69,20 @@ def check_token_ids(ids: list[int], vocab_size: int, max_model_len: int) -> byte
         message = f"prompt: token id {wrong} is out of the vocabulary, [0, {vocab_size})"
         raise _refusal("prompt_token_ids", wrong, message, limit=f"[0, {vocab_size})")
     return array("i", ids).tobytes()
+
+
+def _salt(salt: object) -> str:
+    if salt is None:
+        return ""
+    limit = f"a string of 1 to {_MAX_SALT} characters, valid Unicode"
+    if not isinstance(salt, str) or not 1 <= len(salt) <= _MAX_SALT or not _is_unicode(salt):
+        raise _refusal("cache_salt", salt, f"cache_salt must be {limit}, got {salt!r:.100}", limit)
+    return salt
+
+
+def _is_unicode(text: str) -> bool:
+    """Half of a surrogate pair cannot be sent."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _token_ids(ids: Sequence[Any]) -> list[int]:

@@ -63,6 +63,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enable_chunked_prefill: bool
     enable_prefix_caching: bool
     scheduling_policy: SchedulingPolicy
+    max_queued_requests: int
+    """Requests that may wait for a slot."""
+    max_queued_tokens: int
+    """Prompt tokens of those."""
 
     block_size: int
     num_gpu_blocks_override: int | None

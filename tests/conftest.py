@@ -43,6 +43,8 @@ DEFAULTS: dict[str, Any] = {
     "enable_chunked_prefill": True,
     "enable_prefix_caching": True,
     "scheduling_policy": "fcfs",
+    "max_queued_requests": 10_000,
+    "max_queued_tokens": 1_000_000,
     "block_size": 4,
     "num_gpu_blocks_override": 16,
     "gpu_memory_utilization": 0.9,

@@ -6,7 +6,7 @@ from array import array
 
 from headrace.core.clients import Splitter
 from headrace.core.request import Request
-from headrace.core.scheduler import Ended, Outputs
+from headrace.core.steps import Ended, Outputs
 from headrace.ipc.errors import ErrorInfo
 from headrace.ipc.messages import Finished, FinishReason, Sampling, Started, StepOutputs, pack
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 from headrace.core.request import Phase, Request
-from headrace.core.scheduler import BadResultError, Ended, Outputs, Scheduler
+from headrace.core.scheduler import Scheduler
+from headrace.core.steps import BadResultError, Ended, Outputs
 from headrace.ipc.config import EngineConfig
 from headrace.ipc.errors import ErrorInfo, RequestError
 from headrace.ipc.messages import FailedRow, FinishReason, Sampling, StepPlan, StepResult, pack, unpack
@@ -247,7 +248,7 @@ def test_aborted_requests_do_not_pile_up_in_the_queue(make: MakeScheduler) -> No
     for request in waiting:
         scheduler.abort(request)
     assert scheduler.stats().num_waiting == 0
-    assert len(scheduler._waiting) < 100
+    assert len(scheduler._queue) == 0
     scheduler.abort(blocker)
 
 

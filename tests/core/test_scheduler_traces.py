@@ -13,11 +13,12 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
-from headrace.core.request import Phase, Request
-from headrace.core.scheduler import Scheduler
+from headrace.core.request import Deadlines, Phase, Request
+from headrace.core.scheduler import Pause, Scheduler
 from headrace.ipc.config import EngineConfig
 from headrace.ipc.errors import RequestError
 from headrace.ipc.messages import FinishReason, Sampling, StepPlan, StepResult, pack, unpack
@@ -53,6 +54,12 @@ class ToyWorker:
     kv: dict[tuple[int, int], np.uint64] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
 
+    def _forget(self, blocks: list[int]) -> None:
+        """What a block held before it was given out anew must not be read again."""
+        for block in blocks:
+            for offset in range(self.block_size):
+                self.kv.pop((block, offset), None)
+
     def execute(self, plan: StepPlan) -> StepResult:
         self._apply(plan)
         counts = [1] * len(self.rows) if plan.num_tokens is None else list(unpack(plan.num_tokens))
@@ -77,10 +84,12 @@ class ToyWorker:
             for token in unpack(admit.tokens):
                 slot.append(token)
             assert admit.num_computed < len(slot.tokens)
+            self._forget(slot.table[admit.num_computed // self.block_size :])
             self.slots[admit.slot] = slot
         granted = unpack(plan.granted)
         for which, block in zip(granted[::2], granted[1::2], strict=True):
             self.slots[which].table.append(block)
+            self._forget([block])
         if plan.slots is not None:
             self.rows = list(unpack(plan.slots))
         else:
@@ -118,15 +127,28 @@ class Rig:
         self.aborted: set[Request] = set()
         self.max_model_len = config.max_model_len
         self.started: set[Request] = set()
+        self.now = 0.0
 
     def add(
-        self, prompt: list[int], max_tokens: int, sampling: Sampling = GREEDY, priority: int = 0
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        sampling: Sampling = GREEDY,
+        priority: int = 0,
+        *,
+        client: bytes = b"",
+        **changes: Any,
     ) -> Request | None:
-        request = Request(b"", len(self.requests), array("i", prompt), sampling, max_tokens, priority)
+        tokens = array("i", prompt)
+        request = Request(
+            client, len(self.requests), tokens, sampling, max_tokens, priority, self.now, **changes
+        )
         try:
-            self.scheduler.add(request)
+            self.scheduler.check(request)
+            self.scheduler.check_room([request])
         except RequestError:
             return None
+        self.scheduler.add(request)
         self.requests.append(request)
         self.streams[request] = []
         return request
@@ -137,8 +159,12 @@ class Rig:
         self.scheduler.abort(request)
 
     def send(self) -> StepPlan | None:
-        plan = self.scheduler.schedule(0.0)
+        before = {request for request in self.requests if request.phase is not Phase.WAITING}
+        plan = self.scheduler.schedule(self.now)
+        if self.scheduler.paused is not Pause.NOTHING:
+            assert {r for r in self.requests if r.phase is not Phase.WAITING} == before
         if plan is not None:
+            assert self.scheduler.paused is not Pause.EVERYTHING
             self.results.append(self.worker.execute(plan))
         assert self.scheduler.num_in_flight == len(self.results) <= self.max_in_flight
         return plan
@@ -168,8 +194,26 @@ class Rig:
         assert not self.started & set(outputs.started)
         self.started.update(outputs.started)
 
+    def wait(self, seconds: float) -> None:
+        """Let time pass; whoever misses a deadline ends."""
+        self.now += seconds
+        due = {request for request in self.requests if self.is_live(request) and request.misses(self.now)}
+        soonest = self.scheduler.next_deadline
+        assert not due or (soonest is not None and soonest <= self.now)
+        ended = self.scheduler.expire(self.now)
+        assert {each.request for each in ended} == due
+        for each in ended:
+            self.ends[each.request] = (each.reason, each.stop_token_id)
+
+    def is_live(self, request: Request) -> bool:
+        return request not in self.ends and request not in self.aborted
+
     def check(self) -> None:
-        """No block lost, none held by who should hold none."""
+        """No block lost, none held by who should hold none, none shared across salts."""
+        salts: dict[int, str] = {}
+        for request in self.requests:
+            for block in request.block_table:
+                assert salts.setdefault(block, request.cache_salt) == request.cache_salt
         held = {block for request in self.requests for block in request.block_table}
         assert self.scheduler.stats().num_free_blocks == self.num_blocks - len(held)
         for request in self.requests:
@@ -178,6 +222,7 @@ class Rig:
 
     def finish(self) -> None:
         """Run to the end and compare every stream with the only right one."""
+        self.scheduler.paused = Pause.NOTHING
         while self.send() is not None or self.results:
             self.answer()
             self.check()
@@ -187,7 +232,10 @@ class Rig:
         assert self.ends.keys() | self.aborted == set(self.requests)
         for request in self.requests:
             tokens, reason, stop = self.expected(request)
-            if request in self.aborted:
+            if self.ends.get(request, (None,))[0] is FinishReason.TIMEOUT:
+                assert any(deadline is not None for deadline in request.deadlines)
+                assert self.streams[request] == tokens[: len(self.streams[request])]
+            elif request in self.aborted:
                 assert self.streams[request] == tokens[: len(self.streams[request])]
             else:
                 assert (self.streams[request], *self.ends[request]) == (tokens, reason, stop)
@@ -214,6 +262,8 @@ class Setting:
     caching: bool
     priority: bool
     max_in_flight: int = 2
+    max_queued_requests: int = 1000
+    max_queued_tokens: int = 100_000
 
     def rig(self, make_config: MakeConfig) -> Rig:
         config = make_config(
@@ -226,6 +276,8 @@ class Setting:
             scheduling_policy="priority" if self.priority else "fcfs",
             block_size=self.block_size,
             max_replays=100,
+            max_queued_requests=self.max_queued_requests,
+            max_queued_tokens=self.max_queued_tokens,
         )
         return Rig(config, self.num_blocks, self.max_in_flight)
 
@@ -240,36 +292,65 @@ SETTINGS = st.builds(
     caching=st.booleans(),
     priority=st.booleans(),
     max_in_flight=st.integers(1, 4),
+    max_queued_requests=st.sampled_from([1, 3, 1000]),
+    max_queued_tokens=st.sampled_from([5, 40, 100_000]),
 )
 
 
-def trace(rig: Rig, choose: random.Random, num_requests: int, *, crashes: bool = False) -> None:
-    """Adds (half of them continue an earlier stream), aborts, plans, answers and crashes in random order."""
+def add_any(rig: Rig, choose: random.Random) -> None:
+    """A request of any kind; half of them continue an earlier stream."""
     longest = rig.max_model_len
-    while len(rig.requests) < num_requests:
+    prompt = [choose.randrange(2) for _ in range(choose.randint(1, max(1, longest // 2)))]
+    if rig.requests and choose.random() < 0.5:
+        prompt = list(choose.choice(rig.requests).tokens[:longest]) + prompt[:2]
+    if choose.random() < 0.7:
+        prompt = prompt[: longest // 2 + 1]
+    sampling = Sampling(
+        seed=choose.choice([0, 0, 1, 2]),
+        min_tokens=choose.choice([0, 0, 3]),
+        eos_token_id=choose.choice([None, 5]),
+        stop_token_ids=choose.choice([[], [5], [7, 11]]),
+        skip_reading_prefix_cache=choose.random() < 0.1,
+    )
+    deadlines = Deadlines(
+        *(rig.now + choose.choice([0.0, 3.0, 30.0]) if choose.random() < 0.15 else None for _ in range(3))
+    )
+    rig.add(
+        prompt,
+        choose.choice([1, 2, 5, 30]),
+        sampling,
+        choose.randrange(3),
+        client=choose.choice([b"a", b"a", b"a", b"b", b"c"]),
+        cache_salt=choose.choice(["", "", "", "pepper"]),
+        deadlines=deadlines,
+    )
+
+
+def trace(rig: Rig, choose: random.Random, num_requests: int, *, crashes: bool = False) -> None:
+    """Adds, aborts, pauses, resets, waits, plans, answers and crashes in random order."""
+    actions = 0
+    while len(rig.requests) < num_requests and actions < 40 * num_requests:
+        actions += 1
         action = choose.random()
         if action < 0.3:
-            prompt = [choose.randrange(2) for _ in range(choose.randint(1, max(1, longest // 2)))]
-            if rig.requests and choose.random() < 0.5:
-                prompt = list(choose.choice(rig.requests).tokens[:longest]) + prompt[:2]
-            if choose.random() < 0.7:
-                prompt = prompt[: longest // 2 + 1]
-            sampling = Sampling(
-                seed=choose.choice([0, 0, 1, 2]),
-                min_tokens=choose.choice([0, 0, 3]),
-                eos_token_id=choose.choice([None, 5]),
-                stop_token_ids=choose.choice([[], [5], [7, 11]]),
-            )
-            rig.add(prompt, choose.choice([1, 2, 5, 30]), sampling, choose.randrange(3))
+            add_any(rig, choose)
         elif action < 0.34 and rig.requests:
             rig.abort(choose.choice(rig.requests[-8:]))
         elif action < 0.36:
             assert rig.scheduler.reset_prefix_cache() == (
                 rig.scheduler.stats().num_free_blocks == rig.num_blocks
             )
-        elif action < 0.37 and crashes:
+        elif action < 0.37:
+            assert rig.scheduler.reset_prefix_cache(reset_running=True)
+        elif action < 0.4:
+            rig.wait(choose.choice([0.5, 2.0, 12.0]))
+        elif action < 0.42:
+            rig.scheduler.paused = choose.choice(list(Pause))
+        elif action < 0.43 and crashes:
             rig.crash()
-        elif action < 0.7:
+        elif action < 0.72:
+            if choose.random() < 0.1:
+                rig.scheduler.paused = Pause.NOTHING
             rig.send()
         else:
             rig.answer()

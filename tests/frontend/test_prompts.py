@@ -14,15 +14,17 @@ from headrace.ipc.messages import unpack
 @pytest.mark.parametrize(
     ("prompt", "parsed"),
     [
-        ("hi", ("hi", None)),
-        ([1, 2], (None, [1, 2])),
-        ((1, 2), (None, [1, 2])),
-        ({"prompt": "hi"}, ("hi", None)),
-        ({"prompt_token_ids": [1]}, (None, [1])),
-        ({"prompt_token_ids": [1], "prompt": "hi", "multi_modal_data": None}, ("hi", [1])),
+        ("hi", ("hi", None, "")),
+        ([1, 2], (None, [1, 2], "")),
+        ((1, 2), (None, [1, 2], "")),
+        ({"prompt": "hi"}, ("hi", None, "")),
+        ({"prompt_token_ids": [1]}, (None, [1], "")),
+        ({"prompt_token_ids": [1], "prompt": "hi", "multi_modal_data": None}, ("hi", [1], "")),
+        ({"prompt": "hi", "cache_salt": "tenant"}, ("hi", None, "tenant")),
+        ({"prompt": "hi", "cache_salt": "s" * 1024}, ("hi", None, "s" * 1024)),
     ],
 )
-def test_forms(prompt: Any, parsed: tuple[str | None, list[int] | None]) -> None:
+def test_forms(prompt: Any, parsed: tuple[str | None, list[int] | None, str]) -> None:
     assert parse_prompt(prompt) == parsed
 
 
@@ -36,6 +38,10 @@ def test_forms(prompt: Any, parsed: tuple[str | None, list[int] | None]) -> None
         ({"prompt": 3}, "prompt"),
         ({"prompt_token_ids": 3}, "prompt_token_ids"),
         ({"promt": "hi"}, "promt"),
+        ({"prompt": "hi", "cache_salt": ""}, "cache_salt"),
+        ({"prompt": "hi", "cache_salt": 7}, "cache_salt"),
+        ({"prompt": "hi", "cache_salt": "s" * 1025}, "cache_salt"),
+        ({"prompt": "hi", "cache_salt": "\udc00"}, "cache_salt"),
         ({"prompt": "hi", "multi_modal_data": {"image": 1}}, "multi_modal_data"),
         ([1, "2"], "prompt_token_ids"),
         ([True], "prompt_token_ids"),

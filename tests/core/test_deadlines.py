@@ -1,0 +1,58 @@
+"""Which deadline holds when, and that ended requests do not pile up behind far ones."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+from headrace.core.deadlines import DeadlineQueue
+from headrace.core.request import Deadlines, Phase, Request
+from headrace.ipc.messages import Sampling
+
+
+def request(*deadlines: float | None) -> Request:
+    return Request(b"", 0, array("i", [1]), Sampling(), 4, deadlines=Deadlines(*deadlines))
+
+
+@pytest.mark.parametrize(
+    ("deadlines", "started", "has_token", "missed"),
+    [
+        ((5.0, None, None), False, False, True),
+        ((5.0, None, None), True, False, False),
+        ((None, 5.0, None), True, False, True),
+        ((None, 5.0, None), True, True, False),
+        ((None, None, 5.0), True, True, True),
+        ((None, None, 5.1), True, True, False),
+    ],
+)
+def test_what_each_deadline_asks(
+    deadlines: tuple[float | None, ...], started: bool, has_token: bool, missed: bool
+) -> None:
+    queue, one = DeadlineQueue(), request(*deadlines)
+    queue.add(one)
+    if started:
+        one.move(Phase.RUNNING)
+    if has_token:
+        one.tokens.append(1)
+    assert queue.pop_missed(4.9) == []
+    assert queue.pop_missed(5.0) == ([one] if missed else [])
+
+
+def test_soonest_first_and_each_once() -> None:
+    queue = DeadlineQueue()
+    assert queue.soonest is None
+    late, early = request(3.0, 3.0, 9.0), request(2.0)
+    queue.add(late)
+    queue.add(early)
+    assert queue.soonest == 2.0
+    assert queue.pop_missed(3.0) == [early, late]
+
+
+def test_ended_requests_are_let_go() -> None:
+    queue = DeadlineQueue()
+    for _ in range(1000):
+        one = request(None, None, 1e9)
+        queue.add(one)
+        one.move(Phase.FINISHED)
+        queue.forget(one)
+    assert len(queue) < 200
