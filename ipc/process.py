@@ -38,6 +38,11 @@ class Child:
     def alive(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; -n when signal n killed it."""
+        return self._process.poll()
+
     def cause_of_death(self) -> str:
         """How it ended, for an error message; call it once the child is not alive."""
         code = self._process.wait(timeout=5)

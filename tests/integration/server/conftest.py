@@ -16,16 +16,18 @@ from headrace.frontend.demo import demo_model_path
 
 SECONDS = 120
 COMMAND = [sys.executable, "-P", "-c", "from headrace.frontend.cli import main; main()", "serve"]
-ORACLE = ["demo", "--load-format", "oracle", "--max-model-len", "2048", "--num-gpu-blocks-override", "2000"]
+ORACLE = ["demo", "--load-format", "oracle", "--num-gpu-blocks-override", "4000"]
 """Exact tokens at no cost; the demo model's tokenizer gives them text."""
 
 
 class Server:
     """A running server; `end` checks that it ends well."""
 
-    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+    def __init__(self, process: subprocess.Popen[str], line: str) -> None:
         self.process = process
-        self.url = url
+        self.line = line
+        """What it said once it served."""
+        self.url = line.split()[-1]
 
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=SECONDS, **options)
@@ -49,7 +51,7 @@ def running(*words: str, **environ: str) -> Iterator[Server]:
     try:
         line = process.stdout.readline()  # "headrace: MODEL at URL", once it serves
         assert " at http" in line, process.stderr.read()
-        yield Server(process, line.split()[-1])
+        yield Server(process, line)
     finally:
         process.kill()
         process.communicate(timeout=SECONDS)
@@ -57,15 +59,15 @@ def running(*words: str, **environ: str) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def serve() -> Iterator[Callable[..., Server]]:
-    """`serve(*command line, **environment)`: servers that live as long as the module's tests."""
+    """`serve(*options, **environment)`: oracle servers that live as long as the module's tests."""
     demo_model_path()  # fetched before anything is timed
     with ExitStack() as stack:
-        yield lambda *words, **environ: stack.enter_context(running(*words, **environ))
+        yield lambda *words, **environ: stack.enter_context(running(*ORACLE, *words, **environ))
 
 
 @pytest.fixture(scope="module")
 def oracle(serve: Callable[..., Server]) -> Server:
-    return serve(*ORACLE)
+    return serve("--max-model-len", "2048")
 
 
 @pytest.fixture

@@ -1,0 +1,193 @@
+"""Several server processes on one engine core, sharing one listening socket.
+
+Each of them is `server.run` in a process of its own, attached to the core. The supervisor answers no
+requests: it starts the core (unless it is told of one), starts the servers, and starts again whichever
+dies. What a dead server was answering is lost; connections that nobody has
+accepted yet go to the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import selectors
+import signal
+import socket
+import time
+from contextlib import suppress
+from typing import NamedTuple
+
+import msgspec
+
+from ...ipc import process
+from ...ipc.exit_codes import ExitCode
+from ..core_process import CoreProcess
+from ..engine_args import AsyncEngineArgs, resolve
+from . import server
+from .listener import announce
+from .options import ServerOptions
+
+logger = logging.getLogger("headrace")
+
+_YOUNG_SECONDS = 1.0
+"""A server that dies younger than this is started again only after as long."""
+_KILL_SECONDS = 5.0
+"""What servers get to end on top of the time that their requests get."""
+
+
+class ServerStart(msgspec.Struct):
+    """How a server is started: the payload of its process."""
+
+    listener: int
+    """The descriptor of the bound socket."""
+    ready: int
+    """A pipe that gets one byte when it serves."""
+    options: ServerOptions
+    engine_args: AsyncEngineArgs
+    keys: list[str]
+
+
+class _Server(NamedTuple):
+    child: process.Child
+    pidfd: int
+    started: float
+
+
+def run_server(payload: bytes) -> None:
+    """The entry of a server's process."""
+    start = msgspec.json.decode(payload, type=ServerStart)
+    listener = socket.socket(fileno=start.listener)
+    server.live(lambda: server.run(listener, start.options, start.engine_args, start.keys, ready=start.ready))
+
+
+class Supervisor:
+    """`run` it once."""
+
+    def __init__(
+        self, listener: socket.socket, options: ServerOptions, args: AsyncEngineArgs, keys: list[str]
+    ) -> None:
+        self._listener = listener
+        self._options = options
+        self._args = args
+        self._keys = keys
+        self._core: CoreProcess | None = None
+        self._servers: dict[int, _Server] = {}
+        """By pidfd."""
+        self._due: list[float] = []
+        """When servers that died young are to be started again."""
+        self._num_ready = 0
+        self._num_signals = 0
+        self._deadline = math.inf
+        """Then the servers are killed."""
+        self._selector = selectors.DefaultSelector()
+        self._ready, self._ready_write = os.pipe()
+
+    def run(self) -> ExitCode:
+        """Serve until SIGTERM or SIGINT; returns the exit code. Raises HeadraceError at the start."""
+        wake, waker = socket.socketpair()
+        for end in (wake, waker):
+            end.setblocking(False)
+        try:
+            self._start_core()
+            signal.set_wakeup_fd(waker.fileno())
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._on_signal)
+            self._selector.register(wake, selectors.EVENT_READ)
+            self._selector.register(self._ready, selectors.EVENT_READ)
+            for _ in range(self._options.workers):
+                self._start_server()
+            return self._supervise(wake)
+        finally:
+            signal.set_wakeup_fd(-1)
+            for one in self._servers.values():
+                one.child.stop(_KILL_SECONDS)
+            if self._core is not None:
+                self._core.stop()
+
+    def _start_core(self) -> None:
+        if self._args.engine_core_address is not None:
+            return
+        core = CoreProcess(resolve(self._args))
+        core.wait_until_ready()
+        self._core = core
+        self._selector.register(core.status_fd, selectors.EVENT_READ)
+
+    def _start_server(self) -> None:
+        args = self._args
+        if self._core is not None:
+            args = AsyncEngineArgs(engine_core_address=self._core.address, tokenizer=args.tokenizer)
+        start = ServerStart(self._listener.fileno(), self._ready_write, self._options, args, self._keys)
+        child = process.spawn(
+            "server", f"{__name__}:run_server", start, pass_fds=(start.listener, start.ready)
+        )
+        pidfd = os.pidfd_open(child.pid)
+        self._servers[pidfd] = _Server(child, pidfd, time.monotonic())
+        self._selector.register(pidfd, selectors.EVENT_READ)
+
+    def _supervise(self, wake: socket.socket) -> ExitCode:
+        code = ExitCode.DONE
+        while self._servers or (self._due and not self._num_signals):
+            for key, _ in self._selector.select(self._seconds_left()):
+                if key.fileobj is wake:
+                    wake.recv(4096)
+                elif key.fd == self._ready:
+                    self._count_ready()
+                elif key.fd in self._servers:
+                    code = max(code, self._bury(self._servers[key.fd]))
+                elif self._core is not None and self._core.is_dead():
+                    self._restart_core(self._core)
+            while self._due and self._due[0] <= time.monotonic() and not self._num_signals:
+                del self._due[0]
+                self._start_server()
+            if time.monotonic() > self._deadline:
+                self._signal(signal.SIGKILL)
+        return code
+
+    def _seconds_left(self) -> float | None:
+        """Until there is something to do."""
+        due = min([self._deadline, *self._due])
+        return None if due == math.inf else max(due - time.monotonic(), 0.0)
+
+    def _count_ready(self) -> None:
+        before = self._num_ready
+        self._num_ready += len(os.read(self._ready, 4096))
+        if before < self._options.workers <= self._num_ready:
+            announce(self._listener, self._options, f"{self._options.workers} workers")
+
+    def _bury(self, dead: _Server) -> ExitCode:
+        """Returns what the death means for our own exit code."""
+        self._selector.unregister(dead.pidfd)
+        os.close(dead.pidfd)
+        del self._servers[dead.pidfd]
+        cause = dead.child.cause_of_death()
+        code = dead.child.exit_code
+        dead.child.stop(0)
+        if self._num_signals:
+            return ExitCode.DONE if code == ExitCode.DONE else ExitCode.CUT_OFF
+        if self._num_ready < self._options.workers:
+            self._on_signal(signal.SIGTERM, None)
+            logger.error("%s before it served", cause)
+            return ExitCode.CONFIG if code == ExitCode.CONFIG else ExitCode.FAULT
+        logger.error("%s; another one is started", cause)
+        self._due.append(max(time.monotonic(), dead.started + _YOUNG_SECONDS))
+        return ExitCode.DONE
+
+    def _restart_core(self, core: CoreProcess) -> None:
+        """The servers that lost it end by themselves, and start again on the new one."""
+        self._selector.unregister(core.status_fd)
+        logger.error("%s; another one is started", core.cause_of_death())
+        core.stop()
+        self._core = None
+        self._start_core()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        """The first lets requests finish, the second does not; the servers know the difference."""
+        self._num_signals += 1
+        self._deadline = min(self._deadline, time.monotonic() + self._options.drain_timeout + _KILL_SECONDS)
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for one in self._servers.values():
+            with suppress(ProcessLookupError):
+                os.kill(one.child.pid, number)
