@@ -50,7 +50,7 @@ def running(*words: str, **environ: str) -> Iterator[Server]:
     assert process.stderr is not None
     try:
         line = process.stdout.readline()  # "headrace: MODEL at URL", once it serves
-        assert " at http" in line, process.stderr.read()
+        assert " at " in line, process.stderr.read()
         yield Server(process, line)
     finally:
         process.kill()

@@ -1,0 +1,176 @@
+"""What protects a server: keys, sizes and times; and clients that go away or do not read."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+SECONDS = 60
+KEY = "sk-right"
+STALL_SECONDS = 2
+
+
+@pytest.fixture(scope="module")
+def guarded(serve: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A server with everything that protects it."""
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(f"sk-other\n\n {KEY} \n")
+    words = ["--api-key-file", str(file), "--allowed-origins", "https://one.example, https://two.example"]
+    words += ["--max-body-bytes", "100000", "--body-timeout", "0.5", "--stall-timeout", str(STALL_SECONDS)]
+    return serve(*words, HEADRACE_API_KEY="sk-environment")
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_every_route_but_health_needs_a_key(guarded: Any) -> None:
+    with guarded.client() as client:
+        routes = client.get("/openapi.json", headers=bearer(KEY)).json()["paths"]
+        paths = [(method, path) for path, methods in routes.items() for method in methods]
+        paths += [("get", "/openapi.json"), ("get", "/"), ("get", "/nothing"), ("post", "//v1/models")]
+        for method, path in paths:
+            response = client.request(method, path.replace("{name}", "demo"))
+            if path in ("/health", "/health/live", "/health/ready", "/ping"):
+                assert response.status_code == 200
+                continue
+            assert response.status_code == 401, path
+            assert response.json()["error"]["code"] == "invalid_api_key"
+        for key in (KEY, "sk-other", "sk-environment"):
+            assert client.get("/v1/models", headers=bearer(key)).status_code == 200
+        for value in ("Bearer sk-wrong", "Bearer", KEY, f"Basic {KEY}", "Bearer sk-righ", "Bearer \xff"):
+            response = client.get("/v1/models", headers={b"authorization": value.encode("latin-1")})
+            assert response.status_code == 401
+
+
+def test_keys_are_not_shown(guarded: Any) -> None:
+    """Neither in the list of processes nor in the environment of what the server starts."""
+    for pid in [guarded.process.pid, *_children(guarded.process.pid)]:
+        assert b"sk-" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    for pid in _children(guarded.process.pid):
+        assert b"sk-environment" not in Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_other_origins_are_allowed_by_name_only(guarded: Any, oracle: Any) -> None:
+    asking = {"origin": "https://two.example", "access-control-request-method": "POST"}
+    asking["access-control-request-headers"] = "authorization,content-type"
+    with guarded.client() as client, oracle.client() as closed:
+        allowed = client.options("/v1/chat/completions", headers=asking)
+        assert allowed.headers["access-control-allow-origin"] == "https://two.example"
+        assert allowed.status_code == 200
+        refused = client.options(
+            "/v1/chat/completions", headers={**asking, "origin": "https://three.example"}
+        )
+        assert "access-control-allow-origin" not in refused.headers
+        default = closed.get("/v1/models", headers={"origin": "https://two.example"})
+        assert default.status_code == 200
+        assert "access-control-allow-origin" not in default.headers
+
+
+def test_long_bodies_are_refused(guarded: Any) -> None:
+    """By their length before they are read, or when they have become too long."""
+    body = json.dumps({"prompt": "x" * 100000, "max_tokens": 1}).encode()
+    headers = {**bearer(KEY), "content-type": "application/json"}
+    with guarded.client() as client:
+        whole = client.post("/v1/completions", content=body, headers=headers)
+        parts = client.post("/v1/completions", content=iter([body[:60000], body[60000:]]), headers=headers)
+        assert [whole.status_code, parts.status_code] == [413, 413]
+        fits = client.post("/tokenize", content=body[: 99000 - len(body)] + b'"}', headers=headers)
+        assert fits.status_code == 200
+
+
+def test_slow_bodies_are_refused(guarded: Any) -> None:
+    with socket.create_connection(_address(guarded), timeout=SECONDS) as sock:
+        head = f"POST /tokenize HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {KEY}\r\n"
+        sock.sendall((head + "content-type: application/json\r\ncontent-length: 50\r\n\r\n{").encode())
+        assert sock.recv(65536).startswith(b"HTTP/1.1 408 ")
+        _read_to_end(sock)  # it is closed
+
+
+def test_a_client_that_goes_away_ends_its_request(oracle: Any) -> None:
+    """Whether it streams or waits for the whole answer."""
+    body: dict[str, Any] = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "n": 64}
+    with oracle.client() as watcher:
+        for stream in (True, False):
+            with socket.create_connection(_address(oracle), timeout=SECONDS) as sock:
+                _post(sock, {**body, "stream": stream})
+                wait_until(lambda: watcher.get("/load").json() == {"server_load": 1})
+            began = time.monotonic()
+            wait_until(lambda: watcher.get("/load").json() == {"server_load": 0})
+            assert time.monotonic() - began < 2  # the answer itself would take tens of seconds
+
+
+def test_a_client_that_does_not_read_is_cut_off(guarded: Any) -> None:
+    """Its answer of 9 MB fills every buffer on the way; others are served meanwhile."""
+    ids = [7] * 4000
+    body = {"prompt": [ids] * 2, "n": 128, "echo": True, "max_tokens": 2, "stream": True}
+    with guarded.client(headers=bearer(KEY)) as client, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(SECONDS)
+        sock.connect(_address(guarded))
+        _post(sock, {**body, "return_token_ids": True}, f"authorization: Bearer {KEY}\r\n")
+        began = time.monotonic()
+        wait_until(lambda: client.get("/load").json() == {"server_load": 1})
+        assert client.post("/v1/completions", json={"prompt": "Hello"}).status_code == 200
+        wait_until(lambda: client.get("/load").json() == {"server_load": 0})
+        assert time.monotonic() - began >= STALL_SECONDS
+        with pytest.raises(ConnectionError):
+            _read_to_end(sock)
+
+
+def test_https(serve: Callable[..., Any], tmp_path: Path) -> None:
+    key, cert = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert]
+    subprocess.run(command, check=True, capture_output=True)
+    server = serve("--ssl-certfile", cert, "--ssl-keyfile", key, "--host", "localhost")
+    url = server.url.replace("127.0.0.1", "localhost")
+    assert url.startswith("https://")
+    with httpx.Client(verify=ssl.create_default_context(cafile=cert)) as client:
+        assert client.get(f"{url}/health").status_code == 200
+        assert client.post(f"{url}/v1/completions", json={"prompt": "Hello"}).status_code == 200
+
+
+def test_a_unix_socket(serve: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    server = serve("--uds", str(path))
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://server") as client:
+        assert client.get("/v1/models").status_code == 200
+    assert server.end() == 0
+    assert not path.exists()
+
+
+def _address(server: Any) -> tuple[str, int]:
+    host, _, port = server.url.removeprefix("http://").rpartition(":")
+    return host, int(port)
+
+
+def _read_to_end(sock: socket.socket) -> None:
+    while sock.recv(1 << 20):
+        pass
+
+
+def _post(sock: socket.socket, body: dict[str, Any], headers: str = "") -> None:
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n{headers}"
+    sock.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
