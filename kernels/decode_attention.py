@@ -95,6 +95,7 @@ def decode_attention(
     chosen = tuning or _tuning(rows, kv_heads, head_dim)
     if out is None:
         out = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
+    options = pdl_options(qkv)
     _decode_attention_kernel[kv_heads, plan.max_pieces(rows)](
         qkv,
         qkv if q_norm is None else q_norm,
@@ -108,7 +109,6 @@ def decode_attention(
         plan.stats,
         plan.arrivals,
         out,
-        plan.work.shape[1],
         block_tables.stride(0),
         scale * 1.4426950408889634,
         eps,
@@ -122,11 +122,13 @@ def decode_attention(
         WIDTH=width,
         TILE=chosen.tile,
         AT_ONCE=_at_once(rows, kv_heads, chosen.num_warps, heads // kv_heads, width),
+        COLUMNS=plan.work.shape[1],
         STAGES=chosen.num_stages,
         FIRST_TILE=is_small(rows, kv_heads),
+        PREFETCH=rows > 1 and options["PDL"],
         READS_AHEAD=reads_ahead,
         num_warps=chosen.num_warps,
-        **pdl_options(qkv),
+        **options,
     )
     return out
 
@@ -182,6 +184,26 @@ def _token_offsets(table_ptr, token, inside, BLOCK_SIZE: tl.constexpr, STRIDE: t
     """Where tokens stand in the cache."""
     block = tl.load(table_ptr + token // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
     return (block * BLOCK_SIZE + token % BLOCK_SIZE) * STRIDE
+
+
+@triton.jit
+def _prefetch(
+    cache_ptr, table_ptr, start, end, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """Start to bring tokens `start` to `end`, at most 128, of a head into the second-level cache."""
+    token = start + tl.arange(0, 128)
+    inside = token < end
+    offset = _token_offsets(table_ptr, token, inside, BLOCK_SIZE, STRIDE)
+    size: tl.constexpr = HEAD_DIM * cache_ptr.dtype.element_ty.primitive_bitwidth // 8
+    if size % 16 == 0:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;}",
+            "=r,l,r",
+            [(cache_ptr + offset).to(tl.int64), tl.where(inside, size, 0)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -274,7 +296,6 @@ def _decode_attention_kernel(
     stats_ptr,
     arrivals_ptr,
     out_ptr,
-    work_stride,
     table_stride,
     scale,  # times log2(e): all exponentials are to base 2
     eps,
@@ -288,8 +309,10 @@ def _decode_attention_kernel(
     WIDTH: tl.constexpr,  # head_dim, padded to a power of two
     TILE: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
     FIRST_TILE: tl.constexpr,  # load it above the wait
+    PREFETCH: tl.constexpr,
     READS_AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -301,15 +324,18 @@ def _decode_attention_kernel(
     if not READS_AHEAD:
         wait_previous(PDL)
         allow_next(PDL)
-    row = tl.load(work_ptr + piece)
+    # One sector: all of it is loaded at once, before the question whether there is such a piece.
+    entry = work_ptr + piece * COLUMNS
+    row = tl.load(entry)
+    table_row = tl.load(entry + 1)
+    start = tl.load(entry + 2)
+    end = tl.load(entry + 3)
+    seq_len = tl.load(entry + 4)
+    first = tl.load(entry + 5)
+    pieces = tl.load(entry + 6)
     if row < 0:
         return
-    table_ptr = block_tables_ptr + tl.load(work_ptr + work_stride + piece).to(tl.int64) * table_stride
-    start = tl.load(work_ptr + 2 * work_stride + piece)
-    end = tl.load(work_ptr + 3 * work_stride + piece)
-    seq_len = tl.load(work_ptr + 4 * work_stride + piece)
-    first = tl.load(work_ptr + 5 * work_stride + piece)
-    pieces = tl.load(work_ptr + 6 * work_stride + piece)
+    table_ptr = block_tables_ptr + table_row.to(tl.int64) * table_stride
     new = seq_len - 1
     is_last = end == seq_len
     old_end = tl.minimum(end, new)
@@ -333,6 +359,15 @@ def _decode_attention_kernel(
         offset = _token_offsets(table_ptr, token, inside, BLOCK_SIZE, STRIDE)[:, None]
         k = tl.load(k_ptr + offset, mask=inside[:, None] & in_head, other=0.0)
         v = tl.load(v_ptr + offset, mask=inside[:, None] & in_head, other=0.0)
+    if PREFETCH:
+        # All programs start together: without this the memory is idle until they have their queries.
+        following = start + TILE if FIRST_TILE else start
+        _prefetch(
+            k_cache_ptr + kv_head * HEAD_DIM, table_ptr, following, old_end, BLOCK_SIZE, STRIDE, HEAD_DIM
+        )
+        _prefetch(
+            v_cache_ptr + kv_head * HEAD_DIM, table_ptr, following, old_end, BLOCK_SIZE, STRIDE, HEAD_DIM
+        )
     q_weight, q_partner_weight = 0.0, 0.0
     k_weight, k_partner_weight = 0.0, 0.0
     if NORM:

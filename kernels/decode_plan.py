@@ -16,15 +16,16 @@ from .pdl import allow_next, pdl_options, wait_previous
 
 _GRAIN = 64
 """Pieces are multiples of so many tokens."""
-_COLUMNS = 7
-"""Of a plan: row, block table's row, first token, end, sequence length, the row's first piece, its pieces."""
+_COLUMNS = 8
+"""Of a plan: row, block table's row, first token, end, sequence length, the row's first piece, its pieces; one
+is spare, so that a piece is one 32 byte sector."""
 
 
 class DecodePlan(NamedTuple):
     """A step's pieces and the room for their results. One serves all layers, and all steps up to its size."""
 
     work: Tensor
-    """int32 [_COLUMNS, pieces]; a row of -1 marks a piece that does not exist."""
+    """int32 [pieces, _COLUMNS]; a row of -1 marks a piece that does not exist."""
     partial: Tensor
     """float32 [pieces, heads, head_dim], weighted values of a piece."""
     stats: Tensor
@@ -34,7 +35,7 @@ class DecodePlan(NamedTuple):
     programs: int = 528
     """To aim at with few rows of long context: 4 for each of an H200's 132 multiprocessors."""
     min_piece: int = 128
-    """Tokens below which a row is not cut, as long as the rows alone do not make `programs / 2` programs."""
+    """Tokens below which a row is not cut, as long as the rows alone do not make a program per multiprocessor."""
 
     @classmethod
     def empty(
@@ -51,7 +52,7 @@ class DecodePlan(NamedTuple):
         pieces = rows - (-_target(rows, kv_heads, programs) // kv_heads)
         floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
         return cls(
-            work=torch.full((_COLUMNS, pieces), -1, dtype=torch.int32, device=device),
+            work=torch.full((pieces, _COLUMNS), -1, dtype=torch.int32, device=device),
             partial=torch.empty(pieces, heads, head_dim, **floats),
             stats=torch.empty(pieces, heads, 2, **floats),
             arrivals=torch.zeros(rows, kv_heads, dtype=torch.int32, device=device),
@@ -93,10 +94,10 @@ def plan_decode(plan: DecodePlan, seq_lens: Tensor, table_rows: Tensor | None = 
         plan.work,
         rows,
         plan.max_pieces(rows),
-        plan.work.shape[1],
         plan.pieces_each(rows),
-        plan.min_piece if is_small(rows, kv_heads) else 256,
+        plan.min_piece if rows * kv_heads < 132 else 256,
         GRAIN=_GRAIN,
+        COLUMNS=_COLUMNS,
         ROWS=triton.next_power_of_2(rows),
         HAS_TABLE_ROWS=table_rows is not None,
         num_warps=8,
@@ -111,10 +112,10 @@ def _plan_kernel(
     work_ptr,
     num_rows,
     max_pieces,
-    stride,
     target,
     min_piece,
     GRAIN: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_TABLE_ROWS: tl.constexpr,
     PDL: tl.constexpr,
@@ -135,14 +136,14 @@ def _plan_kernel(
         number = at + tl.arange(0, 16)[None, :]
         exists = number < pieces[:, None]
         start = number * piece
-        place = work_ptr + first[:, None] + number
+        place = work_ptr + (first[:, None] + number) * COLUMNS
         tl.store(place, tl.broadcast_to(row[:, None], ROWS, 16), mask=exists)
-        tl.store(place + stride, tl.broadcast_to(table_row[:, None], ROWS, 16), mask=exists)
-        tl.store(place + 2 * stride, tl.broadcast_to(start, ROWS, 16), mask=exists)
-        tl.store(place + 3 * stride, tl.minimum(start + piece, seq_len[:, None]), mask=exists)
-        tl.store(place + 4 * stride, tl.broadcast_to(seq_len[:, None], ROWS, 16), mask=exists)
-        tl.store(place + 5 * stride, tl.broadcast_to(first[:, None], ROWS, 16), mask=exists)
-        tl.store(place + 6 * stride, tl.broadcast_to(pieces[:, None], ROWS, 16), mask=exists)
+        tl.store(place + 1, tl.broadcast_to(table_row[:, None], ROWS, 16), mask=exists)
+        tl.store(place + 2, tl.broadcast_to(start, ROWS, 16), mask=exists)
+        tl.store(place + 3, tl.minimum(start + piece, seq_len[:, None]), mask=exists)
+        tl.store(place + 4, tl.broadcast_to(seq_len[:, None], ROWS, 16), mask=exists)
+        tl.store(place + 5, tl.broadcast_to(first[:, None], ROWS, 16), mask=exists)
+        tl.store(place + 6, tl.broadcast_to(pieces[:, None], ROWS, 16), mask=exists)
     for at in range(total, max_pieces, 1024):
         place = at + tl.arange(0, 1024)
-        tl.store(work_ptr + place, tl.full([1024], -1, tl.int32), mask=place < max_pieces)
+        tl.store(work_ptr + place * COLUMNS, tl.full([1024], -1, tl.int32), mask=place < max_pieces)

@@ -1,6 +1,8 @@
 """Where a decode step's time goes on the GPU: a table per kernel, the idle gap between steps, and a trace.
 
-    python scripts/profile_step.py --model scripts/models/llama-3.2-1b [--batch-size 1] [--trace FILE]
+    python scripts/profile_step.py --model scripts/models/llama-3.2-1b [--cases 1x64 128x64] [--trace FILE]
+
+A case is so many requests with so many tokens of context.
 
 Runs one worker's runner in this process with two plans in flight, as the engine does, without frontend and
 core. `step` is measured without the profiler. Kernels that are launched early (programmatic dependent launch)
@@ -10,6 +12,7 @@ overlap: their times then add up to more than the GPU's. Open the trace in Perfe
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -32,15 +35,15 @@ _FIRST_KERNEL = "_decode_inputs_kernel"
 class Driver:
     """The core's and the worker's loops in one."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, batch_size: int, context: int) -> None:
         config = resolve(
             AsyncEngineArgs(
                 model=args.model,
                 load_format="dummy",
                 skip_tokenizer_init=True,
-                max_num_seqs=max(args.batch_size, 8),
+                max_num_seqs=max(batch_size, 8),
                 max_num_batched_tokens=16384,
-                max_model_len=args.context + args.steps * 3 + 64,
+                max_model_len=context + args.steps * 3 + 64,
                 enforce_eager=args.enforce_eager,
                 enable_prefix_caching=False,
             )
@@ -51,8 +54,8 @@ class Driver:
         self.runner.warm_up()
         self._scheduler = Scheduler(config, num_blocks, config.max_model_len)
         sampling = Sampling(temperature=args.temperature)
-        for number in range(args.batch_size):
-            prompt = array("i", (i % 1000 for i in range(number, number + args.context)))
+        for number in range(batch_size):
+            prompt = array("i", (i % 1000 for i in range(number, number + context)))
             self._scheduler.add(Request(b"", number, prompt, sampling, args.steps * 3 + 32))
         self._under_way: deque[Any] = deque()
         self.host: list[float] = []
@@ -101,19 +104,9 @@ def gaps(kernels: Sequence[tuple[str, float, float]]) -> list[float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--context", type=int, default=64, help="prompt tokens (64)")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument("--trace", metavar="FILE", help="write a trace for Perfetto")
-    args = parser.parse_args()
-    driver = Driver(args)
+def profile_case(args: argparse.Namespace, batch_size: int, context: int) -> dict[str, float]:
+    """Print the case's table; returns its figures."""
+    driver = Driver(args, batch_size, context)
     for _ in range(20):
         driver.step()
     driver.host.clear()
@@ -129,6 +122,7 @@ def main() -> None:
     kernels = kernels_of(trace)
     if args.trace:
         trace.export_chrome_trace(args.trace)
+    print(f"\n{args.model}: {batch_size} x {context}")
     table(kernels, args.steps)
     busy, covered = 0.0, 0.0
     for _, begin, end in kernels:  # kernels overlap where one is launched before the last has ended
@@ -144,7 +138,31 @@ def main() -> None:
     }
     for name, value in figures.items():
         print(f"{name:<30}{value:>12.3f}")
-    print(json.dumps({"benchmark": "profile_step", "settings": vars(args), "results": figures}))
+    return figures
+
+
+def case(text: str) -> tuple[int, int]:
+    batch_size, _, context = text.partition("x")
+    return int(batch_size), int(context)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--cases", nargs="+", type=case, default=[(1, 64)], metavar="BATCHxCONTEXT")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--trace", metavar="FILE", help="write a trace of the last case for Perfetto")
+    args = parser.parse_args()
+    results = {}
+    for batch_size, context in args.cases:
+        results[f"{batch_size} x {context}"] = profile_case(args, batch_size, context)
+        gc.collect()
+        torch.cuda.empty_cache()
+    print(json.dumps({"benchmark": "profile_step", "settings": vars(args), "results": results}))
 
 
 main()

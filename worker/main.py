@@ -38,6 +38,10 @@ from .in_order import InOrder
 from .kv_cache import CacheSize
 
 
+_QUIET = 0.1
+"""Seconds without a step before something is prepared: requests that follow one another do not wait for it."""
+
+
 class Pending(Protocol):
     """A step under way."""
 
@@ -152,11 +156,12 @@ class Worker:
         """Take plans and answer them in order, polling both sides while a step is under way."""
         pipe, answers = self._pipe, self._start.rank == 0
         under_way: deque[tuple[int, Pending]] = deque()
-        num_prepared, prepared = 0, False
+        num_prepared, prepared, quiet = 0, False, True
         while True:
             self.phase = "waiting for a plan"
-            message = pipe.recv(None if prepared and not under_way else 0)
+            message = pipe.recv(0 if under_way else None if prepared else 0 if quiet else _QUIET)
             if isinstance(message, StepPlan):
+                quiet = False
                 self.phase = f"step {message.step}"
                 under_way.append((message.step, runner.submit(message)))
             elif isinstance(message, UsePrepared):
@@ -164,6 +169,7 @@ class Worker:
             elif message is not None:
                 raise AssertionError(f"expected StepPlan, got {message}")
             elif not under_way:
+                quiet = True
                 prepared = not runner.idle()
                 if not prepared:
                     num_prepared += 1
