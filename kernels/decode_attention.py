@@ -95,7 +95,6 @@ def decode_attention(
     chosen = tuning or _tuning(rows, kv_heads, head_dim)
     if out is None:
         out = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
-    options = pdl_options(qkv)
     _decode_attention_kernel[kv_heads, plan.max_pieces(rows)](
         qkv,
         qkv if q_norm is None else q_norm,
@@ -125,10 +124,9 @@ def decode_attention(
         COLUMNS=plan.work.shape[1],
         STAGES=chosen.num_stages,
         FIRST_TILE=is_small(rows, kv_heads),
-        PREFETCH=rows > 1 and options["PDL"],
         READS_AHEAD=reads_ahead,
         num_warps=chosen.num_warps,
-        **options,
+        **pdl_options(qkv),
     )
     return out
 
@@ -184,26 +182,6 @@ def _token_offsets(table_ptr, token, inside, BLOCK_SIZE: tl.constexpr, STRIDE: t
     """Where tokens stand in the cache."""
     block = tl.load(table_ptr + token // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
     return (block * BLOCK_SIZE + token % BLOCK_SIZE) * STRIDE
-
-
-@triton.jit
-def _prefetch(
-    cache_ptr, table_ptr, start, end, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr
-):
-    """Start to bring tokens `start` to `end`, at most 128, of a head into the second-level cache."""
-    token = start + tl.arange(0, 128)
-    inside = token < end
-    offset = _token_offsets(table_ptr, token, inside, BLOCK_SIZE, STRIDE)
-    size: tl.constexpr = HEAD_DIM * cache_ptr.dtype.element_ty.primitive_bitwidth // 8
-    if size % 16 == 0:
-        tl.inline_asm_elementwise(
-            "{.reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;}",
-            "=r,l,r",
-            [(cache_ptr + offset).to(tl.int64), tl.where(inside, size, 0)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit
@@ -312,7 +290,6 @@ def _decode_attention_kernel(
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
     FIRST_TILE: tl.constexpr,  # load it above the wait
-    PREFETCH: tl.constexpr,
     READS_AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -359,15 +336,6 @@ def _decode_attention_kernel(
         offset = _token_offsets(table_ptr, token, inside, BLOCK_SIZE, STRIDE)[:, None]
         k = tl.load(k_ptr + offset, mask=inside[:, None] & in_head, other=0.0)
         v = tl.load(v_ptr + offset, mask=inside[:, None] & in_head, other=0.0)
-    if PREFETCH:
-        # All programs start together: without this the memory is idle until they have their queries.
-        following = start + TILE if FIRST_TILE else start
-        _prefetch(
-            k_cache_ptr + kv_head * HEAD_DIM, table_ptr, following, old_end, BLOCK_SIZE, STRIDE, HEAD_DIM
-        )
-        _prefetch(
-            v_cache_ptr + kv_head * HEAD_DIM, table_ptr, following, old_end, BLOCK_SIZE, STRIDE, HEAD_DIM
-        )
     q_weight, q_partner_weight = 0.0, 0.0
     k_weight, k_partner_weight = 0.0, 0.0
     if NORM:

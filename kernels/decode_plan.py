@@ -17,8 +17,8 @@ from .pdl import allow_next, pdl_options, wait_previous
 _GRAIN = 64
 """Pieces are multiples of so many tokens."""
 _COLUMNS = 8
-"""Of a plan: row, block table's row, first token, end, sequence length, the row's first piece, its pieces; one
-is spare, so that a piece is one 32 byte sector."""
+"""Of a piece: row, block table's row, first token, end, sequence length, the row's first piece, its pieces;
+and one to spare, so that it is one sector of 32 bytes."""
 
 
 class DecodePlan(NamedTuple):
@@ -35,7 +35,7 @@ class DecodePlan(NamedTuple):
     programs: int = 528
     """To aim at with few rows of long context: 4 for each of an H200's 132 multiprocessors."""
     min_piece: int = 128
-    """Tokens below which a row is not cut, as long as the rows alone do not make a program per multiprocessor."""
+    """Tokens below which a row is not cut while rows alone are not a program for each multiprocessor."""
 
     @classmethod
     def empty(

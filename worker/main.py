@@ -37,9 +37,8 @@ from ..ipc.pipe import Pipe, PipeClosedError
 from .in_order import InOrder
 from .kv_cache import CacheSize
 
-
 _QUIET = 0.1
-"""Seconds without a step before something is prepared: requests that follow one another do not wait for it."""
+"""Seconds without a step before something is prepared: requests that follow each other do not wait."""
 
 
 class Pending(Protocol):

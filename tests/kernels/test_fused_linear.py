@@ -113,5 +113,5 @@ def test_dispatch_on_this_device(device: torch.device, tokens: int) -> None:
 def test_tilings_fit_the_registers(n: int, k: int, gated: bool) -> None:
     chosen = tiling(n, k, gated)
     loaded = chosen.rows * (2 if gated else 1) * -(-k // chosen.block_k) * chosen.block_k
-    assert loaded <= 1.03 * 128 * 32 * chosen.num_warps
+    assert loaded <= 160 * 32 * chosen.num_warps
     assert chosen.block_k & (chosen.block_k - 1) == 0
