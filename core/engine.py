@@ -265,6 +265,7 @@ class Engine:
                     raise RequestError(text, parameter="request", value=request.number)
                 self._scheduler.check(request)
                 requests.append(request)
+            self._scheduler.check_room(requests)
         except RequestError as error:
             info = ErrorInfo.of(error)
             count = message.n if 1 <= message.n <= MAX_N else 1

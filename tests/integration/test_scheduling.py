@@ -1,0 +1,195 @@
+"""Order, limits and timeouts through the real engine: each stream is the oracle's."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import pytest
+from headrace import (
+    AsyncEngineArgs,
+    AsyncLLM,
+    OverloadedError,
+    RequestError,
+    RequestOutput,
+    RequestOutputKind,
+    RequestTimeouts,
+    SamplingParams,
+)
+from headrace.ipc.oracle import oracle_stream
+
+Args = Callable[..., AsyncEngineArgs]
+Result = TypeVar("Result")
+
+
+def run(work: Coroutine[Any, Any, Result]) -> Result:
+    return asyncio.run(asyncio.wait_for(work, 60))
+
+
+def params(max_tokens: int, seed: int = 1) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=max_tokens, seed=seed, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+
+
+def oracle(prompt: list[int], num_tokens: int, seed: int = 1) -> list[int]:
+    return oracle_stream(prompt, seed, num_tokens, 1000)
+
+
+async def last(stream: Any) -> RequestOutput:
+    outputs: list[RequestOutput] = [output async for output in stream]
+    return outputs[-1]
+
+
+def test_a_crowd_of_one_client_does_not_delay_another(oracle_args: Args) -> None:
+    """One slot and 300 requests in line: the other client's only one is the next or the one after it."""
+
+    async def main(crowd: AsyncLLM, single: AsyncLLM) -> None:
+        finished: list[str] = []
+
+        async def one(engine: AsyncLLM, name: str, seed: int) -> None:
+            output = await last(engine.generate([1, 2, seed], params(30, seed), name))
+            assert output.outputs[0].token_ids == oracle([1, 2, seed], 30, seed)
+            finished.append(name)
+
+        tasks = [asyncio.create_task(one(crowd, f"crowd-{i}", i)) for i in range(300)]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        before = len(finished)
+        await one(single, "single", 500)
+        assert finished.index("single") - before < 150
+        await asyncio.gather(*tasks)
+
+    with AsyncLLMs(oracle_args(max_num_seqs=1)) as (crowd, single):
+        run(main(crowd, single))
+
+
+class AsyncLLMs:
+    """An embedded engine and a second client of its core."""
+
+    def __init__(self, args: AsyncEngineArgs) -> None:
+        self._engines = [AsyncLLM(args)]
+        core = self._engines[0]._client._core
+        assert core is not None
+        self._engines.append(AsyncLLM(AsyncEngineArgs(engine_core_address=core.address)))
+
+    def __enter__(self) -> tuple[AsyncLLM, AsyncLLM]:
+        return self._engines[0], self._engines[1]
+
+    def __exit__(self, *_: object) -> None:
+        for engine in reversed(self._engines):
+            engine.shutdown()
+
+
+def test_an_urgent_arrival_overtakes_those_that_run(oracle_args: Args) -> None:
+    async def main() -> None:
+        async with AsyncLLM(oracle_args(max_num_seqs=2, scheduling_policy="priority")) as engine:
+            slow = [
+                asyncio.create_task(last(engine.generate([i], params(1500), f"slow-{i}", priority=5)))
+                for i in range(4)
+            ]
+            while (await engine._client.call("stats")).stats.num_running < 2:  # type: ignore[union-attr]
+                pass
+            urgent = await last(engine.generate([9], params(3), "urgent", priority=-1))
+            assert urgent.outputs[0].token_ids == oracle([9], 3)
+            assert not any(task.done() for task in slow)
+            stats = (await engine._client.call("stats")).stats
+            assert stats is not None
+            assert stats.num_preemptions == 1
+            for i, output in enumerate(await asyncio.gather(*slow)):
+                assert output.outputs[0].token_ids == oracle([i], 1500)
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("timeout", "blocked", "has_tokens"),
+    [
+        (0.3, False, True),
+        (RequestTimeouts(total=0.3), False, True),
+        (RequestTimeouts(queue=0.3), True, False),
+        (RequestTimeouts(first_token=0.3), True, False),
+        (0, False, None),
+    ],
+)
+def test_timeouts(
+    engine: AsyncLLM, timeout: float | RequestTimeouts, blocked: bool, has_tokens: bool | None
+) -> None:
+    """The end comes in time, also while nothing else happens, with all that had been generated."""
+
+    async def main() -> None:
+        crowd = [
+            asyncio.create_task(last(engine.generate([i], params(2000), f"crowd-{i}")))
+            for i in range(256 if blocked else 0)
+        ]
+        while blocked and (await engine._client.call("stats")).stats.num_running < 256:  # type: ignore[union-attr]
+            pass
+        begun = time.monotonic()
+        output = await last(engine.generate([5, 6], params(100_000), "late", timeout=timeout))
+        assert time.monotonic() - begun < 30
+        tokens = output.outputs[0].token_ids
+        assert output.finished
+        assert output.outputs[0].finish_reason == "timeout"
+        assert tokens == oracle([5, 6], len(tokens))
+        assert has_tokens is None or bool(tokens) == has_tokens
+        for task in crowd:
+            task.cancel()
+        await asyncio.gather(*crowd, return_exceptions=True)
+
+    run(main())
+
+
+def test_no_timeout_strikes_what_is_in_time(engine: AsyncLLM) -> None:
+    async def main() -> None:
+        limits = RequestTimeouts(queue=50, first_token=50, total=50)
+        output = await last(engine.generate([5], params(20), "in time", timeout=limits))
+        assert (output.outputs[0].finish_reason, len(output.outputs[0].token_ids)) == ("length", 20)
+
+    run(main())
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf"), "3", True, 1e10])
+def test_bad_timeouts_are_refused(engine: AsyncLLM, timeout: Any) -> None:
+    async def main() -> None:
+        with pytest.raises(RequestError, match="timeout must be") as caught:
+            await last(engine.generate([5], params(2), timeout=timeout))
+        assert caught.value.parameter == "timeout"
+        with pytest.raises(RequestError, match="first_token must be"):
+            RequestTimeouts(first_token=timeout)
+
+    run(main())
+
+
+def test_a_full_queue_refuses_and_recovers(oracle_args: Args) -> None:
+    async def main() -> None:
+        async with AsyncLLM(oracle_args(max_num_seqs=1, max_queued_requests=3)) as engine:
+            streams = [await engine.add_request(None, [i], params(500)) for i in range(10)]
+            results = await asyncio.gather(*map(last, streams), return_exceptions=True)
+            refused = [result for result in results if isinstance(result, BaseException)]
+            assert len(refused) == 6
+            for error in refused:
+                assert isinstance(error, OverloadedError)
+                assert (error.parameter, error.limit) == ("max_queued_requests", "3")
+                assert error.retry_after >= 1
+            for i, result in enumerate(results):
+                if isinstance(result, RequestOutput):
+                    assert result.outputs[0].token_ids == oracle([i], 500)
+            again = await last(engine.generate([7], params(5)))
+            assert again.outputs[0].token_ids == oracle([7], 5)
+
+    run(main())
+
+
+def test_salts_keep_prefixes_apart(engine: AsyncLLM) -> None:
+    async def main() -> None:
+        ids = list(range(100, 164))
+        found = []
+        for salt in ("a", "a", "b", None):
+            prompt = {"prompt_token_ids": ids, "cache_salt": salt}
+            output = await last(engine.generate(prompt, params(3)))
+            assert output.outputs[0].token_ids == oracle(ids, 3)
+            found.append(output.num_cached_tokens)
+        assert found == [0, 48, 0, 0]
+
+    run(main())
