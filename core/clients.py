@@ -22,6 +22,7 @@ def shown_name(name: str) -> str:
 class Client:
     """A frontend that said Hello."""
 
+    id: int
     name: str
     since: float
     """When it said so, `time.monotonic()`."""
@@ -41,6 +42,7 @@ class Client:
             num_blocks=sum(len(request.block_table) for request in running),
             generation_tokens=self.generation_tokens,
             connected_seconds=now - self.since,
+            id=self.id,
         )
 
 

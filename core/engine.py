@@ -84,6 +84,8 @@ class Engine:
         self._scheduler = Scheduler(config, info.num_blocks, info.max_model_len)
         self._splitter = Splitter()
         self._clients: dict[bytes, Client] = {}
+        self._num_clients = 0
+        """Who ever came."""
         self._spins = config.device == "cuda"
         self._poller = zmq.Poller()
         for sock in server.sockets:
@@ -241,7 +243,8 @@ class Engine:
         if len(self._clients) >= _MAX_CLIENTS:
             self._refuse(identity, f"the core has {_MAX_CLIENTS} clients already")
             return
-        self._clients[identity] = Client(name, time.monotonic())
+        self._num_clients += 1
+        self._clients[identity] = Client(self._num_clients, name, time.monotonic())
         LOGGER.info("client is here", extra=fields(client=name))
         self._send(identity, Welcome(PROTOCOL_VERSION, self._config, self._info))
 

@@ -108,6 +108,25 @@ def _engine_core(parser: _Parser, words: Sequence[str]) -> Action:
     return partial(process.become, "headrace.core.main:run", start)
 
 
+def _status(parser: _Parser, words: Sequence[str]) -> Action:
+    from ..ipc.curve import client_keys  # noqa: PLC0415 - see the module's docstring
+    from .status import StatusConnection, watch  # noqa: PLC0415
+
+    parser.add_argument("address", metavar="ADDRESS", help="where the engine core listens")
+    parser.add_argument("--curve-server-key", metavar="FILE", help="the core's public key")
+    parser.add_argument("--curve-secret-key", metavar="FILE", help="a secret key that the core lets in")
+    parser.add_argument("--interval", metavar="SECONDS", type=float, default=1.0, help="(default: 1)")
+    parser.add_argument("--once", action="store_true", help="print one table and end")
+    parser.add_argument("--json", action="store_true", help="print lines of JSON instead")
+    args = parser.parse(words)
+    if not 0.05 <= args.interval <= 3600:
+        parser.error(f"--interval must be from 0.05 to 3600 seconds, got {args.interval}")
+    keys = client_keys(args.curve_server_key, args.curve_secret_key, "curve-server-key", "curve-secret-key")
+    connection = StatusConnection(args.address, keys)
+    shown = partial(watch, connection, sys.stdout, interval=args.interval, once=args.once)
+    return lambda: sys.exit(shown(as_json=args.json))
+
+
 def _keygen(parser: _Parser, words: Sequence[str]) -> Action:
     from ..ipc.curve import make_pair  # noqa: PLC0415 - see the module's docstring
 
@@ -328,6 +347,7 @@ _COMMANDS: dict[str, tuple[Callable[[_Parser, Sequence[str]], Action], str]] = {
     "models": (_models, "list the models on this machine"),
     "bench": (_bench, "measure latency, throughput, serving or the start"),
     "engine-core": (_engine_core, "start an engine core that AsyncLLM can attach to"),
+    "status": (_status, "show what an engine core is doing, and for whom"),
     "keygen": (_keygen, "make the CURVE keys that a core needs to serve beyond this machine"),
     "as-vllm": (_as_vllm, "run a program written against vLLM's AsyncLLM or LLM"),
     "explain-config": (_explain_config, "print the configuration that these arguments lead to"),

@@ -24,7 +24,7 @@ from ..ipc.config import (
     SchedulingPolicy,
     StructuredOutputsConfig,
 )
-from ..ipc.curve import ClientKeys
+from ..ipc.curve import ClientKeys, client_keys
 from ..ipc.errors import ConfigError
 from . import model_files
 from .model_files import ModelFiles
@@ -116,17 +116,12 @@ ATTACHING = tuple(name for name in FIELDS if name.startswith("engine_core_"))
 
 def attach_keys(args: AsyncEngineArgs) -> ClientKeys | None:
     """The CURVE keys for `engine_core_address`, both or none. Raises ConfigError."""
-    server, secret = args.engine_core_curve_server_key, args.engine_core_curve_secret_key
-    if server is None and secret is None:
-        return None
-    if server is None or secret is None or args.engine_core_address is None:
-        message = (
-            "engine_core_curve_server_key and engine_core_curve_secret_key go together, "
-            "and with engine_core_address"
-        )
-        name = "engine_core_curve_server_key" if server is None else "engine_core_curve_secret_key"
-        raise ConfigError(message, parameter=name, limit="both or none")
-    return ClientKeys(server, secret)
+    names = ("engine_core_curve_server_key", "engine_core_curve_secret_key")
+    keys = client_keys(args.engine_core_curve_server_key, args.engine_core_curve_secret_key, *names)
+    if keys is not None and args.engine_core_address is None:
+        message = f"{names[0]} and {names[1]} are for an engine_core_address"
+        raise ConfigError(message, parameter=names[0], limit="engine_core_address")
+    return keys
 
 
 def resolve(args: AsyncEngineArgs) -> EngineConfig:

@@ -40,6 +40,19 @@ class ClientKeys(msgspec.Struct, frozen=True):
     """File with the frontend's own secret key."""
 
 
+def client_keys(
+    server_key: str | None, secret_key: str | None, server_parameter: str, secret_parameter: str
+) -> ClientKeys | None:
+    """Both or none; the two last are what the caller calls them. Raises ConfigError."""
+    if server_key is not None and secret_key is not None:
+        return ClientKeys(server_key, secret_key)
+    if server_key is None and secret_key is None:
+        return None
+    message = f"{server_parameter} and {secret_parameter} go together"
+    missing = server_parameter if server_key is None else secret_parameter
+    raise ConfigError(message, parameter=missing, limit="both or none")
+
+
 def make_pair(folder: Path, name: str) -> tuple[Path, Path]:
     """Write a new key pair to `name.secret` and `name.public`, for their owner alone; never over old files.
 

@@ -246,6 +246,8 @@ class ClientStats(Record, frozen=True):
     """KV blocks of its requests; a block that clients share counts for each."""
     generation_tokens: int = 0
     connected_seconds: float = 0.0
+    id: int = 0
+    """Clients are numbered as they come; no number is used twice."""
 
 
 class StepOutputs(Message, frozen=True):

@@ -349,6 +349,52 @@ def _secrets_stay_secret(core: Daemon, client: Client, folder: Path) -> None:
     assert not any(secret in told for secret in secrets)
 
 
+def status(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*HEADRACE, "status", *words], capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def test_status(daemon: Start, connect: Connect) -> None:
+    core = daemon()
+    address = core.wait_ready()
+    client = connect(address, "the busy one")
+    core.worker().suspend()
+    for request in range(3):
+        client.add(request, 1900)
+    while (stats := client.stats()).num_running + stats.num_waiting < 3:
+        pass
+    shown = status(address, "--once", "--interval", "0.1")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert ": serving\n" in shown.stdout
+    running, waiting = stats.num_running, stats.num_waiting  # few: two steps are under way, for ever
+    assert f"requests   {running} running, {waiting} waiting" in shown.stdout
+    (line,) = (line for line in shown.stdout.splitlines() if line.startswith("the busy one"))
+    assert line.split()[3:8] == [str(running), str(waiting), str(running), "0.0", "0"]
+    told = json.loads(status(address, "--once", "--json", "--interval", "0.1").stdout)
+    assert (told["num_running"], told["num_waiting"], told["state"]) == (running, waiting, "serving")
+    assert told["num_blocks"] - told["num_free_blocks"] == running
+    assert told["clients"][0]["name"] == "the busy one"
+
+
+def test_status_of_nothing(tmp_path: Path) -> None:
+    shown = status(f"ipc://{tmp_path}/core")
+    assert shown.returncode == 2
+    assert "no engine core listens" in shown.stderr
+    assert shown.stderr.count("\n") == 1
+
+
+def test_status_ends_with_the_core(daemon: Start) -> None:
+    core = daemon()
+    words = [*HEADRACE, "status", core.wait_ready(), "--json", "--interval", "0.05"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        assert watching.stderr is not None
+        for _ in range(3):  # again and again
+            assert json.loads(watching.stdout.readline())["num_running"] == 0
+        assert core.end() == 0
+        assert watching.wait(TIMEOUT) == 1
+        assert watching.stderr.read().endswith("is gone\n")
+
+
 FRONTEND = """
 import json, sys
 from headrace.ipc.messages import PROTOCOL_VERSION, AddRequest, Hello, Sampling, StepOutputs, pack, unpack

@@ -112,7 +112,7 @@ FROM_CORE: list[FromCore] = [
         Stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, True, 11, 12),
         None,
         [{"rank": 0}],
-        [ClientStats("doc", 1, 2, 3, 4, 0.5)],
+        [ClientStats("doc", 1, 2, 3, 4, 0.5, 6)],
         "recovering",
     ),
     Dying(ErrorInfo("dead", "worker 0 was killed by SIGKILL")),
