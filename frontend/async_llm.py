@@ -19,7 +19,7 @@ from typing import Any
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ConfigError, EngineDeadError, RequestError
-from ..ipc.messages import Abort, AddRequest
+from ..ipc.messages import Abort, AddRequest, ClientStats, Stats
 from .call_forms import checked_id, refuse_set, tell_apart
 from .core_client import CoreClient
 from .core_process import CoreProcess
@@ -258,9 +258,14 @@ class AsyncLLM:
     async def get_metrics(self) -> list[AnyMetric]:
         """This frontend's counters and histograms, and the engine's own, in vLLM's Prometheus names."""
         labels = {"model_name": self.config.served_model_name, "engine": "0"}
-        stats = (await self._client.call("stats")).stats
-        engine = [] if stats is None else engine_records(stats, labels)
-        return [*engine, *self._table.metrics.records(labels)]
+        stats, _ = await self.get_stats()
+        return [*engine_records(stats, labels), *self._table.metrics.records(labels)]
+
+    async def get_stats(self) -> tuple[Stats, list[ClientStats]]:
+        """The engine at this moment, and each client's share of it."""
+        reply = await self._client.call("stats")
+        assert reply.stats is not None
+        return reply.stats, reply.clients
 
     async def do_log_stats(self) -> None:
         """Log the engine's state (level INFO); nothing with `disable_log_stats`."""

@@ -9,12 +9,18 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from . import chat, completions, openapi, operations, tokens
+from . import chat, completions, metrics, openapi, operations, page, tokens
 from .errors import on_error
 from .guard import Guard, Keys
 from .service import Service
 
-ENDPOINTS = [*completions.ENDPOINTS, *chat.ENDPOINTS, *tokens.ENDPOINTS, *operations.ENDPOINTS]
+ENDPOINTS = [
+    *completions.ENDPOINTS,
+    *chat.ENDPOINTS,
+    *tokens.ENDPOINTS,
+    *operations.ENDPOINTS,
+    *metrics.ENDPOINTS,
+]
 
 
 def make_app(service: Service, keys: Sequence[str]) -> Starlette:
@@ -27,6 +33,7 @@ def make_app(service: Service, keys: Sequence[str]) -> Starlette:
         routes=[
             *(endpoint.route(service) for endpoint in ENDPOINTS),
             openapi.route(ENDPOINTS),
+            *page.routes(),
         ],
         middleware=middleware,
         exception_handlers={HTTPException: on_error},  # no such route, or not this method

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import hashlib
 import hmac
 from collections.abc import Iterable
@@ -27,11 +29,15 @@ class Keys:
         return bool(self._digests)
 
     def accept(self, authorization: str) -> bool:
-        """`authorization`: the header of that name, "Bearer KEY"."""
+        """`authorization`: the header of that name. "Bearer KEY", or "Basic ..." with the key as the
+        password: that is how a browser sends it for the page."""
         scheme, _, offered = authorization.partition(" ")
-        digest = _digest(offered.strip())
+        key = offered.strip()
+        if scheme.lower() == "basic":
+            key = _password(key)
+        digest = _digest(key)
         matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all, whichever fits
-        return any(matches) and scheme.lower() == "bearer"
+        return any(matches) and scheme.lower() in ("bearer", "basic")
 
 
 class Gate:
@@ -92,7 +98,7 @@ class Guard:
 
     def _check_key(self, scope: Scope) -> None:
         if self._keys and not self._keys.accept(Headers(scope=scope).get("authorization", "")):
-            challenge = {"www-authenticate": "Bearer"}
+            challenge = {"www-authenticate": 'Bearer, Basic realm="Headrace: the API key is the password"'}
             raise ApiError(401, "invalid API key", code="invalid_api_key", headers=challenge)
 
 
@@ -121,6 +127,15 @@ async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
 def _too_long(max_bytes: int) -> ApiError:
     message = f"the body is longer than {max_bytes} bytes"
     return ApiError(413, message, headers={"connection": "close"})  # the rest of it is not read
+
+
+def _password(credentials: str) -> str:
+    try:
+        return (
+            base64.b64decode(credentials, validate=True).decode("utf-8", "surrogateescape").partition(":")[2]
+        )
+    except binascii.Error:
+        return ""
 
 
 def _digest(key: str) -> bytes:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from headrace.frontend.metrics import Counter, FrontendMetrics, Gauge, Histogram, engine_records
 from headrace.frontend.request_table import RequestTable
@@ -136,3 +139,16 @@ def test_buckets_are_cumulative_and_bounds_belong_to_them() -> None:
     assert (found.buckets["0.0002"], found.buckets["0.001"], found.buckets["0.0015"]) == (1, 2, 3)
     assert (found.buckets["80"], found.buckets["+Inf"], found.count) == (3, 4, 4)
     assert found.sum == pytest.approx(1000.0022)
+
+
+def test_the_dashboard_asks_for_metrics_that_exist() -> None:
+    dashboard = Path(__file__).parents[2] / "examples" / "deploy" / "grafana-dashboard.json"
+    metrics = FrontendMetrics()
+    metrics.completed("stop")
+    known: set[str] = set()
+    for record in [*metrics.records(LABELS), *engine_records(Stats(), LABELS)]:
+        suffixes = {Counter: ["_total"], Gauge: [""], Histogram: ["_bucket"]}[type(record)]
+        known |= {record.name + suffix for suffix in suffixes}
+    asked = set(re.findall(r"vllm:\w+", dashboard.read_text()))
+    assert len(asked) > 10
+    assert asked <= known
