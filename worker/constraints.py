@@ -20,7 +20,7 @@ from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, RequestError
 from ..ipc.messages import Admit, FailedRow, Sampling
 from .grammar import Grammars
-from .rules import BadWords, Thinking
+from .rules import BadWords, Fixed, Thinking, TokenRules
 
 LOGGER = logging.getLogger(__name__)
 
@@ -63,6 +63,11 @@ class ConstraintBuilder:
             rules.append(BadWords(words))
         if sampling.thinking is not None:
             rules.append(Thinking(sampling.thinking, prompt.tolist()))
+        fixed = TokenRules.of(sampling)
+        if rules and fixed is not None:
+            rules.append(
+                Fixed(fixed, self._config.vocab_size)
+            )  # that they contradict each other is seen here
         return rules
 
 
@@ -168,6 +173,8 @@ class Constraints:
         mask = np.full(-(-vocab_size // 32), -1, np.int32)
         try:
             filled = [rule.fill(mask) for rule in self._rules[slot]]
+            if not mask.any():
+                raise RequestError("what one parameter allows to come next, others forbid")
             return mask if any(filled) else None
         except Exception as error:
             self._fail(slot, error)

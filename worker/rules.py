@@ -86,5 +86,24 @@ class Thinking:
         return True
 
 
+class Fixed:
+    """`TokenRules` as a constraint, where there are others: the mask then tells whether anything is left."""
+
+    def __init__(self, rules: TokenRules, vocab_size: int) -> None:
+        allowed = np.full(vocab_size, not len(rules.allowed), np.bool_)
+        allowed[rules.allowed] = True
+        allowed[rules.biased[np.isneginf(rules.biases)]] = False
+        packed = np.packbits(allowed, bitorder="little")
+        self._mask = np.zeros(-(-vocab_size // 32), np.int32)
+        self._mask.view(np.uint8)[: len(packed)] = packed
+
+    def accept(self, token: int) -> None:
+        """Nothing depends on it."""
+
+    def fill(self, mask: Mask) -> bool:
+        mask &= self._mask
+        return True
+
+
 def _bit(token: int) -> np.int32:
     return np.uint32(1 << token % 32).view(np.int32)

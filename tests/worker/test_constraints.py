@@ -4,12 +4,15 @@ rule that fails ends one request.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from headrace.ipc.config import EngineConfig
 from headrace.ipc.errors import RequestError
-from headrace.ipc.messages import Admit, Sampling, StepPlan, pack
-from headrace.worker.constraints import Constraint, Constraints, Mask, Tokens
+from headrace.ipc.messages import Admit, Sampling, StepPlan, ThinkingBudget, pack
+from headrace.worker.constraints import Constraint, ConstraintBuilder, Constraints, Mask, Tokens
 from headrace.worker.sampler import Sampler
 from headrace.worker.slots import Slots
 
@@ -100,3 +103,18 @@ def test_a_rule_that_fails_ends_its_request_alone(table: Slots, new: Admit, says
     assert says in failed.error.message
     assert step(table, admit(0, [20], 1), released=pack([0]), rows=(1,)) == [32, 21]
     assert table.constraints.failed(np.array([1, 0])) == []
+
+
+def test_rules_that_leave_no_token_end_the_request(make_config: Callable[..., EngineConfig]) -> None:
+    """Thinking must end, and its end is not among the allowed tokens."""
+    constraints = Constraints(ConstraintBuilder(make_config(vocab_size=VOCAB)))
+    thinking = ThinkingBudget(budget=0, begin=3, end=4)
+    for slot, allowed in enumerate(([4, 5], [5])):
+        sampling = Sampling(thinking=thinking, allowed_token_ids=pack(allowed))
+        assert constraints.admit(Admit(slot, pack([3]), 1, 0, b"", sampling))
+    masks = constraints.masks(np.arange(2), VOCAB)
+    assert masks is not None
+    assert masks.rows.tolist() == [0]
+    (failed,) = constraints.failed(np.arange(2))
+    assert (failed.row, failed.error.kind) == (1, "request")
+    assert "others forbid" in failed.error.message
