@@ -45,7 +45,7 @@ def test_metrics_are_what_prometheus_reads(http: httpx.Client) -> None:
 def test_stats(http: httpx.Client) -> None:
     shown = http.get("/stats").json()
     assert shown["model"] == "demo"
-    assert shown["engine"]["num_blocks"] == shown["engine"]["num_free_blocks"] == 2000
+    assert shown["engine"]["num_blocks"] == shown["engine"]["num_free_blocks"] > 0
     assert len(shown["clients"]) == 1
 
 
