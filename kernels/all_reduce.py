@@ -77,7 +77,7 @@ def all_reduce_triton(
         WIDTH=triton.next_power_of_2(layout.sources),
         BLOCK=layout.block,
         ADD=residual is not None,
-        num_warps=1,
+        num_warps=layout.block * layout.dtype.itemsize // _BLOCK_BYTES,
         **pdl_options(partial),
     )
     return out

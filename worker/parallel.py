@@ -10,7 +10,7 @@ recorded in CUDA graphs; large ones go through NCCL.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..kernels.all_reduce import all_reduce_triton, one_shot_layout, two_shot_layout
 from ..kernels.draw_tokens import Share, winners_layout
-from ..kernels.mailbox import Mailbox, empty, make_mailbox
+from ..kernels.mailbox import Layout, Mailbox, empty, make_mailbox
 from . import peer_memory
 
 _SENT_IN_ONE_SHOT = 1 << 20
@@ -32,7 +32,7 @@ class Peers:
     """The mailboxes that the ranks' kernels meet in."""
 
     def __init__(self, one_shot: Mailbox, two_shot: Mailbox, winners: Mailbox) -> None:
-        self._one_shot, self._two_shot, self._winners = one_shot, two_shot, winners
+        self.one_shot, self.two_shot, self._winners = one_shot, two_shot, winners
         self._live = True
 
     @contextmanager
@@ -44,7 +44,7 @@ class Peers:
 
     def serve(self, tensor: Tensor) -> bool:
         """Whether `add` can sum such tensors."""
-        layout = self._two_shot.layout
+        layout = self.two_shot.layout
         room = layout.programs * layout.sources * layout.block
         serves = tensor.numel() <= room and tensor.dtype == layout.dtype
         assert serves or self._live, f"{tensor.shape} cannot be rehearsed: it is for NCCL"
@@ -52,8 +52,8 @@ class Peers:
 
     def add(self, partial: Tensor, residual: Tensor | None = None) -> Tensor:
         """The sum of all ranks' `partial`, added to `residual`, or else in place."""
-        sent = partial.numel() * partial.itemsize * (self._one_shot.layout.sources - 1)
-        mailbox = self._one_shot if sent <= _SENT_IN_ONE_SHOT else self._two_shot
+        sent = partial.numel() * partial.itemsize * (self.one_shot.layout.sources - 1)
+        mailbox = self.one_shot if sent <= _SENT_IN_ONE_SHOT else self.two_shot
         return all_reduce_triton(partial, mailbox, residual, self._live)
 
     def share(self, first: int, count: int) -> Share:
@@ -140,14 +140,18 @@ def open_mailboxes(
         two_shot_layout(tp.size, max_elements * dtype.itemsize, dtype),
         winners_layout(tp.size, max_rows),
     )
+    return replace(tp, peers=Peers(*share_mailboxes(tp, device, layouts)))
+
+
+def share_mailboxes(tp: TensorParallel, device: torch.device, layouts: Sequence[Layout]) -> list[Mailbox]:
+    """Mailboxes of these layouts, in one piece of memory. All ranks call it, once."""
     sizes = [-(-layout.num_bytes // 16) * 16 for layout in layouts]
     memory = peer_memory.allocate(sum(sizes), device)
     for layout, part in zip(layouts, torch.split(memory, sizes), strict=True):
         empty(part, layout.dtype)
     bases = peer_memory.share(memory, tp.rank, tp.size, tp.store)
-    offsets = (0, sizes[0], sizes[0] + sizes[1])
-    mailboxes = (
+    offsets = [sum(sizes[:number]) for number in range(len(sizes))]
+    return [
         make_mailbox(layout, tp.rank, [base + offset for base in bases], device)
         for layout, offset in zip(layouts, offsets, strict=True)
-    )
-    return replace(tp, peers=Peers(*mailboxes))
+    ]
