@@ -50,6 +50,8 @@ def make_gpu_config(folder: Path, **options: Any) -> EngineConfig:
         "num_gpu_blocks_override": None,
         "gpu_memory_utilization": 0.5,
         "kv_cache_memory_bytes": 1 << 28,
+        "max_queued_requests": 10_000,
+        "max_queued_tokens": 1_000_000,
         "log_stats": False,
     }
     return EngineConfig(**(settings | options))

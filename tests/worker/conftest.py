@@ -58,6 +58,8 @@ ORACLE: dict[str, Any] = {
     "num_gpu_blocks_override": 256,
     "gpu_memory_utilization": 0.9,
     "kv_cache_memory_bytes": None,
+    "max_queued_requests": 10_000,
+    "max_queued_tokens": 1_000_000,
     "log_stats": False,
 }
 
