@@ -23,6 +23,7 @@ from torch import Tensor
 from .decode_plan import DecodePlan, is_small
 from .jit import INTERPRETED, tl, triton
 from .pdl import allow_next, pdl_options, wait_previous
+from .rms_norm import row_scale, row_scales
 
 
 class DecodeTuning(NamedTuple):
@@ -69,6 +70,8 @@ def decode_attention(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    late: Tensor | None = None,
+    bias: Tensor | None = None,
     reads_ahead: bool = False,
     tuning: DecodeTuning | None = None,
     out: Tensor | None = None,
@@ -82,6 +85,10 @@ def decode_attention(
         plan: as `plan_decode` left it for this step.
         rotation: [positions, 3, head_dim / 2], rows [cos, -sin, sin]; None: no rotary embedding.
         q_norm, k_norm: [head_dim], weights of an RMS norm of each head; None: no norm.
+        late: [rows, in_features], the input of the projections, whose RMS norm (with `eps`) is still to be
+            applied (its weight is in the projections).
+        bias: [(heads + 2 * kv_heads) * head_dim], to be added to the projections after `late`'s norm; not
+            without `late`.
         reads_ahead: read plan and cache before the kernel in front has ended. Sound if this step's plan was
             complete when the layer before attended: in every layer but the first.
         out: where to put the result.
@@ -100,6 +107,8 @@ def decode_attention(
         qkv if q_norm is None else q_norm,
         qkv if k_norm is None else k_norm,
         qkv if rotation is None else rotation,
+        qkv if late is None else late,
+        qkv if bias is None else bias,
         k_cache,
         v_cache,
         block_tables,
@@ -117,6 +126,8 @@ def decode_attention(
         BLOCK_SIZE=block_size,
         ROTATE=rotation is not None,
         NORM=q_norm is not None,
+        LATE=0 if late is None else late.shape[1],
+        HAS_BIAS=bias is not None,
         GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
         WIDTH=width,
         TILE=chosen.tile,
@@ -149,6 +160,12 @@ def _load_heads(heads_ptr, inside, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, 
 def _load_norm(norm_ptr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Weights of a head's norm, as `_load_heads` loads heads."""
     return _load_heads(norm_ptr, tl.arange(0, WIDTH)[None, :] < HEAD_DIM, HEAD_DIM, WIDTH, True)
+
+
+@triton.jit
+def _finished(x, scale, bias):
+    """Projections of what was not normed yet, rounded as if it had been."""
+    return (x.to(tl.float32) * scale + bias).to(x.dtype)
 
 
 @triton.jit
@@ -266,6 +283,8 @@ def _decode_attention_kernel(
     q_norm_ptr,
     k_norm_ptr,
     rotation_ptr,
+    late_ptr,
+    bias_ptr,
     k_cache_ptr,
     v_cache_ptr,
     block_tables_ptr,
@@ -283,6 +302,8 @@ def _decode_attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     ROTATE: tl.constexpr,
     NORM: tl.constexpr,
+    LATE: tl.constexpr,  # columns of `late`
+    HAS_BIAS: tl.constexpr,
     GROUP: tl.constexpr,  # heads that share keys and values, padded to a matrix unit's 16 rows
     WIDTH: tl.constexpr,  # head_dim, padded to a power of two
     TILE: tl.constexpr,
@@ -341,6 +362,17 @@ def _decode_attention_kernel(
     if NORM:
         q_weight, q_partner_weight = _load_norm(q_norm_ptr, HEAD_DIM, WIDTH)
         k_weight, k_partner_weight = _load_norm(k_norm_ptr, HEAD_DIM, WIDTH)
+    in_group = (member < SHARING)[:, None] & in_head
+    q_heads = (kv_head * SHARING + member)[:, None] * HEAD_DIM
+    k_head = (HEADS + kv_head) * HEAD_DIM
+    v_head = (HEADS + KV_HEADS + kv_head) * HEAD_DIM
+    q_bias, q_partner_bias = 0.0, 0.0
+    k_bias, k_partner_bias = 0.0, 0.0
+    v_bias = 0.0
+    if HAS_BIAS:
+        q_bias, q_partner_bias = _load_heads(bias_ptr + q_heads, in_group, HEAD_DIM, WIDTH, ROTATE)
+        k_bias, k_partner_bias = _load_heads(bias_ptr + k_head, in_head, HEAD_DIM, WIDTH, ROTATE)
+        v_bias = tl.load(bias_ptr + v_head + column[None, :], mask=in_head, other=0.0)
     new_block = tl.load(table_ptr + new // BLOCK_SIZE).to(tl.int64)
     new_offset = (new_block * BLOCK_SIZE + new % BLOCK_SIZE) * STRIDE
     if READS_AHEAD:
@@ -350,14 +382,14 @@ def _decode_attention_kernel(
     # All loads together: what follows the wait is what a step waits for.
     in_row = qkv_ptr + row.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
     dtype = k_cache_ptr.dtype.element_ty
-    in_group = (member < SHARING)[:, None] & in_head
-    q, q_partner = _load_heads(
-        in_row + (kv_head * SHARING + member)[:, None] * HEAD_DIM, in_group, HEAD_DIM, WIDTH, ROTATE
-    )
-    new_k, k_partner = _load_heads(in_row + (HEADS + kv_head) * HEAD_DIM, in_head, HEAD_DIM, WIDTH, ROTATE)
-    new_v = tl.load(
-        in_row + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + column[None, :], mask=in_head, other=0.0
-    )
+    q, q_partner = _load_heads(in_row + q_heads, in_group, HEAD_DIM, WIDTH, ROTATE)
+    new_k, k_partner = _load_heads(in_row + k_head, in_head, HEAD_DIM, WIDTH, ROTATE)
+    new_v = tl.load(in_row + v_head + column[None, :], mask=in_head, other=0.0)
+    if LATE:
+        late = row_scale(late_ptr + row.to(tl.int64) * LATE, eps, LATE)
+        q, q_partner = _finished(q, late, q_bias), _finished(q_partner, late, q_partner_bias)
+        new_k, k_partner = _finished(new_k, late, k_bias), _finished(k_partner, late, k_partner_bias)
+        new_v = _finished(new_v, late, v_bias)
     q = _prepared(q, q_partner, q_weight, q_partner_weight, cos, sin, eps, HEAD_DIM, NORM, ROTATE)
     # Rounded as the unfused path rounds it; scaling it costs the old tokens' scores one more rounding.
     q = q.to(dtype).to(tl.float32)
@@ -437,10 +469,14 @@ def decode_attention_reference(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    late: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`decode_attention` in torch, row by row, in the precision of its arguments. Row i has block table i."""
     block_size, kv_heads, head_dim = k_cache.shape[1:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    if late is not None:
+        qkv = qkv * row_scales(late, eps) + (0 if bias is None else bias)
     out = torch.zeros(len(qkv), heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     for row, seq_len in enumerate(seq_lens.tolist()):
         if seq_len == 0:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import small_batch_linear as small_batch
 from .jit import tl, triton
+from .layer_norm import layer_norm
 from .pdl import allow_next, pdl_options, wait_previous
 from .rms_norm import rms_norm
 from .silu_mul import silu_mul
@@ -63,7 +64,10 @@ def norm_linear(
         return small_batch.small_batch_linear(
             x, weight, norm_weight=norm_weight, eps=eps, bias=bias, relu=relu
         )
-    y = F.linear(_norm(x, norm_weight, norm_bias, eps), weight, bias)
+    x = _norm(x, norm_weight, norm_bias, eps)
+    if relu and bias is not None and x.is_cuda:
+        return torch.ops.aten._addmm_activation(bias, x, weight.t(), use_gelu=False)  # type: ignore[no-any-return]
+    y = F.linear(x, weight, bias)
     return F.relu_(y) if relu else y
 
 
@@ -94,7 +98,7 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> 
     if weight is None:
         return x
     if bias is not None:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
+        return layer_norm(x, weight, bias, eps)
     return rms_norm(x, weight, eps)
 
 

@@ -30,7 +30,28 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, update: Tensor | N
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+def row_scales(x: Tensor, eps: float) -> Tensor:
+    """The factors [rows, 1] by which an RMS norm scales the rows of `x` [rows, size].
+
+    As (x * weight) W^T * scale equals norm(x) W^T, a product can do without a norm before it: see `late` in
+    `silu_mul` and `decode_attention`.
+    """
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
 # --- Triton ------------------------------------------------------------------------------------------
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def row_scale(x_ptr, eps, SIZE: tl.constexpr):  # noqa: ANN201 (a Triton scalar)
+    """`row_scales` of one row."""
+    BLOCK: tl.constexpr = 1024
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in tl.static_range(0, SIZE, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32)
+        total += x * x
+    return tl.rsqrt(tl.sum(total, 0) / SIZE + eps)
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None) -> Tensor:

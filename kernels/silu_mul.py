@@ -8,19 +8,26 @@ from torch import Tensor
 
 from .jit import tl, triton
 from .pdl import allow_next, pdl_options, wait_previous
+from .rms_norm import row_scale, row_scales
 
 _BLOCK = 1024
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """[tokens, 2 * size] (gate, then up) to [tokens, size]."""
+def silu_mul(gate_up: Tensor, late: Tensor | None = None, eps: float = 0.0) -> Tensor:
+    """[tokens, 2 * size] (gate, then up) to [tokens, size].
+
+    `late`: [tokens, in_features], the input of the projections that `gate_up` is, whose RMS norm is still to
+    be applied (its weight is in the projections).
+    """
     if gate_up.is_cuda:
-        return silu_mul_triton(gate_up)
-    return silu_mul_reference(gate_up)
+        return silu_mul_triton(gate_up, late, eps)
+    return silu_mul_reference(gate_up, late, eps)
 
 
-def silu_mul_reference(gate_up: Tensor) -> Tensor:
+def silu_mul_reference(gate_up: Tensor, late: Tensor | None = None, eps: float = 0.0) -> Tensor:
     """The same in torch."""
+    if late is not None:
+        gate_up = (gate_up * row_scales(late.to(torch.float32), eps)).to(gate_up.dtype)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -28,12 +35,19 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
 # --- Triton ------------------------------------------------------------------------------------------
 
 
-def silu_mul_triton(gate_up: Tensor) -> Tensor:
-    """The same in one launch; `gate_up` is dense. The gate is not rounded before the product."""
+def silu_mul_triton(gate_up: Tensor, late: Tensor | None = None, eps: float = 0.0) -> Tensor:
+    """The same in one launch; `gate_up` and `late` are dense. The gate is not rounded before the product."""
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, size, dtype=gate_up.dtype, device=gate_up.device)
     _silu_mul_kernel[tokens, triton.cdiv(size, _BLOCK)](
-        gate_up, out, size, BLOCK=_BLOCK, **pdl_options(gate_up)
+        gate_up,
+        gate_up if late is None else late,
+        out,
+        size,
+        eps,
+        LATE=0 if late is None else late.shape[1],
+        BLOCK=_BLOCK,
+        **pdl_options(gate_up),
     )
     return out
 
@@ -41,8 +55,11 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
 @triton.jit  # type: ignore[untyped-decorator]
 def _silu_mul_kernel(
     gate_up_ptr,  # [tokens, 2 * size]
+    late_ptr,  # [tokens, LATE]
     out_ptr,  # [tokens, size]
     size,
+    eps,
+    LATE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -53,4 +70,8 @@ def _silu_mul_kernel(
     wait_previous(PDL)
     gate = tl.load(gate_up_ptr + token * 2 * size + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + token * 2 * size + size + column, mask=inside, other=0.0).to(tl.float32)
+    if LATE:
+        scale = row_scale(late_ptr + token * LATE, eps, LATE)
+        gate *= scale
+        up *= scale
     tl.store(out_ptr + token * size + column, gate * tl.sigmoid(gate) * up, mask=inside)

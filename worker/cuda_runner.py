@@ -21,6 +21,7 @@ from ..kernels.causal_attention import padded_lengths
 from .constraints import ConstraintBuilder, Constraints
 from .device_slots import DeviceSlots, Work
 from .device_step import MORE_RESULTS, RESULTS, DeviceStep, Logits
+from .fused import fold_norms
 from .graphs import Graphs, Recorder, graph_sizes, most_useful
 from .kv_cache import CacheSize, cuda_budget, size_cache
 from .models import build_model
@@ -93,6 +94,7 @@ class CudaRunner:
             config.architecture, config.hf_config, self._dtype, self._device, self._tp, config.max_model_len
         )
         load_weights(model, config, self._device, self._tp)
+        fold_norms(model)
         self._model = model.eval()
         progress("size KV cache")
         return self._size()

@@ -7,13 +7,14 @@ of models and which kernel suits which rows; a model that it does not know is no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import small_batch_linear
 from ..kernels.causal_attention import causal_attention, padded_length
 from ..kernels.decode_attention import decode_attention
 from ..kernels.decode_plan import DecodePlan, plan_decode
@@ -21,6 +22,7 @@ from ..kernels.draw_tokens import Share
 from ..kernels.fused_linear import linear_add, norm_gate_up_silu, norm_linear
 from ..kernels.kv_write import finish_heads
 from ..kernels.paged_prefill import paged_prefill
+from ..kernels.silu_mul import silu_mul
 from ..kernels.slot_table import StepInputs
 from .layers import RowLinear, VocabTable
 from .models.causal_lm import CausalLM, LayerCache
@@ -39,6 +41,9 @@ class Heads:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     eps: float = 0.0
+    late: Tensor | None = None
+    """The input of the projections if its norm is still to be applied (see `fold_norms`), and then `bias`."""
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,8 @@ class Packed:
 Attend: TypeAlias = Callable[[int, Tensor, Heads], Tensor]
 """(layer, qkv [tokens, (heads + 2 * kv_heads) * head_dim], what to do to the heads) to
 [tokens, heads * head_dim]; stores the keys and values."""
-_Run: TypeAlias = Callable[[StepInputs, Attend], Tensor]
+_Run: TypeAlias = Callable[[StepInputs, Attend, bool], Tensor]
+"""The bool: `attend` takes heads of a late norm."""
 _Logits: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -98,13 +104,15 @@ class Fused:
     def decode(self, inputs: StepInputs, slots: Tensor) -> Tensor:
         """Logits [rows, vocab], in the model's dtype, of rows of one token each; `slots`: int32 [rows]."""
         plan_decode(self._plan, inputs.seq_lens, slots)
-        return self._logits(self._run(inputs, self._attend_decodes))
+        return self._logits(self._run(inputs, self._attend_decodes, True))
 
     def packed(self, step: Packed, last: Tensor) -> Tensor | None:
         """Logits [n, vocab] of the tokens `last`, int32 [n]; None when there are none."""
         if step.num_decodes:
             plan_decode(self._plan, step.inputs.seq_lens[: step.num_decodes], step.slots[: step.num_decodes])
-        hidden = self._run(step.inputs, lambda layer, qkv, heads: self._attend(step, layer, qkv, heads))
+        hidden = self._run(
+            step.inputs, lambda layer, qkv, heads: self._attend(step, layer, qkv, heads), False
+        )
         return self._logits(hidden.index_select(0, last)) if len(last) else None
 
     def _attend_decodes(self, layer: int, qkv: Tensor, heads: Heads, out: Tensor | None = None) -> Tensor:
@@ -118,6 +126,8 @@ class Fused:
             q_norm=heads.q_norm,
             k_norm=heads.k_norm,
             eps=heads.eps,
+            late=heads.late,
+            bias=heads.bias,
             reads_ahead=layer > 0 and out is None,
             out=out,
         )
@@ -172,10 +182,21 @@ def fuse(
     """`model`'s steps, with up to `max_rows` decoding rows; None if it must run its `forward`."""
     rest = caches, block_tables, num_heads, max_rows
     if isinstance(model, Llama) and _is_plain_llama(model):
-        return Fused(lambda i, a: _llama(model, i, a), lambda h: _llama_logits(model, h), model.head, *rest)
+        return Fused(
+            lambda i, a, late: _llama(model, i, a, late), lambda h: _llama_logits(model, h), model.head, *rest
+        )
     if isinstance(model, OPT) and _is_plain_opt(model):
-        return Fused(lambda i, a: _opt(model, i, a), lambda h: _opt_logits(model, h), model.head, *rest)
+        return Fused(lambda i, a, _: _opt(model, i, a), lambda h: _opt_logits(model, h), model.head, *rest)
     return None
+
+
+def fold_norms(model: CausalLM) -> None:
+    """Let `model`'s steps of many rows do without kernels for norms. After the weights are loaded.
+
+    Not for float16: a product of what has not been normed may leave its range.
+    """
+    if isinstance(model, Llama) and _is_plain_llama(model) and model.norm.weight.dtype == torch.bfloat16:
+        model.fold_norms()
 
 
 def _add(linear: RowLinear, x: Tensor, residual: Tensor) -> None:
@@ -202,25 +223,33 @@ def _is_plain_llama(model: Llama) -> bool:
     return first.mlp.gate_up_proj.bias is None
 
 
-def _llama(model: Llama, inputs: StepInputs, attend: Attend) -> Tensor:
+def _llama(model: Llama, inputs: StepInputs, attend: Attend, late: bool) -> Tensor:
     residual = model.embedding.embed(inputs.input_ids)
+    late = late and model.norms_are_folded and len(residual) > small_batch_linear.MAX_TOKENS
     for number, layer in enumerate(model.layers):
         assert isinstance(layer, LlamaLayer)
-        attention, mlp, eps = layer.attention, layer.mlp, layer.input_norm.eps
-        qkv = norm_linear(
-            residual,
-            attention.qkv_proj.weight,
-            attention.qkv_proj.bias,
-            norm_weight=layer.input_norm.weight,
-            eps=eps,
-        )
-        heads = Heads(attention.scale, model.rotation)
+        attention, eps = layer.attention, layer.input_norm.eps
+        heads = Heads(attention.scale, model.rotation, eps=eps)
         if isinstance(attention, Qwen3Attention):
-            q_norm, k_norm = attention.q_norm.weight, attention.k_norm.weight
-            heads = Heads(attention.scale, model.rotation, q_norm, k_norm, eps)
+            heads = replace(heads, q_norm=attention.q_norm.weight, k_norm=attention.k_norm.weight)
+        if late:
+            heads = replace(heads, late=residual, bias=attention.qkv_proj.bias)
+            qkv = F.linear(residual, attention.qkv_proj.weight)
+        else:
+            qkv = norm_linear(
+                residual,
+                attention.qkv_proj.weight,
+                attention.qkv_proj.bias,
+                norm_weight=layer.input_norm.weight,
+                eps=eps,
+            )
         _add(attention.o_proj, attend(number, qkv, heads), residual)
-        gated = norm_gate_up_silu(residual, layer.mlp_norm.weight, mlp.gate_up_proj.weight, eps)
-        _add(mlp.down_proj, gated, residual)
+        gate_up = layer.mlp.gate_up_proj.weight
+        if late:
+            gated = silu_mul(F.linear(residual, gate_up), residual, eps)
+        else:
+            gated = norm_gate_up_silu(residual, layer.mlp_norm.weight, gate_up, eps)
+        _add(layer.mlp.down_proj, gated, residual)
     return residual
 
 

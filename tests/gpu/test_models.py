@@ -172,7 +172,8 @@ def regrets_of_bfloat16(peer: Peer, answers: list[Answer]) -> Tensor:
 
 
 def test_greedy_tokens_are_transformers_best(peer: Peer, gpu_config: MakeConfig) -> None:
-    answers, _ = generate(gpu_config(peer.folder), requests_of(Sampling(temperature=0.0)), prepared=True)
+    config = gpu_config(peer.folder, max_num_seqs=48)  # every kind of batch: one row, a few, many
+    answers, _ = generate(config, requests_of(Sampling(temperature=0.0), 60), prepared=True)
     ours, theirs = regrets(peer.model, answers), regrets_of_bfloat16(peer, answers)
     for name, found in (("headrace", ours), ("transformers bf16", theirs)):
         print(f"{name}: {(found == 0).float().mean():.4f} agree, worst regret {found.max():.4f}")

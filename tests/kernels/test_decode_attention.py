@@ -62,7 +62,7 @@ class Case:
         )
         return out, k_cache, v_cache
 
-    def run(self, table_rows: Tensor | None = None, **options: bool | DecodeTuning | None) -> Tensor:
+    def run(self, table_rows: Tensor | None = None, **options: bool | DecodeTuning | Tensor | None) -> Tensor:
         plan_decode(self.plan, self.seq_lens, table_rows)
         return decode_attention(
             self.qkv,
@@ -97,6 +97,21 @@ def test_against_float64(device: torch.device, heads: int, kv_heads: int, head_d
         assert (cache.isnan() == wanted.isnan()).all(), "wrote where it should not, or not where it should"
         assert_close(cache[stored], wanted[stored])
     assert (case.plan.arrivals == 0).all()
+
+
+@pytest.mark.parametrize(("in_features", "with_bias"), [(100, True), (2000, False)])
+def test_a_late_norm_of_the_projections(device: torch.device, in_features: int, with_bias: bool) -> None:
+    case = Case(device, [1, 40, 130], 4, 2, 64, True)
+    late = (3 * torch.randn(3, in_features, device=device)).bfloat16()
+    bias = torch.randn(case.qkv.shape[1], device=device).bfloat16() if with_bias else None
+    scale = late.double().square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+    out = case.run(late=late, bias=bias)
+    case.qkv = (case.qkv.double() * scale + (0 if bias is None else bias)).bfloat16()
+    expected, k_cache, v_cache = case.expected()
+    assert_close(out, expected)
+    for cache, wanted in ((case.k_cache, k_cache), (case.v_cache, v_cache)):
+        stored = ~wanted.isnan()
+        assert_close(cache[stored], wanted[stored])
 
 
 def test_many_rows_are_cut_less(device: torch.device) -> None:

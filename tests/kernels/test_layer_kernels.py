@@ -8,6 +8,7 @@ from typing import TypeAlias
 import pytest
 import torch
 from headrace.kernels.kv_write import kv_write, rotate_kv_write_reference, rotate_kv_write_triton
+from headrace.kernels.layer_norm import layer_norm_reference, layer_norm_triton
 from headrace.kernels.rms_norm import rms_norm_reference, rms_norm_triton
 from headrace.kernels.silu_mul import silu_mul_reference, silu_mul_triton
 from torch import Tensor
@@ -70,6 +71,36 @@ def test_silu_mul(
     gate_up = torch.randn(tokens, 2 * size, device=device).to(precision[0])
     left, right = gate_up.double().chunk(2, dim=-1)
     assert_close(gate(gate_up), left / (1 + (-left).exp()) * right, precision)
+
+
+@pytest.mark.parametrize("gate", [silu_mul_reference, silu_mul_triton])
+@pytest.mark.parametrize(("tokens", "size", "in_features"), [(1, 1536, 64), (5, 80, 1500), (2, 1025, 4096)])
+def test_silu_mul_applies_a_late_norm(
+    gate: Callable[..., Tensor],
+    tokens: int,
+    size: int,
+    in_features: int,
+    precision: Precision,
+    device: torch.device,
+) -> None:
+    gate_up = (3 * torch.randn(tokens, 2 * size, device=device)).to(precision[0])
+    x = (3 * torch.randn(tokens, in_features, device=device)).to(precision[0])
+    scaled = gate_up.double() * x.double().square().mean(-1, keepdim=True).add(1e-5).rsqrt()
+    left, right = scaled.chunk(2, dim=-1)
+    assert_close(gate(gate_up, x, 1e-5), left / (1 + (-left).exp()) * right, precision)
+
+
+@pytest.mark.parametrize("norm", [layer_norm_reference, layer_norm_triton])
+@pytest.mark.parametrize("shape", [(1, 768), (7, 80), (3, 4100)])
+def test_layer_norm(
+    norm: Callable[..., Tensor], shape: tuple[int, int], precision: Precision, device: torch.device
+) -> None:
+    x = (5 + 2 * torch.randn(shape, device=device)).to(precision[0])
+    weight, bias = torch.randn(2, shape[1], device=device).to(precision[0])
+    wide = x.double()
+    centred = wide - wide.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+    assert_close(norm(x, weight, bias, 1e-5), expected, precision)
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:

@@ -161,6 +161,22 @@ class Llama(CausalLM):
             self.embedding if self.is_tied else VocabTable(config.vocab_size, config.hidden_size, place)
         )
         self.rotation = config.rotation.to(place.device, place.dtype)
+        self.norms_are_folded = False
+
+    def fold_norms(self) -> None:
+        """Multiply the weights of each layer's norms into the matrices behind them: what is left of a norm is
+        a factor per row, which may as well be applied to the product.
+        """
+        for layer in self.layers:
+            assert isinstance(layer, LlamaLayer)
+            pairs = (
+                (layer.input_norm, layer.attention.qkv_proj),
+                (layer.mlp_norm, layer.mlp.gate_up_proj),
+            )
+            for norm, linear in pairs:
+                linear.weight.mul_(norm.weight)
+                norm.weight.fill_(1)
+        self.norms_are_folded = True
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, cache: Sequence[LayerCache], meta: AttentionMetadata

@@ -1,0 +1,71 @@
+"""Fused models: norms that are folded into the matrices change nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from headrace.kernels.slot_table import StepInputs
+from headrace.worker.fused import fold_norms, fuse
+from headrace.worker.models import build_model
+from headrace.worker.models.causal_lm import CausalLM
+from headrace.worker.parallel import TensorParallel
+from torch import Tensor
+
+ROWS = 17  # more than the kernels for small batches take
+BLOCK = 4
+HF: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+}
+
+
+def build(family: str) -> CausalLM:
+    torch.manual_seed(0)
+    model = build_model(family, HF, torch.bfloat16, torch.device("cpu"), TensorParallel(), 64)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(torch.randn_like(parameter) * (0.3 if "norm" in name else 0.15) + ("norm" in name))
+    return model.eval()
+
+
+@torch.inference_mode()
+def logits_of(model: CausalLM) -> Tensor:
+    """Two tokens of every row."""
+    shape = (ROWS, BLOCK, 2, 16)
+    caches = [(torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16))]
+    rows = torch.arange(ROWS, dtype=torch.int32)
+    fused = fuse(model, caches, rows.view(-1, 1).contiguous(), 4, ROWS)
+    assert fused is not None
+    found = []
+    for position in range(2):
+        ids = (rows.long() * 7 + 3 * position) % 50
+        inputs = StepInputs(
+            ids, torch.full_like(ids, position), rows.long() * BLOCK + position, rows * 0 + position + 1
+        )
+        found.append(fused.decode(inputs, rows))
+    return torch.cat(found).float()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter; tests/gpu has its like")
+def test_folded_norms_change_nothing_of_note() -> None:
+    plain, folded = build("Qwen2ForCausalLM"), build("Qwen2ForCausalLM")
+    fold_norms(folded)
+    expected = logits_of(plain)
+    error = (logits_of(folded) - expected).norm() / expected.norm()
+    assert expected.std() > 0.1
+    assert error < 0.03, f"relative error {error:.2e}"
+
+
+def test_products_in_float16_keep_their_norms_before_them() -> None:
+    model = build("LlamaForCausalLM").half()
+    fold_norms(model)
+    assert not model.norms_are_folded
