@@ -11,36 +11,52 @@ from starlette.responses import Response
 
 from ..outputs import CompletionOutput, RequestOutput
 from ..sampling_params import SamplingParams
+from ..structured_outputs import StructuredOutputsParams
 from .conversation import render
 from .endpoints import Endpoint
 from .errors import bad_request
 from .generation import Run, encode, truncated
 from .parsers import AnswerParser, Delta
-from .protocol import ChatRequest, NamedTool
+from .protocol import ChatRequest
 from .service import Service
 from .streaming import EventStream, event, json_response, unless_gone
 from .tool_calls import CallDelta
+from .tool_use import ToolUse, tool_use
 
 
 async def chat(service: Service, request: Request, body: ChatRequest) -> Response:
     service.check_model(body.model)
     body.refuse_unsupported()
-    _check_tools(body)
+    use = tool_use(body)
     text = render(
         service,
         body.messages,
-        None if body.tool_choice == "none" else body.tools,
+        use.tools,
         body.add_generation_prompt,
         body.continue_final_message,
         _template_variables(body),
     )
-    params = body.sampling(_defaults(service), max_tokens=body.max_completion_tokens)
+    structure = _structure(service, body, use)
+    params = body.sampling(
+        _defaults(service), max_tokens=body.max_completion_tokens, structured_outputs=structure
+    )
     ids = truncated(await encode(service, text, bool(body.add_special_tokens)), body.truncate_prompt_tokens)
     run = Run(service, "chatcmpl", body, [{"prompt": text, "prompt_token_ids": ids}], params)
-    answer = _Answer(service, body, run, [_parser(service, body, text) for _ in range(params.n)])
+    is_constrained = use.must_call or body.structure() is not None
+    parsers = [service.parsers.answer(text, use, is_constrained) for _ in range(params.n)]
+    answer = _Answer(service, body, run, parsers)
     if body.stream:
         return EventStream(answer.events())
     return await unless_gone(request, answer.whole())
+
+
+def _structure(service: Service, body: ChatRequest, use: ToolUse) -> StructuredOutputsParams | None:
+    """Raises ApiError: an answer cannot have two forms."""
+    wanted, calls = body.structure(), use.constraint(service.parsers.form)
+    if wanted is not None and calls is not None:
+        message = "structured output and calls that must be valid exclude each other"
+        raise bad_request(message, "tool_choice" if use.must_call else "tools")
+    return wanted or calls
 
 
 class _Answer:
@@ -166,36 +182,12 @@ def _message(found: Delta) -> dict[str, Any]:
     return message
 
 
-def _check_tools(body: ChatRequest) -> None:
-    choice = body.tool_choice
-    names = [tool.function.name for tool in body.tools or ()]
-    if choice in ("auto", "required") or isinstance(choice, NamedTool):
-        if not names:
-            raise bad_request("tool_choice needs tools", "tool_choice")
-        if body.response_format is not None and choice != "auto":
-            raise bad_request("a forced tool call has its own response_format", "response_format")
-    if isinstance(choice, NamedTool) and choice.function.name not in names:
-        raise bad_request(f"tool_choice names {choice.function.name!r:.100}, not one of tools", "tool_choice")
-
-
 def _template_variables(body: ChatRequest) -> dict[str, Any]:
     variables = dict(body.chat_template_kwargs or {})
     for name in ("documents", "reasoning_effort"):
         if (value := getattr(body, name)) is not None:
             variables.setdefault(name, value)
     return variables
-
-
-def _parser(service: Service, body: ChatRequest, prompt: str) -> AnswerParser:
-    choice = body.tool_choice
-    tools = [] if choice == "none" else [tool.function.name for tool in body.tools or ()]
-    forced = None
-    if choice == "required":
-        forced = "required"
-    elif isinstance(choice, NamedTool):
-        forced = choice.function.name
-    limit = 1 if body.parallel_tool_calls is False else None
-    return service.parsers.answer(prompt, tools, forced, limit)
 
 
 ENDPOINTS = [Endpoint("POST", "/v1/chat/completions", chat, "Continue a conversation", ChatRequest)]

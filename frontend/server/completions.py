@@ -21,7 +21,7 @@ from .streaming import EventStream, event, json_response, unless_gone
 async def complete(service: Service, request: Request, body: CompletionRequest) -> Response:
     service.check_model(body.model)
     body.refuse_unsupported()
-    params = body.sampling(service.engine.get_default_sampling_params())
+    params = body.sampling(service.engine.get_default_sampling_params(), structured_outputs=body.structure())
     prompts = [await _prompt(service, body, prompt) for prompt in _several(body.prompt)]
     answer = _Answer(service, body, Run(service, "cmpl", body, prompts, params), params.n)
     if body.stream:

@@ -28,7 +28,7 @@ To call one, answer with a JSON object within <tool_call></tool_call>:
 def render(
     service: Service,
     messages: Sequence[Message],
-    tools: Sequence[Tool] | None,
+    tools: Sequence[Tool],
     add_generation_prompt: bool | None,
     continue_final_message: bool | None,
     variables: dict[str, Any],
@@ -37,7 +37,7 @@ def render(
     if clash := _RESERVED & variables.keys():
         raise bad_request(f"chat_template_kwargs cannot set {min(clash)!r}", "chat_template_kwargs")
     plain = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    shown = [msgspec.to_builtins(tool) for tool in tools or ()]
+    shown = [msgspec.to_builtins(tool) for tool in tools]
     if shown and "tools" not in (service.chat_template or ""):
         plain, shown = _with_tool_prompt(plain, shown), []
     text = service.tokenizer.apply_chat_template(

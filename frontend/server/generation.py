@@ -45,7 +45,12 @@ class Run:
     """
 
     def __init__(
-        self, service: Service, prefix: str, body: Generation, prompts: Sequence[Any], params: SamplingParams
+        self,
+        service: Service,
+        prefix: str,
+        body: Generation,
+        prompts: Sequence[dict[str, Any]],
+        params: SamplingParams,
     ) -> None:
         if params.n * len(prompts) > MAX_CHOICES:
             message = f"n={params.n} for {len(prompts)} prompts is more than {MAX_CHOICES} choices"
@@ -56,11 +61,12 @@ class Run:
         params.output_kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
         self._streams = [
             service.engine.generate(
-                prompt=prompt,
+                prompt={**prompt, "cache_salt": body.cache_salt},
                 sampling_params=params,
                 # Clients may repeat their ids; the engine's are unique.
                 request_id=f"{self.id}-{secrets.token_hex(4)}",
                 priority=body.priority or 0,
+                timeout=body.timeout,
             )
             for prompt in prompts
         ]

@@ -6,11 +6,11 @@ held back until it is clear.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from .marks import split_before
-from .tool_calls import CallDelta, CallParser, ForcedCall, HermesCalls, JsonCalls
+from .tool_calls import CallDelta, CallParser, HermesCalls, JsonCalls
+from .tool_use import HERMES, LLAMA, Form, ToolUse
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -111,7 +111,7 @@ class Parsers:
     """Makes the parser that fits the model and the request.
 
     Attributes:
-        calls: "hermes", "llama3_json" or "none".
+        calls: "hermes", "llama3_json" or "none": calls are not looked for unless they are forced.
         thinks: the model separates its reasoning.
     """
 
@@ -124,20 +124,16 @@ class Parsers:
         self.calls = calls
         self.thinks = reasoning == "think" or (reasoning == "auto" and THINK in template)
 
-    def answer(
-        self, prompt: str, tools: Sequence[str], forced: str | None, num_calls: int | None
-    ) -> AnswerParser:
-        """For an answer to `prompt`.
+    @property
+    def form(self) -> Form:
+        return LLAMA if self.calls == "llama3_json" else HERMES
 
-        `tools` are the functions on offer, none if the answer is to have no calls; `forced` is "required" or
-        the function that the whole answer calls; `num_calls` limits the calls.
-        """
-        think = ThinkSplitter(prompt.rstrip().endswith(THINK)) if self.thinks and not forced else None
+    def answer(self, prompt: str, use: ToolUse, is_constrained: bool) -> AnswerParser:
+        """For an answer to `prompt`; one that `is_constrained` from its first token has no reasoning."""
+        begins_inside = prompt.rstrip().endswith(THINK)
+        think = ThinkSplitter(begins_inside) if self.thinks and not is_constrained else None
         calls: CallParser | None = None
-        if forced is not None and forced != "required":
-            calls = ForcedCall(forced)
-        elif forced == "required" or (tools and self.calls == "llama3_json"):
-            calls = JsonCalls(tools, num_calls)
-        elif tools and self.calls == "hermes":
-            calls = HermesCalls(tools, num_calls)
+        if use.tools and (use.must_call or self.calls != "none"):
+            kind = HermesCalls if self.form is HERMES else JsonCalls
+            calls = kind(use.names, use.limit)
         return PlainAnswer() if think is None and calls is None else Answer(think, calls)

@@ -12,12 +12,15 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
+from ..repetition import RepetitionDetectionParams
 from ..sampling_params import SamplingParams
+from ..structured_outputs import StructuredOutputsParams
 from .errors import bad_request
 
 Message: TypeAlias = dict[str, Any]
 """One of a conversation: role, content, and what the chat template makes of the rest."""
-Content: TypeAlias = str | list[dict[str, Any]]
+WHITESPACE = r"(\n {0,64}| )?"
+"""Between JSON's tokens: enough for any usual layout. Small models would go on with blanks for ever."""
 
 
 class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +84,12 @@ class JsonSchemaFormat(Body, tag_field="type", tag="json_schema"):
 ResponseFormat: TypeAlias = TextFormat | JsonObjectFormat | JsonSchemaFormat
 
 
+class RepetitionDetection(Body):
+    max_pattern_size: int = 0
+    min_pattern_size: int = 0
+    min_count: int = 0
+
+
 class Generation(Body, kw_only=True):
     """What every request that generates may hold."""
 
@@ -122,6 +131,11 @@ class Generation(Body, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     """Name tokens in logprobs "token_id:7"."""
+    repetition_detection: RepetitionDetection | None = None
+    cache_salt: str | None = None
+    """Prompts share cached prefixes only with those of the same salt."""
+    timeout: float | None = None
+    """Headrace's own: seconds after which the answer ends with finish_reason "timeout"."""
     use_beam_search: bool | None = None
 
     def refuse_unsupported(self) -> None:
@@ -136,8 +150,26 @@ class Generation(Body, kw_only=True):
     def sampling(self, defaults: SamplingParams, **more: Any) -> SamplingParams:
         """The sampling parameters: `more`, else what the body gives, else `defaults`. Raises RequestError."""
         given = {name: getattr(self, name) for name in self.__struct_fields__ if name in _SAMPLING}
+        given["repetition_detection"] = self._repetition()
         given |= {name: value for name, value in more.items() if value is not None}
         return dataclasses.replace(defaults, **{n: value for n, value in given.items() if value is not None})
+
+    def structure(self) -> StructuredOutputsParams | None:
+        """What the text must be, as `response_format` or `structured_outputs` say. Raises RequestError."""
+        form, given = self.response_format, self.structured_outputs
+        if form is not None and given is not None:
+            raise bad_request("give either response_format or structured_outputs", "structured_outputs")
+        if given is not None:
+            return StructuredOutputsParams(**given)
+        if isinstance(form, JsonSchemaFormat) and form.json_schema.schema is not None:
+            return StructuredOutputsParams(json=form.json_schema.schema, whitespace_pattern=WHITESPACE)
+        if isinstance(form, (JsonObjectFormat, JsonSchemaFormat)):
+            return StructuredOutputsParams(json_object=True, whitespace_pattern=WHITESPACE)
+        return None
+
+    def _repetition(self) -> RepetitionDetectionParams | None:
+        given = self.repetition_detection
+        return None if given is None else RepetitionDetectionParams(**msgspec.structs.asdict(given))
 
 
 class CompletionRequest(Generation, kw_only=True):
@@ -209,4 +241,4 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
     "modalities": (["text"],),
 }
-_SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
+_SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)} - {"structured_outputs"}

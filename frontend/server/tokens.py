@@ -27,7 +27,7 @@ async def tokenize(service: Service, request: Request, body: TokenizeRequest) ->
         text = render(
             service,
             body.messages or [],
-            body.tools,
+            body.tools or [],
             body.add_generation_prompt,
             body.continue_final_message,
             body.chat_template_kwargs or {},

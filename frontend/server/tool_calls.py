@@ -1,4 +1,4 @@
-"""Tool calls in a model's text, as it arrives: the forms of Hermes and Qwen, of Llama 3, and forced ones.
+"""Tool calls in a model's text, as it arrives: the forms of Hermes and Qwen, and of Llama 3.
 
 A call's name comes out when it is known, its arguments as they are written. Only functions that were offered
 count; everything else that looks like a call stays text.
@@ -213,12 +213,10 @@ class HermesCalls(_Calls):
 
 
 class JsonCalls(_Calls):
-    """Llama 3's form: the answer is one or several objects with a name and parameters, and nothing else.
-
-    Also reads a JSON array of them, which is how required calls are written.
-    """
+    """Llama 3's form: the answer is one or several objects with a name and parameters, and nothing else."""
 
     _BETWEEN = _SPACE + "[],;"
+    """Some write several as an array."""
 
     def __init__(self, tools: Sequence[str], limit: int | None) -> None:
         super().__init__(tools, limit)
@@ -249,20 +247,6 @@ class JsonCalls(_Calls):
             failed = self._end_call()
             text = self._skipped + failed if failed else "" if self.num_calls else self._held
         return text, deltas
-
-
-class ForcedCall:
-    """The whole answer is the arguments of one function."""
-
-    def __init__(self, name: str) -> None:
-        self.num_calls = 0
-        self._name = name
-
-    def push(self, text: str, is_last: bool) -> tuple[str, list[CallDelta]]:
-        if not self.num_calls:
-            self.num_calls = 1
-            return "", [CallDelta(0, f"call_{secrets.token_hex(12)}", self._name, text)]
-        return "", [CallDelta(0, None, None, text)] if text else []
 
 
 def _name(literal: str) -> str | None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from headrace.frontend.server.parsers import AnswerParser, Parsers
+from headrace.frontend.server.protocol import Function, Tool
+from headrace.frontend.server.tool_use import ToolUse
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,16 +42,20 @@ def parse(parser: AnswerParser, pieces: list[str]) -> Answer:
     return reasoning, content, [(name, arguments) for name, arguments in calls.values()]
 
 
+def use(limit: int | None = None) -> ToolUse:
+    return ToolUse([Tool(type="function", function=Function(name=name)) for name in TOOLS], False, limit)
+
+
 def hermes(prompt: str = "", limit: int | None = None) -> AnswerParser:
-    return Parsers("hermes", "think", None).answer(prompt, TOOLS, None, limit)
+    return Parsers("hermes", "think", None).answer(prompt, use(limit), False)
 
 
 def llama() -> AnswerParser:
-    return Parsers("llama3_json", "none", None).answer("", TOOLS, None, None)
+    return Parsers("llama3_json", "none", None).answer("", use(), False)
 
 
-def required() -> AnswerParser:
-    return Parsers("hermes", "think", None).answer("", TOOLS, "required", None)
+def plain() -> AnswerParser:
+    return Parsers("hermes", "none", None).answer("", ToolUse([], False, None), False)
 
 
 W = ("weather", ARGUMENTS)
@@ -84,18 +90,8 @@ CASES: list[tuple[Any, str, Answer]] = [
     (llama, '{"name": "rm", "parameters": {}}', ("", '{"name": "rm", "parameters": {}}', [])),
     (llama, '{"name": "ad', ("", '{"name": "ad', [])),
     (llama, "<|py", ("", "<|py", [])),
-    (required, f"[{LLAMA}, {LLAMA}]", ("", "", [W, W])),
-    (required, f"[\n {LLAMA}\n]\n", ("", "", [W])),
-    (
-        lambda: Parsers("hermes", "think", None).answer("", TOOLS, "add", None),
-        '{"a": 7}',
-        ("", "", [("add", '{"a": 7}')]),
-    ),
-    (
-        lambda: Parsers("hermes", "none", None).answer("", [], None, None),
-        "<think></think><tool_call>{}",
-        ("", "<think></think><tool_call>{}", []),
-    ),
+    (llama, f"[{LLAMA}, {LLAMA}]", ("", "", [W, W])),
+    (plain, "<think></think><tool_call>{}", ("", "<think></think><tool_call>{}", [])),
 ]
 
 
@@ -114,7 +110,7 @@ def test_however_it_is_cut(data: st.DataObject) -> None:
     assert parse(make(), pieces) == answer
 
 
-@given(st.text(alphabet='<tool_call>/{}[]"\\:, nameargumentsadd'), st.sampled_from([hermes, llama, required]))
+@given(st.text(alphabet='<tool_call>/{}[]"\\:, nameargumentsadd'), st.sampled_from([hermes, llama]))
 def test_nothing_gets_lost(text: str, make: Any) -> None:
     """What is not a call, nor blanks around one, comes out as content."""
     _, content, calls = parse(make(), list(text) or [""])
