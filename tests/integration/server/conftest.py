@@ -66,6 +66,14 @@ def serve() -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture(scope="module")
+def demo() -> Iterator[Server]:
+    """The demo model itself, where text matters."""
+    demo_model_path()
+    with running("demo", "--max-model-len", "1024", "--num-gpu-blocks-override", "256") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def oracle(serve: Callable[..., Server]) -> Server:
     return serve("--max-model-len", "2048")
 

@@ -1,0 +1,182 @@
+"""The clients that people have, unchanged: openai, langchain-openai and curl, on the demo model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from langchain_openai import ChatOpenAI
+from pydantic import BaseModel, Field, SecretStr
+
+HELLO: Any = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
+ADD: Any = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Add two numbers",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer", "maximum": 99}, "b": {"type": "integer", "maximum": 99}},
+            "required": ["a", "b"],
+            "additionalProperties": False,
+        },
+    },
+}
+SUM: Any = [{"role": "user", "content": "What is 2 + 3? Use the function."}]
+
+
+class City(BaseModel):
+    """A city."""
+
+    name: str = Field(max_length=12)
+    is_capital: bool
+
+
+@pytest.fixture
+def client(demo: Any) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none", timeout=120, max_retries=0) as client:
+        yield client
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["demo"]
+    assert client.models.retrieve("demo").id == "demo"
+
+
+def test_completion_and_its_stream(client: openai.OpenAI) -> None:
+    prompt = "The capital of France is"
+    whole = client.completions.create(model="demo", prompt=prompt, max_tokens=6, temperature=0)
+    assert "Paris" in whole.choices[0].text
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 6
+    stream = client.completions.create(
+        model="demo",
+        prompt=prompt,
+        max_tokens=6,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    *chunks, last = list(stream)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 6
+
+
+def test_chat_and_its_stream(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(
+        model="demo", messages=HELLO, max_completion_tokens=8, temperature=0
+    )
+    answer = whole.choices[0].message
+    assert answer.role == "assistant"
+    assert answer.content
+    assert "Paris" in answer.content
+    stream = client.chat.completions.create(
+        model="demo", messages=HELLO, max_completion_tokens=8, temperature=0, stream=True
+    )
+    deltas = [chunk.choices[0].delta for chunk in stream]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == answer.content
+
+
+def test_a_tool_call_and_the_answer_to_it(client: openai.OpenAI) -> None:
+    more: Any = {"tool_choice": "required", "parallel_tool_calls": False, "temperature": 0, "max_tokens": 60}
+    whole = client.chat.completions.create(model="demo", messages=SUM, tools=[ADD], **more)
+    choice = whole.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.tool_calls is not None
+    (call,) = choice.message.tool_calls
+    assert call.type == "function"
+    assert call.function.name == "add"
+    assert set(json.loads(call.function.arguments)) == {"a", "b"}
+
+    answer = {"role": "tool", "tool_call_id": call.id, "content": "5"}
+    messages = [*SUM, choice.message.model_dump(exclude_none=True), answer]
+    after = client.chat.completions.create(model="demo", messages=messages, tools=[ADD], max_tokens=4)
+    assert after.choices[0].message.content
+
+
+def test_a_tool_call_that_is_streamed(client: openai.OpenAI) -> None:
+    more: Any = {"tool_choice": {"type": "function", "function": {"name": "add"}}, "temperature": 0}
+    name, arguments, ids, reason = "", "", set(), None
+    stream = client.chat.completions.create(
+        model="demo", messages=SUM, tools=[ADD], max_tokens=60, stream=True, **more
+    )
+    for chunk in stream:
+        reason = chunk.choices[0].finish_reason or reason
+        for call in chunk.choices[0].delta.tool_calls or ():
+            assert call.index == 0
+            assert call.function is not None
+            ids |= {call.id} - {None}
+            name += call.function.name or ""
+            arguments += call.function.arguments or ""
+    assert (name, reason, len(ids)) == ("add", "tool_calls", 1)
+    assert set(json.loads(arguments)) == {"a", "b"}
+
+
+def test_structured_output(client: openai.OpenAI) -> None:
+    parsed = client.chat.completions.parse(
+        model="demo", messages=HELLO, response_format=City, max_tokens=60, temperature=0
+    )
+    assert isinstance(parsed.choices[0].message.parsed, City)
+    one_of: Any = {"structured_outputs": {"choice": ["Rome", "Paris"]}}
+    chosen = client.chat.completions.create(model="demo", messages=HELLO, temperature=0, extra_body=one_of)
+    assert chosen.choices[0].message.content == "Paris"
+
+
+def test_errors_have_the_clients_types(client: openai.OpenAI) -> None:
+    def ask(**more: Any) -> None:
+        client.chat.completions.create(**({"model": "demo", "messages": HELLO, "max_tokens": 1} | more))
+
+    with pytest.raises(openai.BadRequestError) as bad:
+        ask(temperature=7)
+    assert (bad.value.param, bad.value.type) == ("temperature", "invalid_request_error")
+    with pytest.raises(openai.BadRequestError):
+        ask(temperature=7, stream=True)
+    with pytest.raises(openai.NotFoundError) as missing:
+        ask(model="other")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError):
+        client.embeddings.create(model="demo", input="x")
+    broken: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
+    with pytest.raises(openai.BadRequestError):
+        ask(response_format=broken)
+
+
+def test_langchain(demo: Any) -> None:
+    model = ChatOpenAI(
+        model="demo",
+        base_url=f"{demo.url}/v1",
+        api_key=SecretStr("none"),
+        temperature=0,
+        max_completion_tokens=60,
+        max_retries=0,
+    )
+    question = HELLO[0]["content"]
+    streamed = "".join(chunk.text for chunk in model.bind(max_tokens=8).stream(question))
+    assert "Paris" in streamed
+    assert isinstance(model.with_structured_output(City).invoke(question), City)
+    forced = model.bind_tools([ADD], tool_choice="add").invoke("What is 2 + 3?")
+    (call,) = forced.tool_calls
+    assert (call["name"], set(call["args"])) == ("add", {"a", "b"})
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl(demo: Any) -> None:
+    body = json.dumps({"messages": HELLO, "max_tokens": 4, "temperature": 0, "stream": True})
+    command = ["curl", "-sSN", f"{demo.url}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    done = subprocess.run([*command, "-d", body], capture_output=True, text=True, timeout=60, check=True)
+    *events, end = [line for line in done.stdout.splitlines() if line]
+    assert end == "data: [DONE]"
+    deltas = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"] for line in events]
+    whole = httpx.post(
+        f"{demo.url}/v1/chat/completions", json=json.loads(body) | {"stream": False}, timeout=60
+    )
+    text = "".join(delta.get("content", "") for delta in deltas)
+    assert text == whole.json()["choices"][0]["message"]["content"]
