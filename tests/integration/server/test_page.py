@@ -11,7 +11,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from .conftest import ORACLE, Server
+from .conftest import Server
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -59,7 +59,7 @@ def test_the_page_needs_nothing_from_outside(http: httpx.Client) -> None:
 
 
 def test_a_key_protects_the_page_and_a_browser_can_give_it(serve: Callable[..., Server]) -> None:
-    server = serve(*ORACLE, HEADRACE_API_KEY="sesame")
+    server = serve(HEADRACE_API_KEY="sesame")
     with server.client() as http:
         for path in [*PAGE, "/metrics", "/stats"]:
             refused = http.get(path)
@@ -74,14 +74,8 @@ def test_a_key_protects_the_page_and_a_browser_can_give_it(serve: Callable[..., 
 # --- in a browser ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def talkative(serve: Callable[..., Server]) -> Server:
-    """Long enough answers to be stopped in the middle of."""
-    return serve("demo", "--load-format", "oracle", "--num-gpu-blocks-override", "2000")
-
-
 @pytest.fixture
-def page(talkative: Server) -> Iterator[Page]:
+def page(oracle: Server) -> Iterator[Page]:
     if CHROMIUM is None:
         pytest.skip("there is no Chromium on this machine")
     sync_api = pytest.importorskip("playwright.sync_api")
@@ -90,7 +84,7 @@ def page(talkative: Server) -> Iterator[Page]:
         opened = browser.new_page(viewport={"width": 1100, "height": 800})
         complaints: list[str] = []
         opened.on("pageerror", lambda error: complaints.append(str(error)))
-        opened.goto(talkative.url)
+        opened.goto(oracle.url)
         yield opened
         browser.close()
         assert not complaints
@@ -101,24 +95,33 @@ DONE = "#messages[aria-busy=false] .assistant:last-child .figures:not(:empty)"
 
 
 def test_a_conversation_by_keyboard(page: Page) -> None:
+    throttle(page, 3000)  # the whole answer would take a minute
     page.keyboard.type("Hello")  # the field has the focus
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("there")
     page.keyboard.press("Enter")
     page.wait_for_selector(f"{BUSY} .assistant .text:not(:empty)")
     page.keyboard.press("Escape")
-    page.wait_for_selector("#messages[aria-busy=false]")
+    page.wait_for_selector("#messages[aria-busy=false]", timeout=10_000)
     assert page.text_content(".user .text") == "Hello\nthere"
-    said = re.search(r"(\d+) tokens", page.text_content(".figures") or "")
-    assert said is None or int(said[1]) < 8000  # it could have said 8150
     page.keyboard.type("again")
     page.keyboard.press("Enter")
-    page.wait_for_selector(BUSY)
+    page.wait_for_selector(f"{BUSY} .assistant:last-child .text:not(:empty)")
     page.click("#stop")
-    page.wait_for_selector("#messages[aria-busy=false]")
+    page.wait_for_selector("#messages[aria-busy=false]", timeout=10_000)
     assert page.locator(".message").count() == 4
     page.click("#clear")
     assert page.locator(".message").count() == 0
+
+
+def throttle(page: Page, bytes_per_second: int) -> None:
+    conditions = {
+        "offline": False,
+        "latency": 0,
+        "downloadThroughput": bytes_per_second,
+        "uploadThroughput": -1,
+    }
+    page.context.new_cdp_session(page).send("Network.emulateNetworkConditions", conditions)
 
 
 def test_sampling_controls_and_errors(page: Page) -> None:
