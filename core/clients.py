@@ -6,7 +6,8 @@ from array import array
 from dataclasses import dataclass, field
 from operator import itemgetter
 
-from ..ipc.messages import ClientStats, Finished, Started, StepOutputs, pack
+from ..ipc.messages import ClientStats, Finished, Logprobs, PromptLogprobs, Started, StepOutputs, pack
+from .logprobs import put_together
 from .request import Phase, Request
 from .steps import Outputs
 
@@ -68,15 +69,29 @@ class Splitter:
         if outputs.rows is not self._rows:
             self._regroup(outputs.rows)
         started, finished = _by_client(outputs)
+        prompts: dict[bytes, list[PromptLogprobs]] = {}
+        for request, logprobs in outputs.prompt_logprobs:
+            prompts.setdefault(request.client, []).append(PromptLogprobs(request.number, logprobs))
         alone = len(self._shares) == 1
         messages: dict[bytes, StepOutputs] = {}
         for client, share in self._shares.items():
             tokens = outputs.tokens.tobytes() if alone else _pick(outputs.tokens, share.indices)
             messages[client] = StepOutputs(
-                share.column, tokens, started.pop(client, []), finished.pop(client, [])
+                share.column,
+                tokens,
+                started.pop(client, []),
+                finished.pop(client, []),
+                _logprobs(outputs, share) if outputs.logprobs else None,
+                prompts.pop(client, []),
             )
-        for client in started.keys() | finished.keys():  # news, but no token
-            messages[client] = StepOutputs(b"", b"", started.get(client, []), finished.get(client, []))
+        for client in started.keys() | finished.keys() | prompts.keys():  # news, but no token
+            messages[client] = StepOutputs(
+                b"",
+                b"",
+                started.get(client, []),
+                finished.get(client, []),
+                prompt_logprobs=prompts.get(client, []),
+            )
         return messages
 
     def _regroup(self, rows: list[Request]) -> None:
@@ -101,6 +116,11 @@ def _by_client(outputs: Outputs) -> tuple[dict[bytes, list[Started]], dict[bytes
     for request, reason, stop, error in outputs.ended:
         finished.setdefault(request.client, []).append(Finished(request.number, reason, stop, error))
     return started, finished
+
+
+def _logprobs(outputs: Outputs, share: _Share) -> Logprobs | None:
+    found = ((place, outputs.logprobs.get(outputs.rows[i])) for place, i in enumerate(share.indices))
+    return put_together({place: row for place, row in found if row is not None})
 
 
 def _pick(tokens: array[int], indices: list[int]) -> bytes:

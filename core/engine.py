@@ -262,7 +262,7 @@ class Engine:
         try:
             if self._drain_until is not None:
                 raise OverloadedError("the engine core is about to end", retry_after=_RETRY_AFTER_DRAIN)
-            for request in make_requests(identity, message, self._config.vocab_size, time.monotonic()):
+            for request in make_requests(identity, message, self._config, time.monotonic()):
                 if request.number in client.requests:
                     text = f"request {request.number} is in use"
                     raise RequestError(text, parameter="request", value=request.number)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
+from ..ipc.config import EngineConfig
 from ..ipc.errors import RequestError
 from ..ipc.messages import MAX_GRAMMAR, AddRequest, Sampling, unpack
 from .request import Deadlines, Request
@@ -19,6 +20,7 @@ from .request import Deadlines, Request
 MAX_N = 16384
 MAX_SALT = 1024
 MAX_TIMEOUT = 1e9
+MAX_LOGPROB_TOKEN_IDS = 128
 _INT32 = 2**31 - 1
 _MAX_BAD_WORDS = 1 << 16
 """Tokens of all bad words of a request."""
@@ -39,17 +41,18 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 }
 
 
-def make_requests(client: bytes, message: AddRequest, vocab_size: int, now: float) -> Iterator[Request]:
+def make_requests(client: bytes, message: AddRequest, config: EngineConfig, now: float) -> Iterator[Request]:
     """The `n` requests of a message, made as they are asked for. The first may raise RequestError."""
     last = _INT32 - message.n + 1
     _check(1 <= message.n <= MAX_N, "n", message.n, f">= 1 and <= {MAX_N}")
     _check(0 <= message.request <= last, "request", message.request, f">= 0 and <= {last}")
     _check(1 <= message.max_tokens <= _INT32, "max_tokens", message.max_tokens, f">= 1 and <= {_INT32}")
-    sampling = message.sampling
+    sampling, vocab_size = message.sampling, config.vocab_size
     _check_sampling(sampling, message.max_tokens, vocab_size)
     length = len(message.cache_salt)
     _check(length <= MAX_SALT, "cache_salt", f"{length} characters", f"at most {MAX_SALT} characters")
     deadlines = _deadlines(message, now)
+    _check_logprobs(sampling, config)
     prompt = _read_ids("prompt", message.prompt, vocab_size)
     _check(len(prompt) > 0, "prompt", 0, ">= 1 tokens")
     generated = _read_ids("generated", message.generated, vocab_size)
@@ -66,7 +69,7 @@ def make_requests(client: bytes, message: AddRequest, vocab_size: int, now: floa
             number=message.request + i,
             tokens=prompt + generated,
             num_prompt_tokens=len(prompt),
-            sampling=msgspec.structs.replace(sampling, seed=(sampling.seed + i) % _SEEDS) if i else sampling,
+            sampling=_of_child(sampling, i) if i else sampling,
             max_tokens=message.max_tokens,
             priority=message.priority,
             arrival_time=now,
@@ -106,6 +109,25 @@ def _check_sampling(sampling: Sampling, max_tokens: int, vocab_size: int) -> Non
     for token in sampling.stop_token_ids:
         _check(0 <= token < vocab_size, "stop_token_ids", token, f"0 .. {vocab_size - 1}")
     _check_rules(sampling, vocab_size)
+
+
+def _of_child(sampling: Sampling, number: int) -> Sampling:
+    """The parameters of generation `number` > 0: noise of its own, and the prompt is told of once."""
+    seed = (sampling.seed + number) % _SEEDS
+    return msgspec.structs.replace(sampling, seed=seed, prompt_logprobs=None)
+
+
+def _check_logprobs(sampling: Sampling, config: EngineConfig) -> None:
+    most = config.vocab_size
+    if config.max_logprobs >= 0:
+        most = min(most, config.max_logprobs)
+    for name in ("logprobs", "prompt_logprobs"):
+        value = getattr(sampling, name)
+        _check(value is None or 0 <= value <= most, name, value, f"0 .. {most}")
+    ids = sampling.logprob_token_ids
+    _check(len(ids) <= MAX_LOGPROB_TOKEN_IDS, "logprob_token_ids", len(ids), f"<= {MAX_LOGPROB_TOKEN_IDS}")
+    for token in ids:
+        _check(0 <= token < config.vocab_size, "logprob_token_ids", token, f"0 .. {config.vocab_size - 1}")
 
 
 def _check_rules(sampling: Sampling, vocab_size: int) -> None:

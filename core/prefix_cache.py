@@ -16,7 +16,8 @@ class PrefixCache:
 
     def find(self, request: Request) -> list[int]:
         """Blocks that hold the request's first tokens; at least one token is left to compute."""
-        if not self._enabled or request.sampling.skip_reading_prefix_cache:
+        sampling = request.sampling
+        if not self._enabled or sampling.skip_reading_prefix_cache or sampling.prompt_logprobs is not None:
             return []
         count = (len(request.tokens) - 1) // self._block_size
         extend_hashes(request.block_hashes, request.tokens, self._block_size, count, request.cache_root)

@@ -21,16 +21,18 @@ from collections.abc import Sequence
 from enum import Enum, auto
 from itertools import compress
 
+import msgspec
 import numpy as np
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, RequestCrashedError
-from ..ipc.messages import Admit, FinishReason, Stats, StepPlan, StepResult, pack, unpack
+from ..ipc.messages import Admit, FinishReason, Logprobs, Stats, StepPlan, StepResult, pack, unpack
 from .blame import Blame
 from .block_pool import BlockPool
 from .deadlines import DeadlineQueue
 from .displacement import choose_victims
 from .limits import Limits
+from .logprobs import MAX_ENTRIES, check_rows, entries_per_position, entries_per_token, rows_of
 from .prefix_cache import PrefixCache
 from .queue import WaitingQueue
 from .request import Phase, Request
@@ -87,6 +89,7 @@ class Scheduler:
         self._last_rows: list[Request] | None = None
         self._last_slots = b""
         self._num_draining = 0
+        self._logprob_entries = 0  # that a step of all that run brings
         # Who could not be admitted, and whom displacing others would not help, until something changes.
         self._stuck: tuple[Request, int, int] | None = None
         self._immovable: tuple[Request, int] | None = None
@@ -236,6 +239,11 @@ class Scheduler:
 
     def _run_chunk(self, request: Request, step: Step) -> None:
         count = min(len(request.tokens) - request.num_computed_tokens, step.budget)
+        if entries := entries_per_position(request.sampling):
+            count = min(count, step.logprob_room // entries)
+            step.logprob_room -= count * entries
+            if not count:
+                return
         request.num_computed_tokens += count
         step.budget -= count
         step.chunks.append((request, count))
@@ -336,6 +344,10 @@ class Scheduler:
         reserve = len(self._decoding) + len(self._prefilling)
         if not self._free_slots or own + reserve > self._pool.num_free_without(shared):
             return False
+        entries = entries_per_token(request.sampling)
+        if self._logprob_entries and self._logprob_entries + entries > MAX_ENTRIES:
+            return False
+        self._logprob_entries += entries
         self._pool.share(shared)
         request.block_table = shared + self._pool.take(own)
         request.num_computed_tokens = request.num_charged_tokens = len(shared) * self._block_size
@@ -383,6 +395,7 @@ class Scheduler:
             num_tokens=num_tokens,
         )
         self._released = array("i")
+        step.num_decodes = len(self._decoding)
         if step.chunks:
             self._end_prefills(step)
         step.sampling = self._decoding
@@ -431,6 +444,7 @@ class Scheduler:
         rows, tokens = step.sampling, unpack(result.tokens)
         for failed in result.failed:
             self._fail(rows[failed.row], failed.error, ended)
+        logprobs = {rows[row]: found for row, found in rows_of(result.logprobs).items()}
         running = Phase.RUNNING  # the loop runs for every token: 256 rows take some 30 microseconds
         for request, token in zip(rows, tokens, strict=True):
             if request.phase is running and token not in request.stop_ids:
@@ -442,9 +456,10 @@ class Scheduler:
         if dropped:
             kept = [row not in dropped for row in rows]
             rows, tokens = list(compress(rows, kept)), array("i", compress(tokens, kept))
+            logprobs = {request: found for request, found in logprobs.items() if request not in dropped}
         self._generation_tokens += len(rows)
         self._blame.look_again()
-        return Outputs(rows, tokens, started, ended)
+        return Outputs(rows, tokens, started, ended, logprobs, _prompt_logprobs(step, result))
 
     def _check_result(self, result: StepResult) -> None:
         step = self._in_flight[0] if self._in_flight else None
@@ -457,6 +472,11 @@ class Scheduler:
             raise BadResultError(f"the answer to step {result.step} has tokens out of the vocabulary")
         if any(not 0 <= failed.row < len(step.sampling) for failed in result.failed):
             raise BadResultError(f"the answer to step {result.step} names rows that it has not")
+        chunks = range(step.num_decodes, step.num_decodes + len(step.chunks))
+        try:
+            check_rows(result, range(len(step.sampling)), chunks)
+        except ValueError as error:
+            raise BadResultError(f"the answer to step {result.step} has {error}") from None
 
     def _take_token(self, request: Request, token: int, ended: list[Ended]) -> None:
         """A token that may end its request, or comes after a preemption."""
@@ -525,6 +545,7 @@ class Scheduler:
         self._in_flight.clear()
         self._last_rows, self._last_slots = None, b""
         self._num_draining = 0
+        self._logprob_entries = 0
 
     # --- leaving ------------------------------------------------------------------------------------
 
@@ -552,6 +573,7 @@ class Scheduler:
         self._cache.name_full_blocks(request)
         _settle(request)
         self._num_moves += 1
+        self._logprob_entries -= entries_per_token(request.sampling)
         self._pool.give_back(request.block_table)
         request.block_table = []
         self._released.append(request.slot)
@@ -573,6 +595,19 @@ class Scheduler:
 def _all_slots(count: int) -> list[int]:
     """Free slots, the lowest last: the next to be taken."""
     return list(range(count - 1, -1, -1))
+
+
+def _prompt_logprobs(step: Step, result: StepResult) -> list[tuple[Request, Logprobs]]:
+    """Whose they are."""
+    found: list[tuple[Request, Logprobs]] = []
+    for prompt in result.prompt_logprobs:
+        request, _ = step.chunks[prompt.request - step.num_decodes]
+        if unpack(prompt.logprobs.rows)[-1] == request.num_prompt_tokens - 1:
+            # That was all: should it run again, the prefix cache serves it.
+            request.sampling = msgspec.structs.replace(request.sampling, prompt_logprobs=None)
+        if request.phase is not Phase.FINISHED:
+            found.append((request, prompt.logprobs))
+    return found
 
 
 def _order(request: Request) -> tuple[int, int]:

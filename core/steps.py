@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..ipc.errors import ErrorInfo, HeadraceError
-from ..ipc.messages import Admit, FinishReason
+from ..ipc.messages import Admit, FinishReason, Logprobs
+from .logprobs import MAX_ENTRIES, LogprobRow
 from .request import Request
 
 
@@ -35,6 +36,9 @@ class Outputs:
     started: list[Request]
     """Left the queue for the first time."""
     ended: list[Ended]
+    logprobs: dict[Request, LogprobRow] = field(default_factory=dict)
+    """Of the rows that want them."""
+    prompt_logprobs: list[tuple[Request, Logprobs]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -44,6 +48,10 @@ class Step:
     number: int
     budget: int
     """Tokens that may still be scheduled."""
+    logprob_room: int = MAX_ENTRIES
+    """Entries that prompts may still bring."""
+    num_decodes: int = 0
+    """Rows before the chunks'."""
     preempted: bool = False
     granted: array[int] = field(default_factory=lambda: array("i"))
     admitted: list[Admit] = field(default_factory=list)

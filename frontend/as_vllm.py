@@ -86,6 +86,12 @@ OFFERED: dict[str, dict[str, tuple[str, str]]] = {
         "TextPrompt": (__name__, "TextPrompt"),
         "TokensPrompt": (__name__, "TokensPrompt"),
     },
+    "vllm.logprobs": {
+        "FlatLogprobs": ("headrace.frontend.logprobs", "FlatLogprobs"),
+        "Logprob": ("headrace.frontend.logprobs", "Logprob"),
+        "PromptLogprobs": ("headrace.frontend.logprobs", "PromptLogprobs"),
+        "SampleLogprobs": ("headrace.frontend.logprobs", "SampleLogprobs"),
+    },
     "vllm.outputs": {
         "CompletionOutput": (_OUTPUTS, "CompletionOutput"),
         "RequestOutput": (_OUTPUTS, "RequestOutput"),

@@ -26,6 +26,7 @@ from .core_process import CoreProcess
 from .detokenizer import DecoderFactory
 from .engine_args import AsyncEngineArgs, attach_keys, check_attached, resolve
 from .grammars import Grammars
+from .logprobs import LogprobsAsked, TokenTexts
 from .metrics import AnyMetric, engine_records
 from .model_files import find_model
 from .prompts import ParsedPrompt, Prompt, check_token_ids, parse_prompt
@@ -76,6 +77,7 @@ class AsyncLLM:
             self._seeds = random.SystemRandom()
         self._decoders = None if self._tokenizer is None else DecoderFactory(self._tokenizer)
         self._grammars = Grammars(self.config)
+        self._texts = None if self._decoders is None else TokenTexts(self._decoders.piece)
 
     @classmethod
     def from_engine_args(
@@ -399,6 +401,12 @@ class AsyncLLM:
             params.min_tokens,
             params.max_tokens,
             params.repetition_detection,
+            LogprobsAsked(
+                sampled=sampling.logprobs is not None or bool(sampling.logprob_token_ids),
+                prompt=sampling.prompt_logprobs is not None,
+                flat=params.flat_logprobs,
+                texts=self._texts if show else None,
+            ),
         )
         if request.is_aborted:  # while it was tokenized
             request.abort()

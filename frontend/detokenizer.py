@@ -207,15 +207,20 @@ class DecoderFactory:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._make: Callable[[bool], Decoder]
+        self.piece: Callable[[int], str | int | bytes]
+        """A token's text, or its bytes when they are not whole characters; special tokens too."""
         backend = tokenizer.backend
         if isinstance(backend.decoder, decoders.ByteLevel):
             pieces = [Pieces(tokenizer, skip) for skip in (False, True)]
             self._make = lambda skip: ByteDecoder(pieces[skip])
+            self.piece = pieces[False].__getitem__
         elif (steps := _steps(backend)) in (_FALLBACK, [*_FALLBACK, _STRIP]):
             parts = [FallbackPieces(tokenizer, skip) for skip in (False, True)]
             self._make = lambda skip: FallbackDecoder(parts[skip], _STRIP in steps)
+            self.piece = parts[False].__getitem__
         else:
             self._make = lambda skip: StreamDecoder(backend, skip)
+            self.piece = lambda token: backend.decode([token], skip_special_tokens=False)
 
     def __call__(self, skip_special_tokens: bool) -> Decoder:
         return self._make(skip_special_tokens)

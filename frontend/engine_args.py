@@ -21,6 +21,7 @@ from ..ipc.config import (
     Dtype,
     EngineConfig,
     LoadFormat,
+    LogprobsMode,
     SchedulingPolicy,
     StructuredOutputsConfig,
 )
@@ -42,6 +43,7 @@ _CHOICES = {
     "dtype": ("auto", *_DTYPES),
     "load_format": ("auto", "safetensors", "gguf", "dummy", "oracle"),
     "scheduling_policy": ("fcfs", "priority"),
+    "logprobs_mode": ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"),
 }
 _NO_WEIGHTS = ("dummy", "oracle")
 _BATCHED_TOKENS: dict[Device, int] = {"cuda": 8192, "cpu": 2048}
@@ -86,6 +88,10 @@ class AsyncEngineArgs:
     """Requests that may wait for a slot; beyond, they are refused with OverloadedError."""
     max_queued_tokens: int = 1 << 28
     """Prompt tokens of those."""
+    max_logprobs: int = 20
+    """Most logprobs that a request may ask for; -1: the whole vocabulary."""
+    logprobs_mode: str = "raw_logprobs"
+    """"raw_logprobs" or "raw_logits": as the model gives them; "processed_...": as the draw sees them."""
     max_replays: int = 1
     """How often a request is run again that was running when a worker or the core crashed, and has got no
     further since; then it ends with a RequestCrashedError."""
@@ -169,6 +175,8 @@ def resolve(args: AsyncEngineArgs) -> EngineConfig:
         log_stats=not args.disable_log_stats,
         tokenizer_json=_tokenizer_json(tokenizer, load_format),
         structured_outputs_config=cast(StructuredOutputsConfig, args.structured_outputs_config),
+        max_logprobs=args.max_logprobs,
+        logprobs_mode=cast(LogprobsMode, args.logprobs_mode),
     )
 
 
@@ -213,6 +221,7 @@ _INTEGERS = {
     "num_gpu_blocks_override": (1, _MAX_INT),
     "kv_cache_memory_bytes": (1, _MAX_SEED),
     "tensor_parallel_size": (1, 64),
+    "max_logprobs": (-1, 1 << 20),
     "max_replays": (0, 100),
 }
 _TEXTS = (
@@ -223,6 +232,7 @@ _TEXTS = (
     "served_model_name",
     "generation_config",
     "scheduling_policy",
+    "logprobs_mode",
     "engine_core_address",
     "engine_core_curve_server_key",
     "engine_core_curve_secret_key",

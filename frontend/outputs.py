@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from .logprobs import PromptLogprobs, SampleLogprobs
+
 
 class CompletionOutput(msgspec.Struct, frozen=True, gc=False):
     """One completion of a prompt: all of it so far, or with DELTA what is new."""
@@ -16,8 +18,10 @@ class CompletionOutput(msgspec.Struct, frozen=True, gc=False):
     """0 .. n-1"""
     text: str
     token_ids: list[int]
-    cumulative_logprob: None = None
-    logprobs: None = None
+    cumulative_logprob: float | None = None
+    """Of all tokens so far, with DELTA too; None when no logprobs were asked for."""
+    logprobs: SampleLogprobs | None = None
+    """One position for each of `token_ids`; None when no logprobs were asked for."""
     routed_experts: None = None
     finish_reason: str | None = None
     """"stop", "length", "abort" or "timeout"; None while it runs."""
@@ -81,7 +85,8 @@ class RequestOutput(msgspec.Struct, frozen=True, gc=False):
     prompt: str | None
     """None when the prompt was token ids."""
     prompt_token_ids: list[int]
-    prompt_logprobs: None
+    prompt_logprobs: PromptLogprobs | None
+    """One position for each of `prompt_token_ids`, the first without any; with DELTA in the first output."""
     outputs: list[CompletionOutput]
     """CUMULATIVE and FINAL_ONLY: all n, by index. DELTA: those with news."""
     finished: bool

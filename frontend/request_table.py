@@ -6,6 +6,7 @@ import asyncio
 import time
 
 from ..ipc.messages import Finished, FinishReason, StepOutputs, unpack
+from .logprobs import rows_of
 from .metrics import FrontendMetrics
 from .requests import Completion, Request
 
@@ -78,6 +79,8 @@ class RequestTable:
         for started in message.started:
             if (completion := completions.get(started.request)) is not None:
                 completion.request.start(started.num_cached_tokens, started.queued_seconds)
+        if message.logprobs is not None or message.prompt_logprobs:
+            self._note_logprobs(message)
         if message.finished:
             return self._apply_with_ends(message)
         stopped: list[int] = []
@@ -88,6 +91,18 @@ class RequestTable:
                 stopped.append(number)
                 self._ended(number)
         return stopped
+
+    def _note_logprobs(self, message: StepOutputs) -> None:
+        for prompt in message.prompt_logprobs:
+            if (completion := self._completions.get(prompt.request)) is not None:
+                completion.request.note_prompt_logprobs(rows_of(prompt.logprobs))
+        if message.logprobs is None:
+            return
+        numbers = unpack(message.requests)
+        for place, row in rows_of(message.logprobs).items():
+            completion = self._completions.get(numbers[place])
+            if completion is not None and completion.logprobs is not None:
+                completion.logprobs.note(row)
 
     def _apply_with_ends(self, message: StepOutputs) -> list[int]:
         ends = {finished.request: finished for finished in message.finished}

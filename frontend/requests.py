@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..ipc.messages import Finished, FinishReason
 from .detokenizer import Decoder
+from .logprobs import LogprobsAsked, LogprobView, PromptLogprobs, WireRow
 from .metrics import FrontendMetrics
 from .outputs import CompletionOutput, RequestMetrics, RequestOutput
 from .repetition import REPETITION_DETECTED, RepetitionDetectionParams, RepetitionDetector
@@ -40,6 +41,7 @@ class Completion:
         "finish_reason",
         "index",
         "last_token_at",
+        "logprobs",
         "num_tokens",
         "request",
         "stop_reason",
@@ -53,6 +55,7 @@ class Completion:
         stops: StopStrings | None,
         repetition: RepetitionDetectionParams | None,
         min_tokens: int,
+        logprobs: LogprobView | None,
     ) -> None:
         self.request = request
         self.index = index
@@ -60,6 +63,8 @@ class Completion:
         self.stop_reason: int | str | None = None
         self.num_tokens = 0
         self.last_token_at = 0.0
+        self.logprobs = logprobs
+        """Is told of each token's before the token."""
         self._decoder = decoder
         self._stops = stops
         self._repetition = None if repetition is None else RepetitionDetector(repetition, min_tokens)
@@ -134,8 +139,18 @@ class Completion:
             self._all_tokens += tokens
             self._all_text += text
             tokens, text = self._all_tokens.copy(), self._all_text
+        view, logprobs, cumulative = self.logprobs, None, None
+        if view is not None:
+            logprobs = view.take_new() if self.request.kind is _DELTA else view.take_all()
+            cumulative = view.cumulative
         return CompletionOutput(
-            self.index, text, tokens, finish_reason=self.finish_reason, stop_reason=self.stop_reason
+            self.index,
+            text,
+            tokens,
+            cumulative,
+            logprobs,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
         )
 
     def _take_text(self, tokens: list[int]) -> str:
@@ -170,6 +185,8 @@ class Request:
         "_error",
         "_first_token_at",
         "_max_tokens",
+        "_num_prompt_logprobs",
+        "_prompt_logprobs",
         "_queued_at",
         "_scheduled_at",
         "_sent_at",
@@ -217,6 +234,9 @@ class Request:
         self._queued_at = time.monotonic()
         self._sent_at = self._scheduled_at = self._first_token_at = 0.0
         self._max_tokens: int | None = None
+        self._prompt_logprobs: LogprobView | None = None
+        self._num_prompt_logprobs = 1
+        """Prompt tokens whose logprobs are noted, counting the first one, which has none."""
 
     def begin(
         self,
@@ -225,11 +245,14 @@ class Request:
         min_tokens: int,
         max_tokens: int | None,
         repetition: RepetitionDetectionParams | None = None,
+        logprobs: LogprobsAsked | None = None,
     ) -> None:
         """Make the completions, one for each decoder; the request is about to be sent."""
+        views = [None] * len(decoders) if logprobs is None else logprobs.views(len(decoders))
+        self._prompt_logprobs = None if logprobs is None else logprobs.prompt_view()
         self.completions = [
-            Completion(self, index, decoder, watched, repetition, min_tokens)
-            for index, (decoder, watched) in enumerate(zip(decoders, stops, strict=True))
+            Completion(self, index, decoder, watched, repetition, min_tokens, view)
+            for index, (decoder, watched, view) in enumerate(zip(decoders, stops, views, strict=True))
         ]
         self.num_unfinished = len(self.completions)
         self._max_tokens = max_tokens
@@ -246,6 +269,26 @@ class Request:
         if not self._scheduled_at:
             # The core tells how long, not when: its clock may be another machine's.
             self._scheduled_at = self._sent_at + queued_seconds
+
+    def note_prompt_logprobs(self, rows: Mapping[int, WireRow]) -> None:
+        """Some of the prompt's positions have come, perhaps not for the first time."""
+        for position, row in rows.items():
+            if position == self._num_prompt_logprobs and self._prompt_logprobs is not None:
+                self._prompt_logprobs.note(row)
+                self._num_prompt_logprobs += 1
+
+    def _take_prompt_logprobs(self) -> PromptLogprobs | None:
+        """Once they are complete; with DELTA once."""
+        view = self._prompt_logprobs
+        if view is None or self._num_prompt_logprobs < len(self.prompt_token_ids):
+            return None
+        shown: PromptLogprobs
+        if self.kind is not _DELTA:
+            shown = view.take_all()
+        else:
+            self._prompt_logprobs = None
+            shown = view.take_new()
+        return shown
 
     def note_first_token(self, now: float) -> None:
         """A completion got its first token."""
@@ -304,7 +347,7 @@ class Request:
             self.request_id,
             self.prompt,
             self.prompt_token_ids,
-            None,
+            self._take_prompt_logprobs(),
             outputs,
             self.num_unfinished == 0,
             self._timings(),

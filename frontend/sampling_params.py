@@ -29,6 +29,7 @@ MAX_STRINGS = 1024
 MAX_STRING_LENGTH = 4096
 MAX_TOKEN_IDS = 1 << 18
 """In one list: as many as the largest vocabularies have."""
+MAX_LOGPROB_TOKEN_IDS = 128
 _MAX_BIAS = 100.0
 _FLOAT32_MAX = 3.4028234663852886e38
 _MIN_TEMPERATURE = 0.01
@@ -76,9 +77,13 @@ class SamplingParams:
     min_tokens: int = 0
     """No end-of-sequence token, stop token or stop string ends the request before that many."""
     logprobs: int | None = None
+    """With each token its logprob and those of so many of the likeliest; True is 1, -1 is all."""
     prompt_logprobs: int | None = None
+    """The same for the prompt's tokens, which are then computed without reading the prefix cache."""
     logprob_token_ids: list[int] | None = None
+    """Instead of the likeliest tokens these; `logprobs`, if it is given, must be their number."""
     flat_logprobs: bool = False
+    """Logprobs as `FlatLogprobs`, not as a list of dicts."""
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -140,6 +145,7 @@ class SamplingParams:
         self._verify_lengths()
         self._verify_stops()
         self._verify_rules()
+        self._verify_logprobs()
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise refusal(name, getattr(self, name), "True or False")
@@ -195,6 +201,23 @@ class SamplingParams:
         ids = [] if self.stop_token_ids is None else self.stop_token_ids
         self.stop_token_ids = token_ids("stop_token_ids", ids, MAX_TOKEN_IDS)
 
+    def _verify_logprobs(self) -> None:
+        """What depends on the engine's max_logprobs is checked when the request is made."""
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if isinstance(value, bool):
+                setattr(self, name, 1 if value else None)
+            elif value is not None:
+                limit = "None, True, -1 (the whole vocabulary), or an integer of at least 0"
+                setattr(self, name, integer(name, value, -1, INT32_MAX, limit))
+        if self.logprob_token_ids is None:
+            return
+        name = "logprob_token_ids"
+        ids = self.logprob_token_ids = token_ids(name, self.logprob_token_ids, MAX_LOGPROB_TOKEN_IDS)
+        if self.logprobs is not None and self.logprobs != len(ids):
+            message = f"logprobs must be the number of {name}, {len(ids)}, or None, got {self.logprobs}"
+            raise RequestError(message, parameter="logprobs", value=self.logprobs, limit=len(ids))
+
     def _verify_rules(self) -> None:
         """The fields that say which tokens may come."""
         self.bad_words = texts("bad_words", self.bad_words, MAX_STRINGS, MAX_STRING_LENGTH)
@@ -221,16 +244,13 @@ class SamplingParams:
 
 _FIELDS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 _UNSUPPORTED: dict[str, tuple[Any, str]] = {
-    "logprobs": (None, "not yet"),
-    "prompt_logprobs": (None, "not yet"),
-    "logprob_token_ids": (None, "not yet"),
-    "flat_logprobs": (False, "not yet"),
     "extra_args": (None, "it carries arguments of KV connectors and plugins, and there are none"),
     "routed_experts_prompt_start": (0, "no output tells the experts that tokens were routed to"),
 }
 """Name to the value that asks for nothing, and why any other is refused."""
 _FLAGS = (
     "ignore_eos",
+    "flat_logprobs",
     "detokenize",
     "skip_special_tokens",
     "spaces_between_special_tokens",

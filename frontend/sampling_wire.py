@@ -45,6 +45,8 @@ def to_wire(
     if allowed and params.min_tokens and set(allowed) <= {*stops, eos}:
         message = f"allowed_token_ids leaves only tokens that min_tokens={params.min_tokens} holds back"
         raise RequestError(message, parameter="allowed_token_ids", value=allowed[:5], limit="another token")
+    shown = params.logprob_token_ids or []
+    _check_ids("logprob_token_ids", shown, config.vocab_size)
     return Sampling(
         temperature=params.temperature,
         top_p=1.0 if greedy else params.top_p,
@@ -64,7 +66,26 @@ def to_wire(
         thinking=_thinking(params, tokenizer),
         skip_reading_prefix_cache=bool(params.skip_reading_prefix_cache),
         grammar=grammar,
+        logprobs=None if shown else _num_logprobs("sample", params.logprobs, config),
+        prompt_logprobs=_num_logprobs("prompt", params.prompt_logprobs, config),
+        logprob_token_ids=shown,
     )
+
+
+def _num_logprobs(what: str, wanted: int | None, config: EngineConfig) -> int | None:
+    """How many of the likeliest tokens the engine is asked for."""
+    if wanted is None:
+        return None
+    most = config.vocab_size if config.max_logprobs < 0 else config.max_logprobs
+    number = config.vocab_size if wanted == -1 else wanted
+    if number > most:
+        message = (
+            f"Requested {what} logprobs of {number}, which is greater than max allowed: {most} "
+            "(the engine argument max_logprobs)"
+        )
+        name = "logprobs" if what == "sample" else "prompt_logprobs"
+        raise RequestError(message, parameter=name, value=wanted, limit=most)
+    return min(number, config.vocab_size)
 
 
 def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:

@@ -14,6 +14,7 @@ Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 Device: TypeAlias = Literal["cpu", "cuda"]
 LoadFormat: TypeAlias = Literal["safetensors", "gguf", "dummy", "oracle"]
 SchedulingPolicy: TypeAlias = Literal["fcfs", "priority"]
+LogprobsMode: TypeAlias = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
 
 
 class StructuredOutputsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,6 +78,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_replays: int = 1
     """How often a request is run again that was running when the workers or the core crashed, and has got no
     further since."""
+    max_logprobs: int
+    """Most logprobs beside the chosen token's that a request may ask for; -1: the whole vocabulary."""
+    logprobs_mode: LogprobsMode
+    """What logprobs tell: the scores before or after all that changes them, and whether normalized."""
 
     tokenizer_json: str | None = None
     """The tokenizer in a file of the `tokenizers` package, to match grammars with; None: no grammars."""

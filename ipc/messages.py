@@ -91,6 +91,12 @@ class Sampling(Record, frozen=True):
     skip_reading_prefix_cache: bool = False
     grammar: str | None = None
     """What the text may be, in llguidance's own words (`ipc/grammars.py`)."""
+    logprobs: int | None = None
+    """Logprobs of so many of the likeliest tokens, and of the chosen one; None: of none."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but the first, which is computed anew for it."""
+    logprob_token_ids: list[int] = []
+    """Instead of the likeliest tokens: these, and the chosen one."""
 
 
 class AddRequest(Message, frozen=True):
@@ -250,6 +256,29 @@ class ClientStats(Record, frozen=True):
     """Clients are numbered as they come; no number is used twice."""
 
 
+class Logprobs(Record, frozen=True):
+    """Logprobs of some rows, as columns. A row's first entry is the token that was chosen or stands there."""
+
+    rows: bytes
+    """int32[n]: rows of the message's tokens; in a prompt, positions of the tokens"""
+    counts: bytes
+    """int32[n], how many entries each has"""
+    token_ids: bytes
+    """int32[sum of counts]"""
+    values: bytes
+    """float32[sum of counts]"""
+    ranks: bytes
+    """int32[sum of counts]: 1 + how many tokens of the vocabulary have a larger value"""
+
+
+class PromptLogprobs(Record, frozen=True):
+    """Some of the logprobs of a prompt. Positions come in order, but some may come again."""
+
+    request: int
+    """Between core and worker: the row of the plan."""
+    logprobs: Logprobs
+
+
 class StepOutputs(Message, frozen=True):
     """What one engine step brought one client."""
 
@@ -259,6 +288,9 @@ class StepOutputs(Message, frozen=True):
     """int32[n], their tokens"""
     started: list[Started] = []
     finished: list[Finished] = []
+    logprobs: Logprobs | None = None
+    """Of the tokens of requests that asked for them."""
+    prompt_logprobs: list[PromptLogprobs] = []
 
 
 class Reply(Message, frozen=True):
@@ -338,6 +370,9 @@ class StepResult(Message, frozen=True):
     tokens: bytes
     """int32, one token for each sampling row, in the plan's row order"""
     failed: list[FailedRow] = []
+    logprobs: Logprobs | None = None
+    """Of the sampling rows that want them."""
+    prompt_logprobs: list[PromptLogprobs] = []
 
 
 class Loaded(Message, frozen=True):

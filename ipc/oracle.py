@@ -44,6 +44,18 @@ def next_tokens(states: U64, seeds: U64, positions: U64, vocab_size: int) -> NDA
     return tokens
 
 
+def oracle_logprobs(
+    chosen: NDArray[Any], positions: NDArray[Any], tokens: NDArray[Any], vocab_size: int
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Values and ranks of `tokens` where the oracle chose `chosen`; the arrays broadcast.
+
+    The chosen token is the likeliest, the ones that count up from it (and around) follow.
+    """
+    behind = (tokens.astype(np.int64) - chosen) % vocab_size
+    values = -(1 + positions % 64) / 64 - behind / 2
+    return values.astype(np.float32), (behind + 1).astype(np.int32)
+
+
 def oracle_stream(prompt: Sequence[int], seed: int, num_tokens: int, vocab_size: int) -> list[int]:
     """The first `num_tokens` tokens that the oracle says after `prompt`, stop tokens not heeded."""
     state = np.array([absorb_prompt(prompt)], dtype=np.uint64)

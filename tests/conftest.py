@@ -50,6 +50,8 @@ DEFAULTS: dict[str, Any] = {
     "gpu_memory_utilization": 0.9,
     "kv_cache_memory_bytes": None,
     "log_stats": False,
+    "max_logprobs": 20,
+    "logprobs_mode": "raw_logprobs",
 }
 
 

@@ -20,14 +20,16 @@ from ..ipc.messages import Admit, FailedRow, Sampling, StepPlan, StepResult, pac
 from ..kernels.causal_attention import padded_lengths
 from .constraints import ConstraintBuilder, Constraints
 from .device_slots import DeviceSlots, Work
-from .device_step import MORE_RESULTS, RESULTS, DeviceStep, Logits
 from .fused import fold_norms
+from .device_step import MORE_RESULTS, RESULTS, DeviceStep, Logits, Shown
 from .graphs import Graphs, Recorder, graph_sizes, most_useful
 from .kv_cache import CacheSize, cuda_budget, size_cache
+from .logprobs import prompt_to_wire, to_wire
 from .models import build_model
 from .models.causal_lm import CausalLM, LayerCache
 from .packed_graphs import MAX_TOKENS, PackedGraphs, Shape
 from .parallel import TensorParallel, connect, open_mailboxes
+from .rules import PromptRow
 from .slots import I32, I64
 from .weights import load_weights
 
@@ -44,6 +46,8 @@ class Under(NamedTuple):
     places: I64 | slice
     """Where in it the tokens are."""
     failed: Sequence[FailedRow] = ()
+    shown: Shown | None = None
+    prompts: Sequence[PromptRow] = ()
 
     def ready(self) -> bool:
         return bool(self.event.query())
@@ -54,7 +58,12 @@ class Under(NamedTuple):
         return tokens.tobytes()
 
     def result(self) -> StepResult:
-        return StepResult(self.step, self.tokens(), list(self.failed))
+        tokens = self.tokens()
+        if self.shown is None:
+            return StepResult(self.step, tokens, list(self.failed))
+        sampled, prompts = self.shown
+        messages = prompt_to_wire(self.prompts, prompts)
+        return StepResult(self.step, tokens, list(self.failed), to_wire(sampled), messages)
 
 
 class CudaRunner:
@@ -179,12 +188,13 @@ class CudaRunner:
         work = self._step.slots.apply(plan)
         places: I64 | slice = slice(work.num_sampling)
         appended = work.num_sampling > 0
+        shown = None
         if work.decode and work.num_rows:
-            self._decode(work)
+            shown = self._decode(work)
         elif work.num_rows:
             found = None if self._packed_graphs is None else self._packed_graphs.run(work)
             if found is None:
-                run_packed(self._step, work)
+                shown = run_packed(self._step, work)
             else:
                 places, appended = found, True
         event = self._events[self._num_events % RESULTS]
@@ -195,11 +205,11 @@ class CudaRunner:
         if not work.special:
             return Under(plan.step, event, row, places)
         constraints, sampled = self._step.slots.constraints, work.slots[work.sampling]
-        under = Under(plan.step, event, row, places, constraints.failed(sampled))
+        under = Under(plan.step, event, row, places, constraints.failed(sampled), shown, work.prompts)
         constraints.expect(sampled, under.tokens)
         return under
 
-    def _decode(self, work: Work) -> None:
+    def _decode(self, work: Work) -> Shown | None:
         step = self._step
         if work.special:
             logits = (
@@ -207,11 +217,12 @@ class CudaRunner:
                 if self._special_graphs is None
                 else self._special_graphs.run(work.num_rows)
             )
-            step.draw_special(logits, work)
-        elif self._graphs is None:
+            return step.draw_special(logits, work)
+        if self._graphs is None:
             step.decode(work.num_rows)
         else:
             self._graphs.run(work.num_rows)
+        return None
 
     def _special_logits(self, rows: int) -> Logits:
         """Logits where every graph leaves them: kept apart they would fill the memory."""
@@ -276,20 +287,21 @@ class CudaRunner:
             Constraints(self._build_constraints),
         )
         heads = int(self._config.hf_config["num_attention_heads"]) // self._tp.size
-        return DeviceStep(model, caches, slots, heads)
+        return DeviceStep(model, caches, slots, heads, self._config.logprobs_mode)
 
     def _temporary_step(self, rows: int, length: int) -> DeviceStep:
         """For `_rehearse`."""
         return self._new_step(rows, length + 2, -(-(length + 1) // self._config.block_size))
 
 
-def run_packed(step: DeviceStep, work: Work) -> None:
+def run_packed(step: DeviceStep, work: Work) -> Shown | None:
     """A step of any composition."""
     logits = step.packed_logits(work)
     if logits is not None and work.special:
-        step.draw_special(logits, work)
-    elif logits is not None:
+        return step.draw_special(logits, work)
+    if logits is not None:
         step.draw(logits)
+    return None
 
 
 def _rehearse(step: DeviceStep, rows: int, length: int) -> None:

@@ -7,6 +7,7 @@ operations for one request as for a thousand. Does not know models, sampling or 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..ipc.messages import Admit, Sampling, StepPlan
 from ..kernels.copy_segments import copy_segments
 from .constraints import Constraints
-from .rules import TokenRules
+from .rules import PromptRow, TokenRules, Wish
 from .slots import I32, I64, Bools, SamplingColumns
 from .staging import Staging
 
@@ -39,7 +40,8 @@ class Work:
     decode: bool
     """Every row continues its request by one token and samples."""
     special: bool
-    """Some row wants more than temperature: top_k, top_p, min_p, penalties, min_tokens or constraints."""
+    """Some row wants more than temperature: top_k, top_p, min_p, penalties, rules on tokens, logprobs; or
+    some prompt wants logprobs."""
     slots: I64
     starts: I64
     """Position of each row's first token."""
@@ -49,6 +51,10 @@ class Work:
     another row fills in this very step: it must not read before that one has written."""
     sampling: I64
     """The rows that sample, ascending."""
+    changed: bool
+    """False when slots and requests are those of the work before, in the same order."""
+    prompts: Sequence[PromptRow] = ()
+    """The rows of which prompt logprobs are wanted."""
 
 
 class DeviceSlots:
@@ -114,7 +120,7 @@ class DeviceSlots:
         self._room = 0
         """Decode steps for which the current rows have blocks, counted from `_behind` = 0."""
         none = np.zeros(0, np.int64)
-        self._work = Work(0, 0, True, False, none, none, none, none > 0, none)
+        self._work = Work(0, 0, True, False, none, none, none, none > 0, none, True)
 
     @property
     def lengths(self) -> Tensor:
@@ -192,25 +198,39 @@ class DeviceSlots:
         room = self._num_blocks[rows] * self.block_size - ends
         assert (room >= 0).all(), f"step {plan.step} runs past the blocks by {-room} positions"
         continuing = (num_scheduled == 1) & ~np.isin(rows, [admit.slot for admit in plan.admitted])
-        self._work = self._run(rows, starts, num_scheduled, continuing, samples)
+        changed = plan.slots is not None or bool(plan.admitted) or bool(plan.released)
+        self._work = self._run(rows, starts, num_scheduled, continuing, samples, changed)
         # The row's next step writes at `ends`; its sampled token has its place already.
         self._room = int(min(room.min(initial=0), self._length - 1 - ends.max(initial=0)))
         return self._work
 
-    def _run(self, rows: I64, starts: I64, num_scheduled: I64, continuing: Bools, samples: Bools) -> Work:
+    def _run(
+        self,
+        rows: I64,
+        starts: I64,
+        num_scheduled: I64,
+        continuing: Bools,
+        samples: Bools,
+        changed: bool,
+    ) -> Work:
         sampling = np.flatnonzero(samples)
+        if not changed and np.array_equal(sampling, self._work.sampling):
+            sampling = self._work.sampling  # the same object: what was made for these rows holds on
+        prompts = self.sampling.prompts(rows, starts, starts + num_scheduled, self.num_prompt)
         self.num_computed[rows] = starts + num_scheduled
         self.num_tokens[rows[sampling]] += 1
         return Work(
             num_rows=len(rows),
             num_sampling=len(sampling),
             decode=len(sampling) == len(rows) and bool(continuing.all()),
-            special=bool(self._special[rows[sampling]].any()),
+            special=bool(prompts) or bool(self._special[rows[sampling]].any()),
             slots=rows,
             starts=starts,
             num_scheduled=num_scheduled,
             continuing=continuing,
             sampling=sampling,
+            changed=changed,
+            prompts=prompts,
         )
 
     # -- changes --------------------------------------------------------------------------------------
@@ -295,7 +315,8 @@ def _is_special(wanted: Sampling) -> bool:
         wanted.presence_penalty != 0 or wanted.frequency_penalty != 0 or wanted.repetition_penalty != 1
     )
     filtered = wanted.temperature > 0 and (wanted.top_k > 0 or wanted.top_p < 1 or wanted.min_p > 0)
-    return held_back or penalized or filtered or TokenRules.of(wanted) is not None
+    ruled = TokenRules.of(wanted) is not None or Wish.of(wanted) is not None
+    return held_back or penalized or filtered or ruled
 
 
 def _round_up(value: int, multiple: int) -> int:

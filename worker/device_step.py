@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ipc.config import LogprobsMode
 from ..kernels.causal_attention import SHORTEST, padded_length, prepare
 from ..kernels.draw_tokens import draw_tokens
 from ..kernels.paged_attention import AttentionMetadata
@@ -23,10 +24,12 @@ from ..kernels.slot_table import StepInputs, append_tokens, decode_inputs, packe
 from .constraints import Constraints
 from .device_slots import DeviceSlots, Work
 from .fused import Fused, Packed, fuse
+from .logprobs import Entries, LogprobStage, prompt_wishes, scores_to_show
 from .models.causal_lm import CausalLM, LayerCache
+from .rules import PromptRow
 from .sampler import Requests, Sampler
 from .slots import I64, Batch, SamplingColumns
-from .staging import Staging
+from .staging import Staging, upload
 
 RESULTS = 8
 """Steps whose tokens the results ring holds: more than are ever in flight."""
@@ -48,7 +51,7 @@ class PackedTensors(NamedTuple):
     tiles: Tensor
     """[2 * tiles], as `paged_prefill` takes them"""
     last: Tensor
-    """[sampling rows], the last token of each in the step"""
+    """[sampling rows], the last token of each in the step; then where prompt logprobs are wanted"""
     sampling_slots: Tensor
     sampling_ends: Tensor
     """[sampling rows], where the sampled tokens go"""
@@ -64,6 +67,15 @@ class Logits:
     """int32 [rows]"""
     ends: Tensor
     """int32 [rows], where the sampled tokens go"""
+    prompts: Tensor | None = None
+    """[positions, vocab], where prompt logprobs are wanted"""
+
+
+class Shown(NamedTuple):
+    """Logprobs on their way to the host."""
+
+    sampled: Sequence[Entries]
+    prompts: Sequence[Entries]
 
 
 @dataclass(slots=True)
@@ -98,6 +110,7 @@ class DeviceStep:
         caches: Sequence[LayerCache],
         slots: DeviceSlots,
         num_heads: int,
+        logprobs_mode: LogprobsMode = "raw_logprobs",
     ) -> None:
         self.num_heads = num_heads
         self.slots = slots
@@ -106,7 +119,8 @@ class DeviceStep:
         self._fused: Fused | None = None
         if on_gpu:
             self._fused = fuse(model, caches, slots.block_tables, num_heads, len(slots.rows))
-        self._sampler = Sampler(device)
+        self._sampler = Sampler(device, logprobs_mode)
+        self._logprobs_mode: LogprobsMode = logprobs_mode
         # Written by the device, read by the host: no copy in between.
         width = len(slots.rows) + MORE_RESULTS
         self.results = torch.zeros(RESULTS, width, dtype=torch.int32, pin_memory=on_gpu)
@@ -156,12 +170,15 @@ class DeviceStep:
         )
         self._append(tokens, drawn, rehearsal)
 
-    def draw_special(self, drawn: Logits, work: Work) -> None:
+    def draw_special(self, drawn: Logits, work: Work) -> Shown:
         """Sample with every stage, and append. `work` has its columns.
 
         Rows with constraints wait here for the tokens of the steps before, while the device runs the model.
         """
         table, count = self.slots, work.num_sampling
+        prompts = [] if drawn.prompts is None else self._prompt_logprobs(drawn.prompts, work.prompts)
+        if not count:
+            return Shown((), prompts)
         sampled = work.slots[work.sampling]
         num_tokens = table.num_tokens.copy()
         num_tokens[sampled] -= 1
@@ -175,13 +192,25 @@ class DeviceStep:
             ends=work.starts + work.num_scheduled,
             sampling=work.sampling,
             one_each=work.decode,
-            changed=True,
+            changed=work.changed,
         )
-        logits = drawn.logits[:count]
-        if self._fused is not None:
-            logits = self._fused.gather(logits)
-        tokens = self._sampler.sample(logits.float(), requests, batch)
+        logits = self._of_all_tokens(drawn.logits[:count])
+        tokens, shown = self._sampler.sample(logits, requests, batch)
         self._append(tokens, Logits(drawn.logits, drawn.slots[:count], drawn.ends[:count]))
+        return Shown([entries.send_home() for entries in shown], prompts)
+
+    def _prompt_logprobs(self, logits: Tensor, prompts: Sequence[PromptRow]) -> list[Entries]:
+        slots = np.repeat([prompt.slot for prompt in prompts], [prompt.length for prompt in prompts])
+        places = np.concatenate([prompt.start + 1 + np.arange(prompt.length) for prompt in prompts])
+        at_slots, at_places = self.staging.send(slots, places)
+        chosen = self.slots.tokens[at_slots.long(), at_places.long()].long()
+        stage = LogprobStage(prompt_wishes(prompts), lambda values: upload(values, self.slots.device))
+        scores = scores_to_show(self._of_all_tokens(logits), self._logprobs_mode)
+        return [entries.send_home() for entries in stage.gather(scores, chosen)]
+
+    def _of_all_tokens(self, logits: Tensor) -> Tensor:
+        """float32 [rows, vocab], on all ranks."""
+        return (logits if self._fused is None else self._fused.gather(logits)).float()
 
     def _append(self, tokens: Tensor, drawn: Logits, rehearsal: bool = False) -> None:
         table, scene = self.slots, self._rehearsed if rehearsal else self._real
@@ -192,7 +221,7 @@ class DeviceStep:
     # --- packed steps --------------------------------------------------------------------------------
 
     def packed_logits(self, work: Work) -> Logits | None:
-        """Run the model for `work`; None when no row samples."""
+        """Run the model for `work`; None when no logits are wanted."""
         order = np.concatenate((np.flatnonzero(work.continuing), np.flatnonzero(~work.continuing)))
         query_lens, starts = work.num_scheduled[order], work.starts[order]
         query_start = np.concatenate(([0], np.cumsum(query_lens)))
@@ -206,21 +235,22 @@ class DeviceStep:
                 starts,
                 query_start,
                 self._tiles(query_lens, tiled),
-                last_token[work.sampling],
+                np.concatenate((last_token[work.sampling], *_prompt_places(work, last_token))),
                 work.slots[work.sampling],
                 (work.starts + work.num_scheduled)[work.sampling],
             )
         )
         num_tokens, longest = int(query_start[-1]), int(query_lens.max())
         if self._fused is not None:
-            return self.run_packed(tensors, num_tokens, longest, num_decodes, whole)
+            logits = self.run_packed(tensors, num_tokens, longest, num_decodes, whole)
+            return None if logits is None else _divide(logits, work.num_sampling)
         inputs = self._packed_inputs(tensors, num_tokens, longest)
         meta = self._packed_metadata(inputs, tensors, query_lens, starts + query_lens)
         hidden = self._model(inputs.input_ids, inputs.positions, self._caches, meta)
-        if not work.num_sampling:
+        if not len(tensors.last):
             return None
         chosen = self._model.compute_logits(hidden.index_select(0, tensors.last))
-        return Logits(chosen, tensors.sampling_slots, tensors.sampling_ends)
+        return _divide(Logits(chosen, tensors.sampling_slots, tensors.sampling_ends), work.num_sampling)
 
     def run_packed(
         self,
@@ -336,3 +366,17 @@ class DeviceStep:
             return meta
         tables = self.slots.block_tables[slots.long()]
         return replace(meta, block_tables=tables, table_rows=None, tiles=None)
+
+
+def _prompt_places(work: Work, last_token: I64) -> list[I64]:
+    """Where in the step the positions are whose next tokens' logprobs are wanted."""
+    first = last_token - work.num_scheduled + 1
+    return [first[prompt.row] + np.arange(prompt.length) for prompt in work.prompts]
+
+
+def _divide(logits: Logits, num_sampling: int) -> Logits:
+    """Logits of sampling rows, and of prompts' positions behind them."""
+    if len(logits.logits) == num_sampling:
+        return logits
+    prompts = logits.logits[num_sampling:]
+    return Logits(logits.logits[:num_sampling], logits.slots, logits.ends, prompts)

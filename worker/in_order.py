@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from ..ipc.config import EngineConfig
-from ..ipc.messages import StepPlan, StepResult
+from ..ipc.messages import Logprobs, PromptLogprobs, StepPlan, StepResult
 from .constraints import ConstraintBuilder, Constraints
 from .kv_cache import CacheSize
 from .slots import I32, Batch, Slots
+
+
+class Executed(NamedTuple):
+    """What a batch brought."""
+
+    tokens: I32
+    """The token of each row in `batch.sampling`."""
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Sequence[PromptLogprobs] = ()
 
 
 class Backend(Protocol):
@@ -24,8 +33,8 @@ class Backend(Protocol):
     def warm_up(self) -> None:
         """Do what the first step would otherwise wait for."""
 
-    def execute(self, slots: Slots, batch: Batch) -> I32:
-        """Compute the batch; returns the token of each row in `batch.sampling`. Leaves `slots` unchanged."""
+    def execute(self, slots: Slots, batch: Batch) -> Executed:
+        """Compute the batch. Leaves `slots` unchanged."""
 
 
 class Done(NamedTuple):
@@ -59,10 +68,10 @@ class InOrder:
 
     def submit(self, plan: StepPlan) -> Done:
         batch = self._slots.apply(plan)
-        tokens = self._backend.execute(self._slots, batch)
+        tokens, logprobs, prompts = self._backend.execute(self._slots, batch)
         self._slots.commit(batch, tokens)
         failed = self._slots.constraints.failed(batch.slots[batch.sampling])
-        return Done(StepResult(plan.step, tokens.tobytes(), failed))
+        return Done(StepResult(plan.step, tokens.tobytes(), failed, logprobs, list(prompts)))
 
     def idle(self) -> bool:
         """There is never anything left to prepare."""

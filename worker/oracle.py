@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..ipc.config import EngineConfig
-from ..ipc.oracle import U64, absorb, next_tokens
+from ..ipc.messages import Logprobs, PromptLogprobs, pack
+from ..ipc.oracle import U64, absorb, next_tokens, oracle_logprobs
+from .in_order import Executed
 from .kv_cache import CacheSize, cpu_budget, size_cache
+from .rules import Wish
 from .slots import I32, I64, Batch, Slots
 
 _BASE = absorb(np.ones(1, np.uint64), np.array([-1], np.int32))[0]
@@ -49,7 +52,7 @@ class OracleBackend:
     def warm_up(self) -> None:
         """Nothing to warm."""
 
-    def execute(self, slots: Slots, batch: Batch) -> I32:
+    def execute(self, slots: Slots, batch: Batch) -> Executed:
         """The tokens of the batch's sampling rows."""
         states = np.zeros(len(batch.slots), np.uint64)  # after each row's last token
         if batch.one_each and not batch.admitted:
@@ -64,7 +67,28 @@ class OracleBackend:
         for fault, token in self._faults.items():
             if any(token in slots.tokens[slot, : slots.num_prompt[slot]] for slot in batch.admitted):
                 tokens += _fail(fault, self._config.vocab_size)
-        return tokens
+        return Executed(tokens, self._logprobs(slots, batch, tokens), self._prompt_logprobs(slots, batch))
+
+    def _logprobs(self, slots: Slots, batch: Batch, tokens: I32) -> Logprobs | None:
+        wishes = slots.sampling.wishes
+        if not wishes:
+            return None
+        places = batch.ends[batch.sampling].tolist()
+        sampling = zip(batch.slots[batch.sampling].tolist(), tokens.tolist(), places, strict=True)
+        rows = [
+            (row, token, place, wishes[slot])
+            for row, (slot, token, place) in enumerate(sampling)
+            if slot in wishes
+        ]
+        return _columns(rows, self._config.vocab_size) if rows else None
+
+    def _prompt_logprobs(self, slots: Slots, batch: Batch) -> list[PromptLogprobs]:
+        messages: list[PromptLogprobs] = []
+        for row, slot, start, length, wish in batch.prompts:
+            places = range(start + 1, start + length + 1)
+            rows = [(place, int(slots.tokens[slot, place]), place, wish) for place in places]
+            messages.append(PromptLogprobs(row, _columns(rows, self._config.vocab_size)))
+        return messages
 
     def _mixed(self, slots: Slots, batch: Batch, states: U64) -> None:
         """Running requests' single tokens at once, then the others one by one in the plan's order.
@@ -117,6 +141,25 @@ def _fail(fault: str, vocab_size: int) -> int:
     while fault == "hang":
         time.sleep(60)
     return vocab_size
+
+
+def _columns(rows: Sequence[tuple[int, int, int, Wish]], vocab_size: int) -> Logprobs:
+    """Of each row: its number, the chosen token, its position, and what is wanted."""
+    ids = [
+        np.array([token, *(wish.token_ids or (token + np.arange(wish.most)) % vocab_size)])
+        for _, token, _, wish in rows
+    ]
+    found = [
+        oracle_logprobs(np.array(token), np.array(place), tokens, vocab_size)
+        for (_, token, place, _), tokens in zip(rows, ids, strict=True)
+    ]
+    return Logprobs(
+        rows=pack(row for row, *_ in rows),
+        counts=pack(len(tokens) for tokens in ids),
+        token_ids=np.concatenate(ids).astype(np.int32).tobytes(),
+        values=np.concatenate([values for values, _ in found]).tobytes(),
+        ranks=np.concatenate([ranks for _, ranks in found]).tobytes(),
+    )
 
 
 def _powers(base: np.uint64, count: int) -> U64:

@@ -1,11 +1,11 @@
-"""What one request says about token ids: fixed rules, and the constraints for bad words and thinking."""
+"""What one request says about token ids: fixed rules, bad words, a limit on thinking, logprobs."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,34 @@ class TokenRules:
         if not biases and not len(allowed):
             return None
         return cls(allowed, np.array(list(biases), np.int64), np.array(list(biases.values()), np.float32))
+
+
+class Wish(NamedTuple):
+    """What logprobs a row wants beside the chosen token's."""
+
+    most: int
+    """Of so many of the likeliest tokens."""
+    token_ids: tuple[int, ...] = ()
+    """Or of these; then `most` is 0."""
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> Wish | None:
+        """For each generated token; None: nothing, not even the chosen one's."""
+        if sampling.logprob_token_ids:
+            return cls(0, tuple(sampling.logprob_token_ids))
+        return None if sampling.logprobs is None else cls(sampling.logprobs)
+
+
+class PromptRow(NamedTuple):
+    """A row of a plan that computes positions of its prompt whose next tokens' logprobs are wanted."""
+
+    row: int
+    slot: int
+    start: int
+    """The first position that it computes."""
+    length: int
+    """Positions, from `start` on, that are followed by a token of the prompt; at least 1."""
+    wish: Wish
 
 
 class BadWords:

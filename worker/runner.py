@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ..ipc.config import EngineConfig
-from ..ipc.messages import Admit, Sampling, StepPlan, pack
+from ..ipc.messages import Admit, PromptLogprobs, Sampling, StepPlan, pack
 from ..kernels.paged_attention import AttentionMetadata
+from .in_order import Executed
 from .kv_cache import CacheSize, cpu_budget, size_cache
+from .logprobs import LogprobStage, prompt_to_wire, prompt_wishes, scores_to_show, to_wire
 from .models import build_model
 from .models.causal_lm import CausalLM, LayerCache
 from .parallel import TensorParallel, connect
@@ -41,6 +43,8 @@ class ModelInput:
     metadata: AttentionMetadata
     last_tokens: Tensor | None
     """int64 [sampling rows]: their last tokens' places; None: every token is one, in order."""
+    places: I64
+    """Each row's last token's place."""
 
 
 class ModelRunner:
@@ -52,7 +56,7 @@ class ModelRunner:
         self._rendezvous = rendezvous
         self._device = torch.device("cpu")
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        self._sampler = Sampler(self._device)
+        self._sampler = Sampler(self._device, config.logprobs_mode)
         self._kv_caches: list[LayerCache] = []
         self._tp = TensorParallel()
         self._model: CausalLM
@@ -90,19 +94,36 @@ class ModelRunner:
         self._rehearse(rows, max(length, 1), len(self._kv_caches[0][0]))
 
     @torch.inference_mode()
-    def execute(self, slots: Slots, batch: Batch) -> I32:
+    def execute(self, slots: Slots, batch: Batch) -> Executed:
         """The tokens of the batch's sampling rows. All ranks return the same: they see the same logits."""
         if not len(batch.slots):
-            return np.zeros(0, np.int32)
+            return Executed(np.zeros(0, np.int32))
         inputs = self.prepare(slots, batch)
         hidden = self._model(inputs.input_ids, inputs.positions, self._kv_caches, inputs.metadata)
+        prompts = self._prompt_logprobs(hidden, inputs.places, slots, batch) if batch.prompts else []
         if not len(batch.sampling):
-            return np.zeros(0, np.int32)
+            return Executed(np.zeros(0, np.int32), None, prompts)
         if inputs.last_tokens is not None:
             hidden = hidden[inputs.last_tokens]
         logits = self._model.compute_logits(hidden)
-        tokens: I32 = self._sampler.sample(logits, slots, batch).numpy().astype(np.int32)
-        return tokens
+        tokens, logprobs = self._sampler.sample(logits, slots, batch)
+        return Executed(tokens.numpy().astype(np.int32), to_wire(logprobs), prompts)
+
+    def _prompt_logprobs(
+        self, hidden: Tensor, places: I64, slots: Slots, batch: Batch
+    ) -> list[PromptLogprobs]:
+        """What the prompts' next tokens are, and how likely they were."""
+        index: list[I64] = []
+        following: list[I32] = []
+        for row, slot, start, length, _ in batch.prompts:
+            first = int(places[row] - batch.num_scheduled[row] + 1)
+            index.append(np.arange(first, first + length))
+            following.append(slots.tokens[slot, start + 1 : start + length + 1])
+        logits = self._model.compute_logits(hidden[torch.from_numpy(np.concatenate(index))])
+        stage = LogprobStage(prompt_wishes(batch.prompts), torch.from_numpy)
+        chosen = torch.from_numpy(np.concatenate(following).astype(np.int64))
+        scores = scores_to_show(logits, self._config.logprobs_mode)
+        return prompt_to_wire(batch.prompts, stage.gather(scores, chosen))
 
     def prepare(self, slots: Slots, batch: Batch) -> ModelInput:
         """Lay out the batch for the model."""
@@ -127,6 +148,7 @@ class ModelRunner:
             torch.from_numpy(positions),
             metadata,
             None if everyone else torch.from_numpy(batch.sampling),
+            np.arange(len(rows)),
         )
 
     def _mixed_input(self, slots: Slots, batch: Batch) -> ModelInput:
@@ -155,6 +177,7 @@ class ModelRunner:
             torch.from_numpy(positions),
             metadata,
             torch.from_numpy(last_token[batch.sampling]),
+            last_token,
         )
 
     def _metadata(
@@ -202,7 +225,7 @@ class ModelRunner:
         first = StepPlan(0, b"", admitted, b"", pack(range(rows)), pack([length] * rows))
         for plan in (first, StepPlan(1, b"", [], b"", None, None)):
             batch = slots.apply(plan)
-            slots.commit(batch, self.execute(slots, batch))
+            slots.commit(batch, self.execute(slots, batch).tokens)
 
 
 def _keep_freed_memory() -> None:

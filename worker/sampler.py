@@ -13,17 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..ipc.config import LogprobsMode
 from ..kernels.sampling import gumbel_argmax
 from .constraints import Constraints, Masks
+from .logprobs import Entries, LogprobStage, scores_to_show
 from .nucleus import Nucleus, keep_likeliest, keep_of_all
 from .slots import F64, I32, I64, Batch, SamplingColumns
+from .staging import upload
 from .token_rules import TokenRuleStage
 
 _HUGE = 3e38
@@ -65,6 +68,24 @@ class _Random:
 
 
 @dataclass(slots=True)
+class _Shown:
+    """The rows that want logprobs."""
+
+    stage: LogprobStage
+    random: _Random | None
+    """With processed scores: those among them that are random; None: none."""
+
+
+class Sampled(NamedTuple):
+    """What the sampling rows of a batch got."""
+
+    tokens: Tensor
+    """int64 [rows]"""
+    logprobs: list[Entries]
+    """Of the rows that want them."""
+
+
+@dataclass(slots=True)
 class _Rows:
     """What a batch's sampling rows ask for; valid as long as the same rows sample."""
 
@@ -79,18 +100,21 @@ class _Rows:
     """int64, the greedy rows; None: no row. Not used when all are."""
     random: _Random | None
     """None: all rows are greedy."""
+    shown: _Shown | None
+    """None: no row wants logprobs."""
 
 
 class Sampler:
     """Samples for the slots of one worker; on every rank alike, given the same logits."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, logprobs_mode: LogprobsMode = "raw_logprobs") -> None:
         self._device = device
+        self._logprobs_mode: LogprobsMode = logprobs_mode
         self._rows: _Rows | None = None
         self._sampling: I64 | None = None
 
-    def sample(self, logits: Tensor, slots: Requests, batch: Batch) -> Tensor:
-        """The next tokens, int64 [rows].
+    def sample(self, logits: Tensor, slots: Requests, batch: Batch) -> Sampled:
+        """The next tokens.
 
         Args:
             logits: float32 [rows, vocab], of `batch.sampling`'s rows in order; overwritten.
@@ -99,6 +123,20 @@ class Sampler:
         if rows is None or batch.changed or batch.sampling is not self._sampling:
             rows = self._rows = self._describe(slots, batch, logits.shape[1])
             self._sampling = batch.sampling
+        raw = None
+        if rows.shown is not None and self._logprobs_mode.startswith("raw"):
+            raw = logits[rows.shown.stage.rows]
+        self._change(logits, slots, rows)
+        processed = None if rows.shown is None or raw is not None else _final(logits, rows.shown)
+        tokens = self._choose(logits, rows, batch)
+        if rows.shown is None:
+            return Sampled(tokens, [])
+        stage, scores = rows.shown.stage, raw if processed is None else processed
+        assert scores is not None
+        return Sampled(tokens, stage.gather(scores_to_show(scores, self._logprobs_mode), tokens[stage.rows]))
+
+    def _change(self, logits: Tensor, slots: Requests, rows: _Rows) -> None:
+        """The stages that change logits, whether a row is greedy or not."""
         masks = slots.constraints.masks(rows.slots, logits.shape[1])
         if masks is not None:
             _allow(logits, masks)
@@ -108,6 +146,8 @@ class Sampler:
             _hold_back(logits, slots, rows)
         if len(rows.penalized):
             _penalize(logits, slots, rows)
+
+    def _choose(self, logits: Tensor, rows: _Rows, batch: Batch) -> Tensor:
         if rows.random is None:
             return logits.argmax(dim=-1)
         tokens = self._draw(logits, rows.random, batch.ends[batch.sampling])
@@ -119,11 +159,7 @@ class Sampler:
         return mixed
 
     def _draw(self, logits: Tensor, random: _Random, ends: I64) -> Tensor:
-        scores = logits if random.rows is None else logits[random.rows]
-        scores.div_(random.temperature).nan_to_num_(nan=-_HUGE, posinf=_HUGE, neginf=-_HUGE)
-        if random.log_min_p is not None:
-            floor = scores.amax(dim=-1, keepdim=True) + random.log_min_p
-            scores.masked_fill_(scores < floor, -_HUGE)
+        scores = _warm(logits if random.rows is None else logits[random.rows], random)
         positions = self._tensor(ends[random.host_rows])
         if random.nucleus is None or random.filtered is None:
             return gumbel_argmax(scores, random.seeds, positions)
@@ -158,7 +194,25 @@ class Sampler:
             held_back=np.flatnonzero(held_back),
             greedy=self._tensor(np.flatnonzero(greedy)) if greedy.any() else None,
             random=None if greedy.all() else self._describe_random(columns, sampled, ~greedy),
+            shown=self._describe_shown(columns, sampled, greedy),
         )
+
+    def _describe_shown(
+        self, columns: SamplingColumns, sampled: I64, greedy: NDArray[np.bool_]
+    ) -> _Shown | None:
+        wishes = columns.wishes
+        wanted = (
+            {row: wishes[slot] for row, slot in enumerate(sampled.tolist()) if slot in wishes}
+            if wishes
+            else {}
+        )
+        if not wanted:
+            return None
+        rows = list(wanted)
+        is_random = ~greedy[rows]
+        processed = self._logprobs_mode.startswith("processed") and is_random.any()
+        random = self._describe_random(columns, sampled[rows], is_random) if processed else None
+        return _Shown(LogprobStage(wanted, self._tensor), random)
 
     def _describe_random(self, columns: SamplingColumns, sampled: I64, random: NDArray[np.bool_]) -> _Random:
         host_rows = np.flatnonzero(random)
@@ -180,10 +234,34 @@ class Sampler:
         )
 
     def _tensor(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return upload(values, self._device)
 
     def _floats(self, values: F64) -> Tensor:
         return self._tensor(values.astype(np.float32))
+
+
+def _warm(scores: Tensor, random: _Random) -> Tensor:
+    """Temperature and min_p, in place; finite."""
+    scores.div_(random.temperature).nan_to_num_(nan=-_HUGE, posinf=_HUGE, neginf=-_HUGE)
+    if random.log_min_p is not None:
+        floor = scores.amax(dim=-1, keepdim=True) + random.log_min_p
+        scores.masked_fill_(scores < floor, -_HUGE)
+    return scores
+
+
+def _final(logits: Tensor, shown: _Shown) -> Tensor:
+    """The scores that the rows of `shown` are drawn from, -inf for tokens that are out."""
+    scores, random = logits[shown.stage.rows], shown.random
+    if random is None:
+        return scores
+    drawn = _warm(scores if random.rows is None else scores[random.rows], random)
+    if random.nucleus is not None and random.filtered is not None:
+        drawn[random.filtered] = keep_of_all(drawn[random.filtered], random.nucleus)
+    drawn.masked_fill_(drawn <= -_HUGE, -torch.inf)
+    if random.rows is None:
+        return drawn
+    scores[random.rows] = drawn
+    return scores
 
 
 def _draw_filtered(scores: Tensor, nucleus: Nucleus, seeds: Tensor, positions: Tensor) -> Tensor:
@@ -200,10 +278,10 @@ def _draw_filtered(scores: Tensor, nucleus: Nucleus, seeds: Tensor, positions: T
 def _allow(logits: Tensor, masks: Masks) -> None:
     """-inf for what the constraints of these rows do not allow."""
     device, vocab = logits.device, logits.shape[1]
-    words = torch.from_numpy(masks.allowed).to(device)
+    words = upload(masks.allowed, device)
     bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device) & 1
     forbidden = bits.reshape(len(words), -1)[:, :vocab] == 0
-    rows = torch.from_numpy(masks.rows).to(device)
+    rows = upload(masks.rows, device)
     logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
 
 
@@ -218,7 +296,8 @@ def _hold_back(logits: Tensor, slots: Requests, rows: _Rows) -> None:
         index += [row] * len(ids)
         tokens += ids
     if tokens:
-        logits[index, tokens] = -torch.inf
+        places = upload(np.array([index, tokens], np.int64), logits.device)
+        logits.index_put_((places[0], places[1]), upload(np.full(1, -np.inf, np.float32), logits.device))
 
 
 def _penalize(logits: Tensor, slots: Requests, rows: _Rows) -> None:
@@ -235,15 +314,15 @@ def _penalize(logits: Tensor, slots: Requests, rows: _Rows) -> None:
 
     device, columns = logits.device, slots.sampling
     tokens = torch.as_tensor(slots.history(penalized, len(place))).to(device, torch.int64)
-    tokens = torch.where(torch.from_numpy(known).to(device), tokens, tokens[:, :1])
+    tokens = torch.where(upload(known, device), tokens, tokens[:, :1])
     counts = torch.zeros(len(penalized), logits.shape[1], device=device)
-    counts.scatter_add_(1, tokens, torch.from_numpy(generated.astype(np.float32)).to(device))
+    counts.scatter_add_(1, tokens, upload(generated.astype(np.float32), device))
     count = counts.gather(1, tokens)
     repetition, frequency, presence = (
-        torch.from_numpy(column[penalized][:, None].astype(np.float32)).to(device)
+        upload(column[penalized][:, None].astype(np.float32), device)
         for column in (columns.repetition_penalty, columns.frequency_penalty, columns.presence_penalty)
     )
-    index = torch.from_numpy(rows.penalized).to(device)[:, None]
+    index = upload(rows.penalized, device)[:, None]
     values = logits[index, tokens]
     values = torch.where(values > 0, values / repetition, values * repetition)
     logits[index, tokens] = values - frequency * count - presence * (count > 0)

@@ -6,6 +6,7 @@ the same requests costs a fixed number of array operations. Does not know models
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..ipc.messages import Admit, StepPlan
 from .constraints import Constraints
-from .rules import TokenRules
+from .rules import PromptRow, TokenRules, Wish
 
 I32: TypeAlias = NDArray[np.int32]
 I64: TypeAlias = NDArray[np.int64]
@@ -40,6 +41,8 @@ class Batch:
     """False when slots and requests are those of the batch before, in the same order."""
     admitted: frozenset[int] = frozenset()
     """The slots that this plan filled."""
+    prompts: Sequence[PromptRow] = ()
+    """The rows of which prompt logprobs are wanted."""
 
 
 @dataclass(slots=True)
@@ -59,6 +62,10 @@ class SamplingColumns:
     """Per slot, the tokens that `min_tokens` holds back."""
     token_rules: dict[int, TokenRules] = field(default_factory=dict)
     """Of the slots that have some."""
+    wishes: dict[int, Wish] = field(default_factory=dict)
+    """Of the slots that want logprobs."""
+    prompt_wishes: dict[int, Wish] = field(default_factory=dict)
+    """Of the slots that want prompt logprobs."""
 
     @classmethod
     def empty(cls, num_slots: int) -> SamplingColumns:
@@ -85,9 +92,25 @@ class SamplingColumns:
         self.min_tokens[slot] = 0 if sampling.grammar is not None else sampling.min_tokens
         eos = [] if sampling.eos_token_id is None else [sampling.eos_token_id]
         self.stop_ids[slot] = eos + sampling.stop_token_ids
-        self.token_rules.pop(slot, None)
+        for kept in (self.token_rules, self.wishes, self.prompt_wishes):
+            kept.pop(slot, None)
         if (rules := TokenRules.of(sampling)) is not None:
             self.token_rules[slot] = rules
+        if (wish := Wish.of(sampling)) is not None:
+            self.wishes[slot] = wish
+        if sampling.prompt_logprobs is not None:
+            self.prompt_wishes[slot] = Wish(sampling.prompt_logprobs)
+
+    def prompts(self, slots: I64, starts: I64, ends: I64, num_prompt: I64) -> list[PromptRow]:
+        """The rows of which prompt logprobs are wanted. `num_prompt` is by slot, the others by row."""
+        if not self.prompt_wishes:
+            return []
+        counts = np.minimum(ends, num_prompt[slots] - 1) - starts
+        return [
+            PromptRow(row, slot, int(starts[row]), int(counts[row]), self.prompt_wishes[slot])
+            for row, slot in enumerate(slots.tolist())
+            if slot in self.prompt_wishes and counts[row] > 0
+        ]
 
 
 class Slots:
@@ -203,7 +226,8 @@ class Slots:
         assert (ends <= room).all(), f"step {plan.step} runs past the blocks: {ends} of {room} positions"
         sampling = self._every_row if samples.all() else np.flatnonzero(samples)
         admitted = frozenset(admit.slot for admit in plan.admitted)
-        return Batch(rows, num_scheduled, starts, ends, sampling, one_each, changed, admitted)
+        prompts = self.sampling.prompts(rows, starts, ends, self.num_prompt)
+        return Batch(rows, num_scheduled, starts, ends, sampling, one_each, changed, admitted, prompts)
 
     def _set_rows(self, rows: I64) -> None:
         assert len(np.unique(rows)) == len(rows), f"a slot runs twice: {rows}"

@@ -21,6 +21,12 @@ def aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
+def upload(values: NDArray[Any], device: torch.device) -> Tensor:
+    """The array on `device`, in the order of its current stream; the host does not wait."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 class Staging:
     """Sends arrays to `device` in the order of its current stream."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from headrace import LLM, RequestError, RequestOutput, SamplingParams
+from headrace import LLM, RequestError, RequestOutput, RequestOutputKind, SamplingParams
+from headrace.frontend.logprobs import FlatLogprobs
 from headrace.frontend.repetition import RepetitionDetectionParams
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -114,6 +117,131 @@ def test_skipping_the_prefix_cache(llm: LLM) -> None:
     run(llm, prompt)
     assert run(llm, prompt).num_cached_tokens == 36
     assert run(llm, prompt, skip_reading_prefix_cache=True).num_cached_tokens == 0
+
+
+@torch.inference_mode()
+def peer_logprobs(peer: Any, ids: list[int]) -> torch.Tensor:
+    """[positions, vocab] of what follows each of the tokens."""
+    result: torch.Tensor = peer(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return result
+
+
+def check_position(shown: dict[int, Any], chosen: int, expected: torch.Tensor, most: int) -> None:
+    order = expected.argsort(descending=True).tolist()
+    assert next(iter(shown)) == chosen
+    assert set(shown) == {chosen, *order[:most]}
+    for token, entry in shown.items():
+        assert abs(entry.logprob - float(expected[token])) < 1e-4
+        assert entry.rank == order.index(token) + 1
+
+
+def prompts(count: int) -> list[list[int]]:
+    """Of 1 to 90 tokens; half of them begin alike."""
+    rng = random.Random(5)
+    stem = [rng.randrange(256) for _ in range(32)]
+    drawn = [[rng.randrange(256) for _ in range(rng.choice([1, 7, 30, 58]))] for _ in range(count)]
+    return [stem + prompt if i % 2 else prompt for i, prompt in enumerate(drawn)]
+
+
+def test_every_logprob_is_transformers(llm: LLM, peer: Any) -> None:
+    """Of prompts and outputs, under chunks, prefix hits and preemption, among requests without logprobs."""
+    wanted = SamplingParams(
+        temperature=1.0, max_tokens=40, ignore_eos=True, seed=1, logprobs=5, prompt_logprobs=3
+    )
+    plain = SamplingParams(temperature=1.0, max_tokens=40, ignore_eos=True, seed=1)
+    several = prompts(16)
+    outputs = llm.generate(several + several, [wanted] * 16 + [plain] * 16, use_tqdm=False)
+    for output, other in zip(outputs[:16], outputs[16:], strict=True):
+        part, ids = output.outputs[0], output.prompt_token_ids
+        assert part.token_ids == other.outputs[0].token_ids
+        assert (other.prompt_logprobs, other.outputs[0].logprobs) == (None, None)
+        assert output.num_cached_tokens == 0
+        expected = peer_logprobs(peer, ids + part.token_ids)
+        assert output.prompt_logprobs is not None
+        assert part.logprobs is not None
+        assert len(output.prompt_logprobs) == len(ids)
+        assert len(part.logprobs) == len(part.token_ids) == 40
+        assert output.prompt_logprobs[0] is None
+        for i in range(1, len(ids)):
+            shown = output.prompt_logprobs[i]
+            assert shown is not None
+            check_position(shown, ids[i], expected[i - 1], 3)
+        for i, shown in enumerate(part.logprobs):
+            check_position(shown, part.token_ids[i], expected[len(ids) + i - 1], 5)
+        total = sum(shown[token].logprob for shown, token in zip(part.logprobs, part.token_ids, strict=True))
+        assert part.cumulative_logprob == pytest.approx(total)
+    assert llm.generate(several[1], plain, use_tqdm=False)[0].num_cached_tokens  # they filled the cache
+
+
+def test_logprobs_of_given_tokens(llm: LLM, peer: Any) -> None:
+    output = run(llm, [1, 2, 3], logprob_token_ids=[7, 0, 260], max_tokens=5)
+    part = output.outputs[0]
+    expected = peer_logprobs(peer, [1, 2, 3, *part.token_ids])
+    assert part.logprobs is not None
+    for i, shown in enumerate(part.logprobs):
+        assert list(shown) == list(dict.fromkeys([part.token_ids[i], 7, 0, 260]))
+        for token, entry in shown.items():
+            assert abs(entry.logprob - float(expected[2 + i][token])) < 1e-4
+            assert entry.rank == int((expected[2 + i] > expected[2 + i][token]).sum()) + 1
+
+
+def test_no_more_than_the_chosen_token(llm: LLM) -> None:
+    part = run(llm, [1, 2, 3], logprobs=0).outputs[0]
+    assert part.logprobs is not None
+    assert [list(shown) for shown in part.logprobs] == [[token] for token in part.token_ids]
+
+
+def test_flat_logprobs_are_the_same(llm: LLM) -> None:
+    wanted = {"logprobs": 2, "prompt_logprobs": 1}
+    plain, flat = run(llm, [1, 2, 3], **wanted), run(llm, [1, 2, 3], flat_logprobs=True, **wanted)
+    assert isinstance(flat.prompt_logprobs, FlatLogprobs)
+    assert isinstance(flat.outputs[0].logprobs, FlatLogprobs)
+    assert list(flat.outputs[0].logprobs) == plain.outputs[0].logprobs
+    assert [position or None for position in flat.prompt_logprobs] == plain.prompt_logprobs
+
+
+def test_decoded_tokens_of_several_completions(llm: LLM) -> None:
+    output = run(llm, "水車", n=3, logprobs=1, prompt_logprobs=0, seed=9)
+    pieces = [next(iter(shown.values())) for shown in (output.prompt_logprobs or [])[1:] if shown]
+    assert "".join(piece.decoded_token or "" for piece in pieces).endswith("車")
+    solo = [run(llm, "水車", logprobs=1, seed=9 + i).outputs[0] for i in range(3)]
+    for part, alone in zip(output.outputs, solo, strict=True):
+        assert part.token_ids == alone.token_ids
+        texts = [
+            [(token, entry.decoded_token) for shown in each.logprobs or [] for token, entry in shown.items()]
+            for each in (part, alone)
+        ]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("kind", list(RequestOutputKind))
+def test_a_stop_string_and_each_kind_of_output(llm: LLM, kind: RequestOutputKind) -> None:
+    params = SamplingParams(
+        seed=3,
+        max_tokens=60,
+        logprobs=1,
+        prompt_logprobs=0,
+        stop=["c"],
+        allowed_token_ids=llm.get_tokenizer().encode("abc"),
+        output_kind=kind,
+    )
+    whole = llm.generate([5, 6], params, use_tqdm=False)[0].outputs[0]
+    assert whole.finish_reason == "stop"
+
+    async def read() -> list[RequestOutput]:
+        return [output async for output in llm._engine.generate([5, 6], params, "x")]
+
+    outputs = asyncio.run_coroutine_threadsafe(read(), llm._loop).result(30)
+    parts = [output.outputs[0] for output in outputs]
+    if kind is RequestOutputKind.DELTA:
+        assert [entry for part in parts for entry in part.logprobs or []] == whole.logprobs
+        assert [len(part.token_ids) for part in parts] == [len(part.logprobs or []) for part in parts]
+        assert [output.prompt_logprobs is None for output in outputs] == [False] + [True] * (len(outputs) - 1)
+    else:
+        assert parts[-1].logprobs == whole.logprobs
+        assert all(output.prompt_logprobs for output in outputs)
+    assert len(whole.logprobs or []) == len(whole.token_ids)
+    assert parts[-1].cumulative_logprob == pytest.approx(whole.cumulative_logprob)
 
 
 @pytest.mark.parametrize(

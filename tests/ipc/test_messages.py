@@ -24,6 +24,8 @@ from headrace.ipc.messages import (
     FinishReason,
     FromCore,
     Hello,
+    Logprobs,
+    PromptLogprobs,
     Refused,
     Reply,
     Sampling,
@@ -68,6 +70,8 @@ CONFIG = EngineConfig(
     gpu_memory_utilization=0.9,
     kv_cache_memory_bytes=None,
     log_stats=True,
+    max_logprobs=20,
+    logprobs_mode="raw_logprobs",
 )
 SAMPLING = Sampling(
     temperature=0.5,
@@ -88,7 +92,11 @@ SAMPLING = Sampling(
     thinking=ThinkingBudget(10, 8, 9),
     skip_reading_prefix_cache=True,
     grammar="start: /a/",
+    logprobs=1,
+    prompt_logprobs=0,
+    logprob_token_ids=[3],
 )
+LOGPROBS = Logprobs(pack([0]), pack([2]), pack([9, 5]), array("f", [-1.5, -0.5]).tobytes(), pack([2, 1]))
 ERROR = ErrorInfo("request", "n must be >= 1, got 0", "n", "0", ">= 1")
 TO_CORE: list[ToCore] = [
     Hello(2, "doc"),
@@ -105,6 +113,8 @@ FROM_CORE: list[FromCore] = [
         pack([9]),
         [Started(7, 16, 0.5)],
         [Finished(7, FinishReason.STOP, 9), Finished(8, FinishReason.ERROR, None, ERROR)],
+        LOGPROBS,
+        [PromptLogprobs(8, LOGPROBS)],
     ),
     Reply(
         3,

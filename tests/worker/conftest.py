@@ -61,6 +61,8 @@ ORACLE: dict[str, Any] = {
     "max_queued_requests": 10_000,
     "max_queued_tokens": 1_000_000,
     "log_stats": False,
+    "max_logprobs": 20,
+    "logprobs_mode": "raw_logprobs",
 }
 
 

@@ -63,7 +63,7 @@ def step(table: Slots, *admitted: Admit, released: bytes = b"", rows: tuple[int,
     batch = table.apply(StepPlan(0, released, list(admitted), b"", pack(slots), pack(counts)))
     logits = torch.zeros(len(slots), VOCAB)
     logits[:, 5] = 1
-    tokens = Sampler(torch.device("cpu")).sample(logits, table, batch).numpy().astype(np.int32)
+    tokens = Sampler(torch.device("cpu")).sample(logits, table, batch).tokens.numpy().astype(np.int32)
     table.commit(batch, tokens)
     return [int(token) for token in tokens]
 

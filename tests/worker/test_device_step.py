@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from headrace.core.request import Request
@@ -17,8 +18,9 @@ from headrace.ipc.messages import Sampling, StepPlan, StepResult, ThinkingBudget
 from headrace.worker.constraints import ConstraintBuilder, Constraints
 from headrace.worker.cuda_runner import run_packed
 from headrace.worker.device_slots import DeviceSlots
-from headrace.worker.device_step import RESULTS, DeviceStep
+from headrace.worker.device_step import RESULTS, DeviceStep, Shown
 from headrace.worker.in_order import InOrder
+from headrace.worker.logprobs import prompt_to_wire, to_wire
 from headrace.worker.models import build_model
 from headrace.worker.models.causal_lm import CausalLM
 from headrace.worker.parallel import TensorParallel
@@ -47,6 +49,9 @@ KINDS = (
     Sampling(temperature=1.0, seed=9, allowed_token_ids=pack(range(20, 40)), bad_words=[[21], [30, 31]]),
     Sampling(temperature=1.0, seed=10, bad_words=[[a, b] for a in range(40) for b in range(50)]),
     Sampling(temperature=1.0, seed=11, thinking=ThinkingBudget(3, begin=60, end=61), top_k=50),
+    Sampling(temperature=1.0, seed=12, logprobs=3, prompt_logprobs=2),
+    Sampling(temperature=0.0, logprob_token_ids=[5, 96], frequency_penalty=0.5),
+    Sampling(temperature=1.0, seed=13, logprobs=0, top_k=9, prompt_logprobs=0),
 )
 
 
@@ -61,19 +66,38 @@ class OnDevice:
         self._num_results = 0
 
     @torch.inference_mode()
-    def submit(self, plan: StepPlan) -> bytes:
+    def submit(self, plan: StepPlan) -> StepResult:
         step = self.step
         work = step.slots.apply(plan)
+        shown: Shown | None = None
         if not work.decode:
-            run_packed(step, work)
+            shown = run_packed(step, work)
         elif work.special:
-            step.draw_special(step.decode_logits(work.num_rows), work)
+            shown = step.draw_special(step.decode_logits(work.num_rows), work)
         elif work.num_rows:
             step.decode(work.num_rows)
         row = step.results[self._num_results % RESULTS, : work.num_sampling]
         self._num_results += work.num_sampling > 0
         step.slots.constraints.expect(work.slots[work.sampling], row.numpy().tobytes)
-        return row.numpy().tobytes()
+        sampled, prompts = shown or ((), ())
+        messages = prompt_to_wire(work.prompts, prompts)
+        return StepResult(plan.step, row.numpy().tobytes(), [], to_wire(sampled), messages)
+
+
+def agree(found: StepResult, expected: StepResult) -> None:
+    """The same rows have the same logprobs, but for the last digits."""
+    pairs = [(found.logprobs, expected.logprobs)]
+    for one, other in zip(found.prompt_logprobs, expected.prompt_logprobs, strict=True):
+        assert one.request == other.request
+        pairs.append((one.logprobs, other.logprobs))
+    for mine, theirs in pairs:
+        if mine is None or theirs is None:
+            assert mine is theirs
+            continue
+        assert (mine.rows, mine.counts, mine.ranks) == (theirs.rows, theirs.counts, theirs.ranks)
+        assert mine.token_ids == theirs.token_ids
+        values = [np.frombuffer(columns.values, np.float32) for columns in (mine, theirs)]
+        np.testing.assert_allclose(values[0], values[1], atol=1e-5)
 
 
 @pytest.fixture(autouse=True)
@@ -117,9 +141,10 @@ def test_both_tables_bring_the_same_tokens(seed: int, make_config: Any) -> None:
             requests += 1
         plan = scheduler.schedule(float(now))
         if plan is not None:
-            expected = host.submit(plan).result().tokens
-            assert device.submit(plan) == expected, f"step {plan.step}"
-            in_flight.append(StepResult(plan.step, expected))
+            expected, found = host.submit(plan).result(), device.submit(plan)
+            assert found.tokens == expected.tokens, f"step {plan.step}"
+            agree(found, expected)
+            in_flight.append(expected)
             steady += plan.slots is None
         if in_flight and (plan is None or rng.random() < 0.5):
             scheduler.update(in_flight.popleft())

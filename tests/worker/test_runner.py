@@ -66,7 +66,7 @@ def step(runner: ModelRunner) -> Callable[[StepPlan], list[int]]:
 
     def run(plan: StepPlan) -> list[int]:
         batch = slots.apply(plan)
-        tokens = runner.execute(slots, batch)
+        tokens = runner.execute(slots, batch).tokens
         slots.commit(batch, tokens)
         return list(tokens.tolist())
 

@@ -43,7 +43,7 @@ def sample(logits: Tensor, requests: Sequence[Prompt]) -> list[int]:
         for slot, (prompt, output, sampling) in enumerate(requests)
     ]
     plan = StepPlan(0, b"", admitted, b"", pack(range(len(requests))), pack(lengths))
-    return Sampler(CPU).sample(logits.clone(), slots, slots.apply(plan)).tolist()
+    return Sampler(CPU).sample(logits.clone(), slots, slots.apply(plan)).tokens.tolist()
 
 
 def survivors(logits: NDArray[np.float64], request: Prompt) -> NDArray[np.float64]:
@@ -259,7 +259,7 @@ def test_steps_in_a_row_need_no_new_description() -> None:
         batch = slots.apply(plan)
         logits = torch.randn(2, 500)
         expected = [reference(logits[i].double().numpy(), ([1], outputs[i], requests[i])) for i in range(2)]
-        tokens = sampler.sample(logits, slots, batch)
+        tokens = sampler.sample(logits, slots, batch).tokens
         assert tokens.tolist() == expected
         slots.commit(batch, tokens.numpy().astype(np.int32))
         for output, token in zip(outputs, expected, strict=True):
