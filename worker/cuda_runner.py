@@ -20,8 +20,8 @@ from ..ipc.messages import Admit, FailedRow, Sampling, StepPlan, StepResult, pac
 from ..kernels.causal_attention import padded_lengths
 from .constraints import ConstraintBuilder, Constraints
 from .device_slots import DeviceSlots, Work
-from .fused import fold_norms
 from .device_step import MORE_RESULTS, RESULTS, DeviceStep, Logits, Shown
+from .fused import fold_norms
 from .graphs import Graphs, Recorder, graph_sizes, most_useful
 from .kv_cache import CacheSize, cuda_budget, size_cache
 from .logprobs import prompt_to_wire, to_wire

@@ -32,30 +32,18 @@ MakeConfig: TypeAlias = Callable[..., EngineConfig]
 VOCAB, BLOCK = 1000, 4
 
 ORACLE: dict[str, Any] = {
-    "model": "oracle",
     "model_path": "/nowhere",
-    "served_model_name": "oracle",
-    "tokenizer": None,
-    "hf_config": {},
     "architecture": "LlamaForCausalLM",
     "vocab_size": VOCAB,
     "eos_token_ids": [2],
-    "default_sampling": {},
-    "dtype": "float32",
-    "device": "cpu",
-    "load_format": "oracle",
-    "seed": 0,
-    "tensor_parallel_size": 1,
     "enforce_eager": False,
     "max_model_len": 256,
     "max_model_len_is_explicit": False,
     "max_num_seqs": 8,
     "max_num_batched_tokens": 512,
-    "enable_chunked_prefill": True,
-    "enable_prefix_caching": True,
-    "scheduling_policy": "fcfs",
     "block_size": BLOCK,
     "num_gpu_blocks_override": 256,
+<<<<<<< HEAD
     "gpu_memory_utilization": 0.9,
     "kv_cache_memory_bytes": None,
     "max_queued_requests": 10_000,
@@ -63,13 +51,16 @@ ORACLE: dict[str, Any] = {
     "log_stats": False,
     "max_logprobs": 20,
     "logprobs_mode": "raw_logprobs",
+=======
+>>>>>>> 0302aa3 (Logprobs: merged with what came meanwhile; worker tests build on the common configuration)
 }
+"""What differs from the configuration of the other tests."""
 
 
 @pytest.fixture(scope="session")
-def make_config() -> MakeConfig:
+def make_config(make_config: MakeConfig) -> MakeConfig:
     """An oracle's configuration, with any field changed."""
-    return lambda **changes: EngineConfig(**{**ORACLE, **changes})
+    return lambda **changes: make_config(**{**ORACLE, **changes})
 
 
 class Worker:
