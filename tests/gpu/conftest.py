@@ -54,8 +54,6 @@ def make_gpu_config(folder: Path, **options: Any) -> EngineConfig:
         "max_queued_tokens": 1_000_000,
         "log_stats": False,
         "max_replays": 1,
-        "max_queued_requests": 1000,
-        "max_queued_tokens": 1 << 20,
         "max_logprobs": 20,
         "logprobs_mode": "raw_logprobs",
     }

@@ -43,16 +43,6 @@ ORACLE: dict[str, Any] = {
     "max_num_batched_tokens": 512,
     "block_size": BLOCK,
     "num_gpu_blocks_override": 256,
-<<<<<<< HEAD
-    "gpu_memory_utilization": 0.9,
-    "kv_cache_memory_bytes": None,
-    "max_queued_requests": 10_000,
-    "max_queued_tokens": 1_000_000,
-    "log_stats": False,
-    "max_logprobs": 20,
-    "logprobs_mode": "raw_logprobs",
-=======
->>>>>>> 0302aa3 (Logprobs: merged with what came meanwhile; worker tests build on the common configuration)
 }
 """What differs from the configuration of the other tests."""
 
