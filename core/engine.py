@@ -267,11 +267,12 @@ class Engine:
                     text = f"request {request.number} is in use"
                     raise RequestError(text, parameter="request", value=request.number)
                 self._scheduler.check(request)
+                if not requests:  # now, not when there are thousands of copies of a long prompt
+                    self._scheduler.check_room([request] * message.n)
                 requests.append(request)
-            self._scheduler.check_room(requests)
         except RequestError as error:
             info = ErrorInfo.of(error)
-            count = message.n if 1 <= message.n <= MAX_N else 1
+            count = message.n if 1 <= message.n <= MAX_N and message.request + message.n < 2**31 else 1
             numbers = range(message.request, message.request + count)
             finished = [Finished(number, FinishReason.ERROR, error=info) for number in numbers]
             self._send(identity, StepOutputs(b"", b"", finished=finished))

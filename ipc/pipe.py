@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from .decoding import decode
+
 Send = TypeVar("Send", bound=msgspec.Struct)
 Recv = TypeVar("Recv", bound=msgspec.Struct)
 
@@ -128,7 +130,7 @@ class Pipe(Generic[Send, Recv]):
         if size > self._max_bytes:
             raise msgspec.DecodeError(f"a frame of {size} bytes; {self._max_bytes} are the limit")
         end = 4 + size
-        message = self._decoder.decode(memoryview(self._received)[4:end])
+        message = decode(self._decoder, memoryview(self._received)[4:end])
         del self._received[:end]
         return message
 

@@ -19,6 +19,7 @@ import zmq
 
 from .addresses import check_address, claim_path, is_local
 from .curve import ClientKeys, ServerKeys, read_allowed, read_public, read_secret
+from .decoding import decode
 from .errors import ConfigError
 from .messages import PROTOCOL_VERSION, FromCore, Refused, ToCore
 
@@ -97,7 +98,7 @@ class ServerSocket:
         if len(frames) != 2:
             return client, msgspec.DecodeError(f"a message is 1 frame, got {len(frames) - 1}")
         try:
-            return client, self._decoder.decode(frames[1])
+            return client, decode(self._decoder, frames[1])
         except msgspec.DecodeError as error:
             return client, error
 
@@ -227,7 +228,7 @@ class ClientSocket:
         if timeout and not self._socket.poll(int(timeout * 1000)):
             return None
         try:
-            return self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+            return decode(self._decoder, self._socket.recv(zmq.NOBLOCK))
         except zmq.Again:
             return None
 
