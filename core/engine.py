@@ -11,7 +11,6 @@ import logging
 import time
 from array import array
 from collections.abc import Callable
-from typing import get_args
 
 import msgspec
 import zmq
@@ -24,7 +23,7 @@ from ..ipc.messages import (
     AddRequest,
     Bye,
     Call,
-    CallMethod,
+    CommandResult,
     Dying,
     EngineInfo,
     Fatal,
@@ -40,12 +39,13 @@ from ..ipc.messages import (
 )
 from ..ipc.sockets import Delivery, ServerSocket
 from .clients import Client, Splitter, shown_name
+from .control import Control
 from .intake import MAX_N, make_requests
 from .logs import fields
 from .ranks import SERVING, WorkerError
 from .request import Request
 from .scheduler import Scheduler
-from .steps import BadResultError, Outputs
+from .steps import BadResultError, Ended, Outputs
 from .workers import Workers
 
 LOGGER = logging.getLogger(__name__)
@@ -83,6 +83,9 @@ class Engine:
         self._workers = workers
         self._scheduler = Scheduler(config, info.num_blocks, info.max_model_len)
         self._splitter = Splitter()
+        self._control = Control(
+            self._scheduler, config.tensor_parallel_size, lambda: workers.are_serving, self._abort_all
+        )
         self._clients: dict[bytes, Client] = {}
         self._num_clients = 0
         """Who ever came."""
@@ -137,14 +140,21 @@ class Engine:
         brought: list[Outputs] = []
         try:
             while (result := self._workers.recv()) is not None:
+                if isinstance(result, CommandResult):
+                    self._control.hear(result)
+                    continue
                 brought.append(self._scheduler.update(result))
                 self._send_plans()
+            self._control_workers()
             self._send_plans()
         except (WorkerError, BadResultError) as error:
             brought.append(self._restart(error))
         deadline = self._scheduler.next_deadline
         if deadline is not None and deadline <= time.monotonic():
             brought.append(Outputs([], array("i"), [], self._scheduler.expire(time.monotonic())))
+        self._deliver(brought)
+
+    def _deliver(self, brought: list[Outputs]) -> None:
         for outputs in brought:
             for identity, message in self._splitter.split(outputs).items():
                 if (client := self._clients.get(identity)) is not None:
@@ -160,6 +170,7 @@ class Engine:
         if isinstance(error, BadResultError):
             error = WorkerError(Fatal(0, SERVING, ErrorInfo.of(error)))
         outputs = self._scheduler.restart()
+        self._control.workers_lost()
         self._workers.fail(error, progress=bool(outputs.ended))
         return outputs
 
@@ -172,6 +183,21 @@ class Engine:
             for descriptor in descriptors:
                 self._poller.register(descriptor, zmq.POLLIN)
             self._watched = descriptors
+
+    def _control_workers(self) -> None:
+        """Go on with what clients have asked of the engine."""
+        for identity, reply in self._control.advance():
+            if identity in self._clients:
+                self._send(identity, reply)
+        for command in self._control.take_commands():
+            self._workers.send(command)
+
+    def _abort_all(self) -> None:
+        requests = [request for client in self._clients.values() for request in client.requests.values()]
+        for request in requests:
+            self._scheduler.abort(request)
+        ended = [Ended(request, FinishReason.ABORT, None) for request in requests]
+        self._deliver([Outputs([], array("i"), [], ended)])
 
     def _send_plans(self) -> None:
         if not self._workers.are_serving:
@@ -227,7 +253,7 @@ class Engine:
                 if (request := client.requests.pop(number, None)) is not None:
                     self._scheduler.abort(request)
         elif isinstance(message, Call):
-            self._send(identity, self._answer(message))
+            self._answer(identity, message)
         else:
             _: Bye = message
             self._forget(identity, "left")
@@ -281,28 +307,32 @@ class Engine:
             self._scheduler.add(request)
             client.requests[request.number] = request
 
-    def _answer(self, call: Call) -> Reply:
+    def _answer(self, identity: bytes, call: Call) -> None:
+        """Reply to a call now, or leave it to `_control`."""
         match call.method:
             case "ping":
-                return Reply(call.call, unhealthy=self._workers.trouble)
+                self._send(identity, Reply(call.call, unhealthy=self._workers.trouble))
             case "stats":
-                now = time.monotonic()
-                shares = [client.stats(now) for client in self._clients.values()]
-                stats = self._scheduler.stats()
-                stats = msgspec.structs.replace(
-                    stats,
-                    draining=self._drain_until is not None,
-                    num_restarts=self._workers.num_restarts,
-                )
-                return Reply(call.call, stats=stats, clients=shares)
-            case "reset_prefix_cache":
-                return Reply(call.call, ok=self._scheduler.reset_prefix_cache())
-        error = RequestError(
-            f"there is no method {call.method!r:.100}",
-            parameter="method",
-            limit=", ".join(get_args(CallMethod)),
+                self._send(identity, self._stats(call))
+            case "is_paused":
+                self._send(identity, Reply(call.call, ok=self._control.is_paused))
+            case "is_sleeping":
+                self._send(identity, Reply(call.call, ok=self._control.is_sleeping))
+            case _:
+                try:
+                    self._control.call(identity, call)
+                except RequestError as error:
+                    self._send(identity, Reply(call.call, ok=False, error=ErrorInfo.of(error)))
+
+    def _stats(self, call: Call) -> Reply:
+        now = time.monotonic()
+        shares = [client.stats(now) for client in self._clients.values()]
+        stats = msgspec.structs.replace(
+            self._scheduler.stats(),
+            draining=self._drain_until is not None,
+            num_restarts=self._workers.num_restarts,
         )
-        return Reply(call.call, ok=False, error=ErrorInfo.of(error))
+        return Reply(call.call, stats=stats, clients=shares)
 
     def _send(self, identity: bytes, message: FromCore) -> None:
         delivery = self._server.send(identity, message)

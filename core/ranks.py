@@ -19,6 +19,8 @@ from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, HeadraceError
 from ..ipc.messages import (
     Allocate,
+    Command,
+    CommandResult,
     Fatal,
     FromWorker,
     Loaded,
@@ -101,9 +103,9 @@ class Ranks:
                     self._take_start_up(rank, message)
         return len(self._ready) == len(self._workers)
 
-    def send(self, plan: StepPlan) -> None:
-        """Give every rank a plan. What does not fit into a pipe is left to `flush`."""
-        self._broadcast(plan)
+    def send(self, message: StepPlan | Command) -> None:
+        """Give every rank a plan or a command. What does not fit into a pipe is left to `flush`."""
+        self._broadcast(message)
 
     def flush(self) -> bool:
         """Send on what did not fit; True when nothing is left."""
@@ -115,11 +117,13 @@ class Ranks:
                 raise self._last_words(rank) from None
         return done
 
-    def recv(self) -> StepResult | None:
+    def recv(self) -> StepResult | CommandResult | None:
         """The next result if it is there. Also looks at the other ranks, which may have died."""
         for rank in poll_pipes(self._pipes, 0):
             message = self._hear(rank)
             if isinstance(message, StepResult):
+                return message
+            if isinstance(message, CommandResult) and message.rank == rank:
                 return message
             if message is not None:
                 raise self.failure(rank, f"sent {type(message).__name__} while serving")

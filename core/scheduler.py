@@ -156,6 +156,18 @@ class Scheduler:
         self._num_moves += 1
         return self._pool.reset()
 
+    def forget_cache(self) -> None:
+        """With nothing in flight, the workers give up cache and slots: what ran is to be computed again."""
+        assert not self._in_flight
+        for request in self._running():
+            self._preempt(request)
+        self._forget_workers()
+
+    @property
+    def has_started_requests(self) -> bool:
+        """Some have run, and have not ended."""
+        return bool(self._running() or self._num_draining or self._queue.next_preempted())
+
     def stats(self) -> Stats:
         return Stats(
             num_running=len(self._running()) + self._num_draining,

@@ -14,7 +14,7 @@ from enum import Enum, auto
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo
-from ..ipc.messages import Allocate, Fatal, Loaded, Progress, StepPlan, StepResult
+from ..ipc.messages import Allocate, Command, CommandResult, Fatal, Loaded, Progress, StepPlan, StepResult
 from .logs import fields
 from .ranks import Ranks, WorkerError
 
@@ -94,13 +94,13 @@ class Workers:
             return _ENDING_MS
         return _STUCK_MS if self._is_stuck else 1000
 
-    def send(self, plan: StepPlan) -> None:
-        """Give every rank a plan; only while they serve."""
+    def send(self, message: StepPlan | Command) -> None:
+        """Give every rank a plan or a command; only while they serve."""
         assert self._ranks is not None
-        self._ranks.send(plan)
+        self._ranks.send(message)
         self._is_stuck = not self._ranks.flush()
 
-    def recv(self) -> StepResult | None:
+    def recv(self) -> StepResult | CommandResult | None:
         """The next result if it is there. While they do not serve: take the next step towards it."""
         if not self.are_serving:
             self._revive()

@@ -95,6 +95,8 @@ class AsyncEngineArgs:
     max_replays: int = 1
     """How often a request is run again that was running when a worker or the core crashed, and has got no
     further since; then it ends with a RequestCrashedError."""
+    torch_profiler_dir: str | None = None
+    """Where `start_profile` leaves its traces; without it profiles are refused."""
     disable_log_stats: bool = False
     structured_outputs_config: StructuredOutputsConfig | dict[str, Any] | None = None
     """Defaults of `structured_outputs`: `{"backend": "guidance", "disable_any_whitespace": true, ...}`."""
@@ -172,6 +174,7 @@ def resolve(args: AsyncEngineArgs) -> EngineConfig:
         gpu_memory_utilization=args.gpu_memory_utilization,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         max_replays=args.max_replays,
+        torch_profiler_dir=args.torch_profiler_dir,
         log_stats=not args.disable_log_stats,
         tokenizer_json=_tokenizer_json(tokenizer, load_format),
         structured_outputs_config=cast(StructuredOutputsConfig, args.structured_outputs_config),
@@ -233,6 +236,7 @@ _TEXTS = (
     "generation_config",
     "scheduling_policy",
     "logprobs_mode",
+    "torch_profiler_dir",
     "engine_core_address",
     "engine_core_curve_server_key",
     "engine_core_curve_secret_key",
@@ -260,6 +264,8 @@ def _check(args: AsyncEngineArgs) -> None:
             raise _refusal(name, getattr(args, name), "True or False")
     for name, (low, high) in _INTEGERS.items():
         _check_integer(args, name, low, high)
+    if args.torch_profiler_dir is not None:
+        args.torch_profiler_dir = os.path.abspath(args.torch_profiler_dir)
     if args.block_size & (args.block_size - 1):
         raise _refusal("block_size", args.block_size, "a power of two from 1 to 256")
     share, limit = args.gpu_memory_utilization, "a number in (0, 1]"

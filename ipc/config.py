@@ -64,15 +64,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enable_chunked_prefill: bool
     enable_prefix_caching: bool
     scheduling_policy: SchedulingPolicy
-    max_queued_requests: int
+    max_queued_requests: int = 65_536
     """Requests that may wait for a slot."""
-    max_queued_tokens: int
+    max_queued_tokens: int = 1 << 28
     """Prompt tokens of those."""
 
     block_size: int
     num_gpu_blocks_override: int | None
     gpu_memory_utilization: float
     kv_cache_memory_bytes: int | None
+
+    torch_profiler_dir: str | None = None
+    """Absolute; None refuses profiles."""
 
     log_stats: bool
     max_replays: int = 1

@@ -132,7 +132,22 @@ class Abort(Message, frozen=True):
     requests: list[int]
 
 
-CallMethod: TypeAlias = Literal["ping", "reset_prefix_cache", "stats"]
+CallMethod: TypeAlias = Literal[
+    "collective_rpc",
+    "is_paused",
+    "is_sleeping",
+    "pause_generation",
+    "ping",
+    "reset_prefix_cache",
+    "resume_generation",
+    "sleep",
+    "start_profile",
+    "stats",
+    "stop_profile",
+    "wake_up",
+]
+RpcMethod: TypeAlias = Literal["memory_stats", "rank", "weights_checksum"]
+"""What `collective_rpc` may ask of the workers."""
 Argument: TypeAlias = str | int | float | bool | list[str] | None
 
 
@@ -399,6 +414,23 @@ class WorkerReady(Message, frozen=True):
     rank: int
 
 
+class Command(Message, frozen=True):
+    """Something to do besides steps; every rank gets it when no step is under way, and answers it."""
+
+    number: int
+    name: RpcMethod | Literal["sleep", "start_profile", "stop_profile", "wake_up"]
+    arguments: dict[str, Argument] = {}
+
+
+class CommandResult(Message, frozen=True):
+    """The answer to the command with the same number."""
+
+    rank: int
+    number: int
+    result: dict[str, Argument] = {}
+    error: ErrorInfo | None = None
+
+
 class Prepared(Message, frozen=True):
     """A rank of several has used idle time: it can run steps in `count` more ways than at its start."""
 
@@ -518,7 +550,7 @@ class CoreStart(msgspec.Struct, frozen=True):
     """Set for a core that is nobody's child."""
 
 
-ToWorker: TypeAlias = Allocate | StepPlan | UsePrepared
-FromWorker: TypeAlias = Progress | Loaded | WorkerReady | StepResult | Prepared | Fatal
+ToWorker: TypeAlias = Allocate | StepPlan | UsePrepared | Command
+FromWorker: TypeAlias = Progress | Loaded | WorkerReady | StepResult | Prepared | CommandResult | Fatal
 FromStarting: TypeAlias = Progress | Ready | Fatal
 FromChecker: TypeAlias = CheckerReady | CheckedGrammar

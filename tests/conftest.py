@@ -49,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "num_gpu_blocks_override": 16,
     "gpu_memory_utilization": 0.9,
     "kv_cache_memory_bytes": None,
+    "torch_profiler_dir": None,
     "log_stats": False,
     "max_logprobs": 20,
     "logprobs_mode": "raw_logprobs",

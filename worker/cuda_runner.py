@@ -6,6 +6,7 @@ here waits for the device while steps are under way.
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ipc.config import EngineConfig
-from ..ipc.messages import Admit, FailedRow, Sampling, StepPlan, StepResult, pack
+from ..ipc.messages import Admit, Argument, FailedRow, Sampling, StepPlan, StepResult, pack
 from ..kernels.causal_attention import padded_lengths
 from .constraints import ConstraintBuilder, Constraints
 from .device_slots import DeviceSlots, Work
@@ -31,7 +32,7 @@ from .packed_graphs import MAX_TOKENS, PackedGraphs, Shape
 from .parallel import TensorParallel, connect, open_mailboxes
 from .rules import PromptRow
 from .slots import I32, I64
-from .weights import load_weights
+from .weights import load_weights, weights_bytes, weights_checksum
 
 _WARM_UP_TOKENS = 32
 
@@ -87,6 +88,7 @@ class CudaRunner:
         """What takes each finished preparation into use."""
         self._num_in_use = 0
         self._num_results = 0
+        self._sizes = (0, 0)
 
     # --- starting ------------------------------------------------------------------------------------
 
@@ -99,18 +101,14 @@ class CudaRunner:
             progress("connect ranks")
             self._tp = self._connect()
         progress("load weights")
-        model = build_model(
-            config.architecture, config.hf_config, self._dtype, self._device, self._tp, config.max_model_len
-        )
-        load_weights(model, config, self._device, self._tp)
-        fold_norms(model)
-        self._model = model.eval()
+        self._model = self._load_model()
         progress("size KV cache")
         return self._size()
 
     @torch.inference_mode()
     def allocate(self, num_blocks: int, max_model_len: int) -> None:
         """Make the KV cache, with one block more for padding, and the slot table."""
+        self._sizes = (num_blocks, max_model_len)
         self._step = self._new_step(self._config.max_num_seqs, max_model_len, num_blocks)
         peers = self._tp.peers
         recordable = self._tp.size == 1 or (peers is not None and self._step.is_fused)
@@ -180,6 +178,48 @@ class CudaRunner:
                 graphs.record(size)
                 yield partial(graphs.use, size)
 
+    # --- sleeping ------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def release(self, keep_weights: bool) -> None:
+        """Everything on the device goes, the graphs with it: they hold addresses."""
+        torch.cuda.synchronize()
+        self._graphs = self._special_graphs = self._packed_graphs = None
+        self._chores = iter(())
+        self._prepared.clear()
+        self._num_in_use = self._num_results = 0
+        self._kept_logits.cache_clear()
+        del self._step
+        if keep_weights:
+            self._model.to("cpu")
+        else:
+            del self._model
+        gc.unfreeze()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def restore_weights(self) -> None:
+        self._model = self._model.to(self._device) if hasattr(self, "_model") else self._load_model()
+
+    def restore_cache(self) -> None:
+        self.allocate(*self._sizes)
+        self.warm_up()
+        self._chores = self._prepare()
+
+    def memory(self) -> dict[str, Argument]:
+        free, total = torch.cuda.mem_get_info(self._device)
+        return {
+            "weights_bytes": weights_bytes(self._model) if hasattr(self, "_model") else 0,
+            "allocated_bytes": torch.cuda.memory_allocated(self._device),
+            "reserved_bytes": torch.cuda.memory_reserved(self._device),
+            "free_bytes": free,
+            "total_bytes": total,
+        }
+
+    def weights_checksum(self) -> str:
+        return weights_checksum(self._model)
+
     # --- steps ---------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -235,6 +275,15 @@ class CudaRunner:
     def _kept_logits(self, dtype: torch.dtype, columns: int) -> Tensor:
         rows = len(self._step.slots.rows)
         return torch.empty(rows, columns, dtype=dtype, device=self._device)
+
+    def _load_model(self) -> CausalLM:
+        config = self._config
+        model = build_model(
+            config.architecture, config.hf_config, self._dtype, self._device, self._tp, config.max_model_len
+        )
+        load_weights(model, config, self._device, self._tp)
+        fold_norms(model)
+        return model.eval()
 
     def _connect(self) -> TensorParallel:
         """Meet the other ranks. The mailboxes have room for what stands in CUDA graphs."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from ..ipc.config import EngineConfig
-from ..ipc.messages import Logprobs, PromptLogprobs, StepPlan, StepResult
+from ..ipc.messages import Argument, Logprobs, PromptLogprobs, StepPlan, StepResult
 from .constraints import ConstraintBuilder, Constraints
 from .kv_cache import CacheSize
 from .slots import I32, Batch, Slots
@@ -33,6 +33,18 @@ class Backend(Protocol):
     def warm_up(self) -> None:
         """Do what the first step would otherwise wait for."""
 
+    def release(self, keep_weights: bool) -> None:
+        """Give up the KV cache and, unless `keep_weights`, the weights."""
+
+    def restore_weights(self) -> None:
+        """Have the weights again."""
+
+    def memory(self) -> dict[str, Argument]:
+        """Bytes, by what they hold."""
+
+    def weights_checksum(self) -> str:
+        """SHA-256 of this rank's weights, hexadecimal. Raises RequestError when there are none."""
+
     def execute(self, slots: Slots, batch: Batch) -> Executed:
         """Compute the batch. Leaves `slots` unchanged."""
 
@@ -57,11 +69,16 @@ class InOrder:
         self._backend = backend
         self.load = backend.load
         self.warm_up = backend.warm_up
+        self.restore_weights = backend.restore_weights
+        self.memory = backend.memory
+        self.weights_checksum = backend.weights_checksum
+        self._size = (0, 0)
         self._build_constraints = ConstraintBuilder(config)
         self._slots: Slots
 
     def allocate(self, num_blocks: int, max_model_len: int) -> None:
         config = self._config
+        self._size = (num_blocks, max_model_len)
         constraints = Constraints(self._build_constraints)
         self._slots = Slots(config.max_num_seqs, max_model_len, config.block_size, num_blocks, constraints)
         self._backend.allocate(num_blocks, max_model_len)
@@ -72,6 +89,13 @@ class InOrder:
         self._slots.commit(batch, tokens)
         failed = self._slots.constraints.failed(batch.slots[batch.sampling])
         return Done(StepResult(plan.step, tokens.tobytes(), failed, logprobs, list(prompts)))
+
+    def release(self, keep_weights: bool) -> None:
+        del self._slots
+        self._backend.release(keep_weights)
+
+    def restore_cache(self) -> None:
+        self.allocate(*self._size)
 
     def idle(self) -> bool:
         """There is never anything left to prepare."""

@@ -21,6 +21,7 @@ from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, HeadraceError
 from ..ipc.messages import (
     Allocate,
+    Command,
     Fatal,
     FromWorker,
     Loaded,
@@ -34,6 +35,7 @@ from ..ipc.messages import (
     WorkerStart,
 )
 from ..ipc.pipe import Pipe, PipeClosedError
+from .commands import Commands, Sleeper
 from .in_order import InOrder
 from .kv_cache import CacheSize
 
@@ -51,7 +53,7 @@ class Pending(Protocol):
         """What the plan is answered with; blocks until it is there."""
 
 
-class Runner(Protocol):
+class Runner(Sleeper, Protocol):
     """What turns plans into tokens. `load`, `allocate`, `warm_up`, then `submit` for every plan."""
 
     def load(self, progress: Callable[[str], None]) -> CacheSize:
@@ -155,6 +157,7 @@ class Worker:
         """Take plans and answer them in order, polling both sides while a step is under way."""
         pipe, answers = self._pipe, self._start.rank == 0
         under_way: deque[tuple[int, Pending]] = deque()
+        commands = Commands(self._start.config, self._start.rank, runner)
         num_prepared, prepared, quiet = 0, False, True
         while True:
             self.phase = "waiting for a plan"
@@ -164,7 +167,15 @@ class Worker:
                 self.phase = f"step {message.step}"
                 under_way.append((message.step, runner.submit(message)))
             elif isinstance(message, UsePrepared):
-                runner.use_prepared(message.count)
+                if not commands.is_asleep:  # what was prepared is gone
+                    runner.use_prepared(message.count)
+            elif isinstance(message, Command):
+                self.phase = message.name
+                was_asleep, result = commands.is_asleep, commands.run(message)
+                if commands.is_asleep != was_asleep:  # what was prepared is gone; it can be again
+                    num_prepared, prepared = 0, commands.is_asleep
+                    pipe.send(Prepared(self._start.rank, 0))
+                pipe.send(result)
             elif message is not None:
                 raise AssertionError(f"expected StepPlan, got {message}")
             elif not under_way:

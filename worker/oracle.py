@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ipc.config import EngineConfig
-from ..ipc.messages import Logprobs, PromptLogprobs, pack
+from ..ipc.errors import RequestError
+from ..ipc.messages import Argument, Logprobs, PromptLogprobs, pack
 from ..ipc.oracle import U64, absorb, next_tokens, oracle_logprobs
 from .in_order import Executed
 from .kv_cache import CacheSize, cpu_budget, size_cache
@@ -51,6 +52,18 @@ class OracleBackend:
 
     def warm_up(self) -> None:
         """Nothing to warm."""
+
+    def release(self, keep_weights: bool) -> None:
+        self._states = np.zeros((0, self._config.block_size), np.uint64)
+
+    def restore_weights(self) -> None:
+        """There are none."""
+
+    def memory(self) -> dict[str, Argument]:
+        return {"weights_bytes": 0, "kv_cache_bytes": self._states.nbytes}
+
+    def weights_checksum(self) -> str:
+        raise RequestError("the oracle has no weights", parameter="load_format", value="oracle")
 
     def execute(self, slots: Slots, batch: Batch) -> Executed:
         """The tokens of the batch's sampling rows."""

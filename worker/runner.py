@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ipc.config import EngineConfig
-from ..ipc.messages import Admit, PromptLogprobs, Sampling, StepPlan, pack
+from ..ipc.messages import Admit, Argument, PromptLogprobs, Sampling, StepPlan, pack
 from ..kernels.paged_attention import AttentionMetadata
 from .in_order import Executed
 from .kv_cache import CacheSize, cpu_budget, size_cache
@@ -26,7 +26,7 @@ from .models.causal_lm import CausalLM, LayerCache
 from .parallel import TensorParallel, connect
 from .sampler import Sampler
 from .slots import I32, I64, Batch, Slots
-from .weights import load_weights
+from .weights import load_weights, weights_bytes, weights_checksum
 
 _WARM_UP_ROWS = 8
 _WARM_UP_TOKENS = 32
@@ -72,11 +72,7 @@ class ModelRunner:
             progress("connect ranks")
             self._tp = connect(self._rank, config.tensor_parallel_size, self._device, self._rendezvous)
         progress("load weights")
-        model = build_model(
-            config.architecture, config.hf_config, self._dtype, self._device, self._tp, config.max_model_len
-        )
-        load_weights(model, config, self._device, self._tp)
-        self._model = model.eval()
+        self._model = self._load_model()
         progress("size KV cache")
         return size_cache(config, self._block_bytes(), cpu_budget(config))
 
@@ -92,6 +88,27 @@ class ModelRunner:
             _WARM_UP_TOKENS, self._config.max_model_len - 1, self._config.max_num_batched_tokens // rows
         )
         self._rehearse(rows, max(length, 1), len(self._kv_caches[0][0]))
+
+    def release(self, keep_weights: bool) -> None:
+        """The weights are in host memory already: these are kept or dropped where they are."""
+        self._kv_caches = []
+        if not keep_weights:
+            del self._model
+        _return_freed_memory()
+
+    @torch.inference_mode()
+    def restore_weights(self) -> None:
+        if not hasattr(self, "_model"):
+            self._model = self._load_model()
+
+    def memory(self) -> dict[str, Argument]:
+        return {
+            "weights_bytes": weights_bytes(self._model) if hasattr(self, "_model") else 0,
+            "kv_cache_bytes": sum(keys.nbytes + values.nbytes for keys, values in self._kv_caches),
+        }
+
+    def weights_checksum(self) -> str:
+        return weights_checksum(self._model)
 
     @torch.inference_mode()
     def execute(self, slots: Slots, batch: Batch) -> Executed:
@@ -198,6 +215,14 @@ class ModelRunner:
             seq_lens_host=seq_lens.tolist(),
         )
 
+    def _load_model(self) -> CausalLM:
+        config = self._config
+        model = build_model(
+            config.architecture, config.hf_config, self._dtype, self._device, self._tp, config.max_model_len
+        )
+        load_weights(model, config, self._device, self._tp)
+        return model.eval()
+
     def _block_bytes(self) -> int:
         model = self._model
         per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * self._dtype.itemsize
@@ -239,3 +264,10 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:  # musl has none
         mallopt(mmap_threshold, 32 << 20)  # the most that glibc takes
         mallopt(trim_threshold, 1 << 30)
+
+
+def _return_freed_memory() -> None:
+    """Give the system back what the C library keeps."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -6,6 +6,7 @@ containers. Only this rank's part of a tensor is copied.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zlib
@@ -57,6 +58,21 @@ def fill_dummy(model: CausalLM, seed: int) -> None:
     noise = noise.to(next(model.parameters()))
     for name, weight in model.weights().items():
         weight.load(_dummy(name, weight.shape, noise))
+
+
+def weights_bytes(model: CausalLM) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+@torch.inference_mode()
+def weights_checksum(model: CausalLM) -> str:
+    """SHA-256 of names and contents, hexadecimal; the same on every device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _dummy(name: str, shape: tuple[int, ...], noise: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ CONFIG = EngineConfig(
     num_gpu_blocks_override=None,
     gpu_memory_utilization=0.9,
     kv_cache_memory_bytes=None,
+    torch_profiler_dir=None,
     log_stats=True,
     max_logprobs=20,
     logprobs_mode="raw_logprobs",
