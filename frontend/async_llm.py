@@ -21,6 +21,7 @@ from ..ipc.config import EngineConfig
 from ..ipc.errors import ConfigError, EngineDeadError, RequestError
 from ..ipc.messages import Abort, AddRequest, ClientStats, Stats
 from .call_forms import checked_id, refuse_set, tell_apart
+from .control import EngineControl
 from .core_client import CoreClient
 from .core_process import CoreProcess
 from .detokenizer import DecoderFactory
@@ -48,7 +49,7 @@ _LONG_PROMPT = 2048
 _MAX_PRIORITY = 2**31 - 1
 
 
-class AsyncLLM:
+class AsyncLLM(EngineControl):
     """An LLM engine: `async for output in engine.generate(prompt, sampling_params, request_id)`.
 
     Made by `from_engine_args`, with or without a running event loop; works on one loop at a time and may go
@@ -249,13 +250,6 @@ class AsyncLLM:
         except TimeoutError:
             message = f"the engine core did not answer within {HEALTH_SECONDS:g} s"
             raise EngineDeadError(message) from None
-
-    async def reset_prefix_cache(
-        self, reset_running_requests: bool = False, reset_connector: bool = False
-    ) -> bool:
-        """Forget all cached prefixes; False when blocks are in use, so that nothing was reset."""
-        refuse_set({"reset_running_requests": reset_running_requests, "reset_connector": reset_connector})
-        return (await self._client.call("reset_prefix_cache")).ok
 
     async def get_metrics(self) -> list[AnyMetric]:
         """This frontend's counters and histograms, and the engine's own, in vLLM's Prometheus names."""

@@ -60,7 +60,6 @@ _UNSUPPORTED = frozenset(
         "reasoning_ended",
         "reasoning_parser_kwargs",
         "reset_connector",
-        "reset_running_requests",
         "tokenization_kwargs",
         "trace_headers",
     }

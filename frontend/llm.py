@@ -19,6 +19,7 @@ from ..ipc.config import EngineConfig
 from ..ipc.errors import EngineDeadError, RequestError
 from .async_llm import AsyncLLM
 from .call_forms import refuse_set
+from .control import BlockingControl
 from .engine_args import AsyncEngineArgs
 from .metrics import AnyMetric
 from .outputs import RequestOutput
@@ -33,11 +34,13 @@ Result = TypeVar("Result")
 _UNBOUNDED = 2**31 - 1
 
 
-class LLM:
+class LLM(BlockingControl):
     """An engine for offline use: `LLM("demo").generate(["Once upon a time"])`.
 
     Arguments are those of `AsyncEngineArgs`. Raises ConfigError when it cannot be built as asked.
     """
+
+    _engine: AsyncLLM
 
     def __init__(self, model: str, **engine_args: Any) -> None:
         # One program's own requests: their number is its affair.
@@ -131,9 +134,6 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         return self._engine.get_default_sampling_params()
-
-    def reset_prefix_cache(self) -> bool:
-        return self._run(self._engine.reset_prefix_cache())
 
     def get_metrics(self) -> list[AnyMetric]:
         """Counters, gauges and histograms so far, in vLLM's Prometheus names."""
