@@ -18,7 +18,7 @@ from typing import Protocol
 import msgspec
 
 from ..ipc.config import EngineConfig
-from ..ipc.errors import ErrorInfo, HeadraceError
+from ..ipc.errors import EngineDeadError, ErrorInfo, HeadraceError
 from ..ipc.messages import (
     Allocate,
     Command,
@@ -39,6 +39,8 @@ from .commands import Commands, Sleeper
 from .in_order import InOrder
 from .kv_cache import CacheSize
 
+_MAX_FRAME_BYTES = 1 << 30
+"""A plan names each token and block of what it admits: some megabytes."""
 _QUIET = 0.1
 """Seconds without a step before something is prepared: requests that follow each other do not wait."""
 
@@ -78,12 +80,14 @@ class Runner(Sleeper, Protocol):
 def run(payload: bytes) -> None:
     """The process's entry; `payload` is a `WorkerStart`. Exits 0 when the core hangs up, 1 on an error."""
     start = msgspec.json.decode(payload, type=WorkerStart)
-    pipe: Pipe[FromWorker, ToWorker] = Pipe(socket.socket(fileno=start.fd), ToWorker)
+    pipe: Pipe[FromWorker, ToWorker] = Pipe(socket.socket(fileno=start.fd), ToWorker, _MAX_FRAME_BYTES)
     worker = Worker(start, pipe)
     try:
         worker.run()
     except PipeClosedError:
         return
+    except msgspec.DecodeError as error:
+        sys.exit(worker.report(EngineDeadError(f"the core sent what cannot be read: {error}")))
     except Exception as error:
         sys.exit(worker.report(error))
 

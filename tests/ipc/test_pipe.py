@@ -11,6 +11,8 @@ import msgspec
 import pytest
 from headrace.ipc.messages import Allocate, FromWorker, Progress, StepPlan, StepResult, ToWorker
 from headrace.ipc.pipe import Pipe, PipeClosedError, frame, poll_pipes, socket_pair
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 Ends = tuple[Pipe[ToWorker, FromWorker], Pipe[FromWorker, ToWorker]]
 
@@ -55,6 +57,19 @@ def test_frames_torn_anywhere() -> None:
     assert received == messages
     ours.close()
     worker.close()
+
+
+@given(st.binary(max_size=100) | st.binary(max_size=60).map(frame))
+@settings(deadline=None, database=None, derandomize=True)
+def test_garbage_is_an_error_or_waits_for_more(data: bytes) -> None:
+    ours, theirs = socket_pair()
+    core: Pipe[ToWorker, FromWorker] = Pipe(ours, FromWorker, max_bytes=1 << 20)
+    theirs.sendall(data)
+    theirs.close()
+    with pytest.raises((msgspec.DecodeError, PipeClosedError)):
+        while core.recv(1) is not None:
+            pass
+    core.close()
 
 
 def test_a_message_larger_than_any_buffer(ends: Ends) -> None:
