@@ -67,9 +67,13 @@ def test_garbage_is_an_error_or_waits_for_more(data: bytes) -> None:
     theirs.sendall(data)
     theirs.close()
     with pytest.raises((msgspec.DecodeError, PipeClosedError)):
-        while core.recv(1) is not None:
-            pass
+        _read_all(core)
     core.close()
+
+
+def _read_all(pipe: Pipe[ToWorker, FromWorker]) -> None:
+    while pipe.recv(1) is not None:
+        pass
 
 
 def test_a_message_larger_than_any_buffer(ends: Ends) -> None:

@@ -45,7 +45,7 @@ def test_garbage_ends_a_worker_with_a_word(
     worker.pipe.send_frame(data)
     fatal = worker.recv()
     assert isinstance(fatal, Fatal)
-    assert fatal.error.kind == "dead"
+    assert (fatal.phase, fatal.error.kind) == ("waiting for a plan", "dead")
     assert fatal.error.message.startswith("the core sent what cannot be read: ")
     assert worker.ended().endswith("exited with code 1")
     assert capfd.readouterr().err == ""

@@ -139,14 +139,3 @@ def test_a_plan_that_makes_no_sense_is_fatal(
     assert "Traceback" in capfd.readouterr().err
     with pytest.raises(PipeClosedError):
         worker.pipe.recv(5)
-
-
-def test_garbage_on_the_pipe_is_fatal(start_worker: StartWorker, capfd: pytest.CaptureFixture[str]) -> None:
-    worker = start_worker()
-    worker.start()
-    worker.pipe.send_frame(b"\x03\x00\x00\x00abc")
-    fatal = worker.recv()
-    assert isinstance(fatal, Fatal)
-    assert fatal.phase == "waiting for a plan"
-    assert worker.ended().endswith("exited with code 1")
-    assert "Traceback" in capfd.readouterr().err
