@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .ipc.errors import (
         ConfigError,
         EngineDeadError,
+        EngineUnhealthyError,
         HeadraceError,
         OverloadedError,
         RequestCrashedError,
@@ -36,6 +37,7 @@ _HOME = {
     "ConfigError": ".ipc.errors",
     "EngineArgs": ".frontend.engine_args",
     "EngineDeadError": ".ipc.errors",
+    "EngineUnhealthyError": ".ipc.errors",
     "HeadraceError": ".ipc.errors",
     "OverloadedError": ".ipc.errors",
     "RequestCrashedError": ".ipc.errors",
@@ -58,6 +60,7 @@ __all__ = [
     "ConfigError",
     "EngineArgs",
     "EngineDeadError",
+    "EngineUnhealthyError",
     "HeadraceError",
     "OverloadedError",
     "RequestCrashedError",

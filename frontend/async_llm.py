@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from ..ipc.config import EngineConfig
-from ..ipc.errors import ConfigError, EngineDeadError, RequestError
+from ..ipc.errors import ConfigError, EngineDeadError, EngineUnhealthyError, RequestError
 from ..ipc.messages import Abort, AddRequest, ClientStats, Stats
 from .call_forms import checked_id, refuse_set, tell_apart
 from .control import EngineControl
@@ -42,8 +42,8 @@ from .tokenizer import Tokenizer
 
 logger = logging.getLogger("headrace")
 
-HEALTH_SECONDS = 10.0
-"""A core that does not answer a ping within it is called dead."""
+HEALTH_SECONDS = 5.0
+"""A core that does not answer a ping within it is called unhealthy."""
 _LONG_PROMPT = 2048
 """Characters, about 1 ms of tokenizing; longer prompts are tokenized on a thread."""
 _MAX_PRIORITY = 2**31 - 1
@@ -183,6 +183,8 @@ class AsyncLLM(EngineControl):
             return
         for request in found:
             self._abort_request(request)
+        if self._client.trouble:
+            return  # the next core will not hear of it at all
         with suppress(EngineDeadError, TimeoutError):  # a dead core has ended them as well
             await self._client.call("ping", HEALTH_SECONDS)
 
@@ -244,12 +246,20 @@ class AsyncLLM(EngineControl):
         return self._client.dead_error
 
     async def check_health(self) -> None:
-        """Ping the core. Raises EngineDeadError when it is gone or silent."""
-        try:
-            await self._client.call("ping", HEALTH_SECONDS)
-        except TimeoutError:
-            message = f"the engine core did not answer within {HEALTH_SECONDS:g} s"
-            raise EngineDeadError(message) from None
+        """Return when requests make progress, however many there are.
+
+        Raises EngineUnhealthyError when they do not at present: a core or worker is hung, or starts again.
+        EngineDeadError when that has failed.
+        """
+        trouble = self._client.trouble
+        if not trouble:
+            try:
+                trouble = (await self._client.call("ping", HEALTH_SECONDS)).unhealthy
+            except TimeoutError:
+                silent = f"the engine core did not answer within {HEALTH_SECONDS:g} s"
+                trouble = self._client.trouble or silent
+        if trouble:
+            raise EngineUnhealthyError(trouble)
 
     async def get_metrics(self) -> list[AnyMetric]:
         """This frontend's counters and histograms, and the engine's own, in vLLM's Prometheus names."""
@@ -318,11 +328,11 @@ class AsyncLLM(EngineControl):
             core.stop()
             raise
         core.wait_until_ready()
-        return CoreClient.embed(core, self._table.apply, self._table.fail_all), tokenizer
+        return CoreClient.embed(core, self._table), tokenizer
 
     def _attach(self, args: AsyncEngineArgs, address: str) -> tuple[CoreClient, Tokenizer | None]:
         keys = attach_keys(args)
-        client = CoreClient.attach(address, self._table.apply, self._table.fail_all, keys)
+        client = CoreClient.attach(address, self._table, keys, args.engine_core_reconnect_seconds)
         try:
             check_attached(args, client.config)
             path = client.config.tokenizer
@@ -417,7 +427,8 @@ class AsyncLLM(EngineControl):
             first_token_timeout=timeouts.first_token,
             total_timeout=timeouts.total,
         )
-        self._client.send(message)
+        is_sent = self._client.send(message)
+        self._table.hand_over(request, message, is_sent=is_sent)
 
     async def _encode(self, prompt: ParsedPrompt) -> list[int]:
         if prompt.token_ids is not None:

@@ -1,8 +1,12 @@
 """CoreClient: the connection to one engine core, on whatever event loop is running.
 
-Knows messages, sockets and deaths; nothing of requests: what a step brought goes to `on_step`, which answers
-with the numbers of requests to abort. Belongs to one loop at a time and moves to a new one by itself, so that
-`asyncio.run` may be called again and again.
+Knows messages, sockets, deaths and returns; nothing of requests: these are a `Requests`' affair, which takes
+in what a step brought and says what a new core has to be told. Belongs to one loop at a time and moves to a
+new one by itself, so that `asyncio.run` may be called again and again.
+
+A core that is lost comes back: an embedded one is started again, one that was attached to is waited for. The
+connection to it is always a new one, with a new name, so that nothing which was meant for the old one can
+arrive twice: the core forgets the old name and its requests, and is told of them anew.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ import os
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -20,10 +26,11 @@ from .. import __version__
 from ..ipc.addresses import check_address, check_listening
 from ..ipc.config import EngineConfig
 from ..ipc.curve import ClientKeys
-from ..ipc.errors import ConfigError, EngineDeadError
+from ..ipc.errors import ConfigError, EngineDeadError, HeadraceError
 from ..ipc.messages import (
     PROTOCOL_VERSION,
     Abort,
+    AddRequest,
     Argument,
     Bye,
     Call,
@@ -39,59 +46,57 @@ from ..ipc.messages import (
     Welcome,
 )
 from ..ipc.sockets import ClientSocket
-from .core_process import CoreProcess
+from .connection import Connection
+from .core_process import START_DEADLINE_SECONDS, CoreProcess
 
 logger = logging.getLogger("headrace")
 
 HANDSHAKE_SECONDS = 10.0
+MAX_LOSSES = 3
+"""Cores lost in a row without a token from them; the next one is the engine's end."""
 _LOOK_SECONDS = 0.1
 """How often the handshake looks whether the core has hung up."""
+_RETRY_SECONDS = 0.2
+"""Between two connections to a core that is coming back."""
 _MESSAGES_AT_ONCE = 16
 """Then the loop's other tasks get their turn."""
+_SAME_TOKENS = ("model_path", "hf_config", "load_format", "dtype", "vocab_size")
+"""What must not change under the requests of a core that comes back."""
 
 
-class _Connection:
-    """What has to be given back: the socket, its places in the loop, and an embedded core's process."""
+class Requests(Protocol):
+    """The requests that the core works on. It must not hold the client alive."""
 
-    def __init__(self, sock: ClientSocket, core: CoreProcess | None) -> None:
-        self._socket = sock
-        self._core = core
-        self._pid = os.getpid()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self.client: weakref.ref[CoreClient] | None = None
-        self._is_closed = False
+    def apply(self, message: StepOutputs) -> list[int]:
+        """Note what a step brought; returns the numbers of requests to abort."""
 
-    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Watch the descriptors in this loop, and in no other any more."""
-        self._detach()
-        self._loop = loop
-        for descriptor in self._descriptors():
-            loop.add_reader(descriptor, self._on_readable)
+    def fail_all(self, error: Exception) -> None:
+        """There will be no core any more."""
 
-    def close(self) -> None:
-        """Idempotent, from any thread; stops an embedded core."""
-        if self._is_closed or os.getpid() != self._pid:
-            return
-        self._is_closed = True
-        self._detach()
-        if self._core is not None:
-            self._core.stop()
-        self._socket.close()
+    def lose_core(self, max_replays: int) -> None:
+        """The core is gone, and all that it knew."""
 
-    def _descriptors(self) -> list[int]:
-        status = [] if self._core is None else [self._core.status_fd]
-        return [*self._socket.descriptors, *status]
+    @property
+    def owes_replays(self) -> bool:
+        """`replays` is to be asked."""
 
-    def _detach(self) -> None:
-        loop, self._loop = self._loop, None
-        if loop is not None and not loop.is_closed():
-            for descriptor in self._descriptors():
-                loop.remove_reader(descriptor)
+    def replays(self) -> list[AddRequest]:
+        """What to tell the new core now."""
 
-    def _on_readable(self) -> None:
-        client = None if self.client is None else self.client()
-        if client is not None:
-            client.drain()
+
+class _PendingCall(NamedTuple):
+    message: Call
+    future: asyncio.Future[Reply]
+
+
+@dataclass(frozen=True)
+class _Outage:
+    """There is no core at present."""
+
+    cause: str
+    began: float
+    deadline: float
+    """Both of time.monotonic()."""
 
 
 class CoreClient:
@@ -100,65 +105,72 @@ class CoreClient:
     Attributes:
         config, info: what the core told about itself.
         dead_error: why the connection is of no use any more, or None.
+        num_restarts: how often a core was lost and came back.
     """
 
     def __init__(
         self,
-        sock: ClientSocket,
-        core: CoreProcess | None,
+        connection: Connection,
         welcome: Welcome,
-        on_step: Callable[[StepOutputs], list[int]],
-        on_death: Callable[[EngineDeadError], None],
+        requests: Requests,
+        address: str,
+        keys: ClientKeys | None,
+        patience: float,
     ) -> None:
-        """Use `embed` or `attach`. The two callables must not hold the client alive."""
+        """Use `embed` or `attach`."""
         self.config: EngineConfig = welcome.config
         self.info: EngineInfo = welcome.info
         self.dead_error: EngineDeadError | None = None
-        self._on_step = on_step
-        self._on_death = on_death
-        self._socket = sock
-        self._core = core
+        self.num_restarts = 0
+        self._requests = requests
+        self._address = address
+        self._keys = keys
+        self._patience = patience
+        """Seconds to wait for a lost core."""
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._calls: dict[int, asyncio.Future[Reply]] = {}
+        self._calls: dict[int, _PendingCall] = {}
         self._next_call = 0
         self._drain_is_due = False
-        self._connection = _Connection(sock, core)
-        self._connection.client = weakref.ref(self)
-        self._finalizer = weakref.finalize(self, self._connection.close)
+        self._outage: _Outage | None = None
+        self._losses: list[str] = []
+        """Their causes, since a core brought tokens."""
+        self._connection = connection
+        connection.client = weakref.ref(self)
+        self._finalizer = weakref.finalize(self, connection.close)
 
     @classmethod
-    def embed(
-        cls,
-        core: CoreProcess,
-        on_step: Callable[[StepOutputs], list[int]],
-        on_death: Callable[[EngineDeadError], None],
-    ) -> CoreClient:
+    def embed(cls, core: CoreProcess, requests: Requests) -> CoreClient:
         """Connect to a core of our own that is ready; it ends with the client."""
         try:
-            sock, welcome = connect(core.address, f"headrace {__version__}, pid {os.getpid()}")
+            sock, welcome = connect(core.address, _name())
         except BaseException:
             core.stop()
             raise
-        return cls(sock, core, welcome, on_step, on_death)
+        return cls(Connection(sock, core), welcome, requests, core.address, None, START_DEADLINE_SECONDS)
 
     @classmethod
-    def attach(
-        cls,
-        address: str,
-        on_step: Callable[[StepOutputs], list[int]],
-        on_death: Callable[[EngineDeadError], None],
-        keys: ClientKeys | None = None,
-    ) -> CoreClient:
-        """Connect to a core that runs already. Raises ConfigError when there is none, or an unfitting one."""
+    def attach(cls, address: str, requests: Requests, keys: ClientKeys | None, patience: float) -> CoreClient:
+        """Connect to a core that runs already, and wait `patience` seconds for it whenever it is gone.
+
+        Raises ConfigError when there is none, or an unfitting one.
+        """
         check_address(address, "engine_core_address", has_keys=keys is not None)
         check_listening(address, "engine_core_address")
-        sock, welcome = connect(address, f"headrace {__version__}, pid {os.getpid()}", keys)
-        return cls(sock, None, welcome, on_step, on_death)
+        sock, welcome = connect(address, _name(), keys)
+        return cls(Connection(sock, None), welcome, requests, address, keys, patience)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop that it works on."""
         return self._loop
+
+    @property
+    def trouble(self) -> str:
+        """Why there is no core at present; empty when there is one, as far as is known."""
+        if self._outage is None:
+            return ""
+        seconds = time.monotonic() - self._outage.began
+        return f"there has been no engine core for {seconds:.1f} s, since {self._outage.cause}"
 
     def use_running_loop(self) -> None:
         """Move to the running loop. Raises EngineDeadError, and RuntimeError while another loop runs."""
@@ -171,14 +183,23 @@ class CoreClient:
         self._loop = loop
         self._calls.clear()  # whoever waited for them is gone with the old loop
         self._connection.attach(loop)
-        self._drain_soon(loop)
+        self._arm_timers()
+        self._drain_is_due = False  # what the old loop was to do it may not have done
+        self._drain_soon()
 
-    def send(self, message: ToCore) -> None:
-        """Send from the running loop. Raises EngineDeadError."""
+    def send(self, message: ToCore) -> bool:
+        """Send from the running loop. Raises EngineDeadError.
+
+        False when there is no core at present: the next one learns of the requests and calls that there are
+        then.
+        """
         self.use_running_loop()
-        self._socket.send(message)
-        assert self._loop is not None
-        self._drain_soon(self._loop)  # sending can swallow the edge that tells of a message
+        sock = self._connection.socket
+        if self._outage is not None or sock is None:
+            return False
+        sock.send(message)
+        self._drain_soon()  # sending can swallow the edge that tells of a message
+        return True
 
     async def call(
         self,
@@ -190,10 +211,11 @@ class CoreClient:
         self.use_running_loop()
         number = self._next_call
         self._next_call = (number + 1) % 2**31
+        message = Call(number, method, arguments or {})
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._calls[number] = future
+        self._calls[number] = _PendingCall(message, future)
         try:
-            self.send(Call(number, method, arguments or {}))
+            self.send(message)
             async with asyncio.timeout(seconds):
                 reply = await future
         finally:
@@ -205,76 +227,200 @@ class CoreClient:
     def close(self) -> None:
         """Leave the core; an embedded one is stopped. Pending calls fail. Idempotent."""
         if self.dead_error is None:
-            if self._core is None:
-                self._socket.send(Bye())
-            self._die(EngineDeadError("the engine has been shut down"))
+            sock = self._connection.socket
+            if self._connection.core is None and self._outage is None and sock is not None:
+                sock.send(Bye())
+            self._die("the engine has been shut down")
         self._finalizer()
 
     def drain(self) -> None:
         """Take in what has arrived; called by the loop."""
         self._drain_is_due = False
-        if self.dead_error is not None:
-            return
         for _ in range(_MESSAGES_AT_ONCE):
-            try:
-                message = self._socket.recv()
-            except msgspec.DecodeError as error:
-                self._die(EngineDeadError(f"the engine core sent what cannot be read: {error}"))
-                return
-            if message is None:
-                self._look_for_death()
-                return
-            self._handle(message)
+            sock = self._connection.socket
             if self.dead_error is not None:
                 return
-        if self._loop is not None:
-            self._drain_soon(self._loop)
+            if sock is None:
+                self._look_for_return()
+                return
+            try:
+                message = sock.recv()
+            except msgspec.DecodeError as error:
+                self._die(f"the engine core sent what cannot be read: {error}")
+                return
+            if message is None:
+                self._look_for_death(sock)
+                return
+            self._handle(sock, message)
+        self._drain_soon()
 
-    def _handle(self, message: FromCore) -> None:
+    def _handle(self, sock: ClientSocket, message: FromCore) -> None:
         match message:
             case StepOutputs():
-                if unwanted := self._on_step(message):
-                    self._socket.send(Abort(unwanted))  # the drain that we are in goes on until nothing comes
+                if message.requests:
+                    self._losses.clear()
+                if unwanted := self._requests.apply(message):
+                    sock.send(Abort(unwanted))  # the drain that we are in goes on until nothing comes
+                if self._requests.owes_replays:
+                    self._send_replays(sock)
             case Reply():
-                future = self._calls.get(message.call)
-                if future is not None and not future.done():
-                    future.set_result(message)
+                pending = self._calls.get(message.call)
+                if pending is not None and not pending.future.done():
+                    pending.future.set_result(message)
             case Dying(error):
-                self._die(EngineDeadError(error.message))
+                self._die(error.message)
             case Refused():
-                self._die(EngineDeadError(f"the engine core refused this client: {message.message}"))
+                self._die(f"the engine core refused this client: {message.message}")
             case Welcome():
-                logger.warning("the engine core said welcome twice")
+                self._resume(sock, message)
 
-    def _look_for_death(self) -> None:
-        if self._core is not None and self._core.is_dead():
-            self._die(EngineDeadError(f"the engine is gone: {self._core.cause_of_death()}"))
-        elif self._socket.lost_connection():
-            self._die(EngineDeadError("the connection to the engine core was lost"))
+    # --- losing a core and finding it again -----------------------------------------------------------
 
-    def _die(self, error: EngineDeadError) -> None:
-        self.dead_error = error
+    def _look_for_death(self, sock: ClientSocket) -> None:
+        core = self._connection.core
+        if core is not None and core.is_dead():
+            cause = core.cause_of_death()
+            if core.has_given_up():
+                self._die(f"the engine is gone: {cause}")
+            else:
+                self._lose(cause)
+        elif sock.lost_connection():
+            self._lose("the connection to the engine core was lost")
+
+    def _lose(self, cause: str) -> None:
+        """The core is gone: get another one."""
+        if self._outage is None or self._connection.core is not None:
+            self._losses.append(cause)
+        if len(self._losses) > MAX_LOSSES:
+            self._die(f"the engine is gone: {self._losses[0]}; it did not come back: {cause}")
+            return
+        logger.warning("lost the engine core, waiting for its return: %s", cause)
+        if self._outage is None:
+            now = time.monotonic()
+            self._outage = _Outage(cause, now, now + self._patience)
+            self._requests.lose_core(self.config.max_replays)
+        core = self._connection.core
+        if core is not None:
+            core.kill()  # it may be alive, but of no use
+        self._connection.use(None, None)
+        if core is not None:
+            self._restart_core()
+        self._arm_timers()
+
+    def _restart_core(self) -> None:
+        """Another embedded one, in which every request that was accepted fits."""
+        info = self.info
+        config = msgspec.structs.replace(
+            self.config,
+            num_gpu_blocks_override=info.num_blocks,
+            max_model_len=info.max_model_len,
+            max_model_len_is_explicit=True,
+        )
+        try:
+            core = CoreProcess(config)
+        except OSError as error:
+            self._die(f"the engine is gone, and cannot be started again: {error}")
+        else:
+            self._connection.use(None, core)
+
+    def _look_for_return(self) -> None:
+        core = self._connection.core
+        if core is None:
+            return  # a retry is due
+        try:
+            if core.poll() is None:
+                return
+        except HeadraceError as error:
+            self._lose(str(error))
+        else:
+            self._address = core.address
+            self._say_hello()
+
+    def _say_hello(self) -> None:
+        """Connect anew. The core need not be there yet."""
+        try:
+            sock = ClientSocket(self._address, self._keys)
+        except ConfigError as error:
+            self._die(str(error))
+            return
+        sock.send(Hello(PROTOCOL_VERSION, _name()))
+        self._connection.use(sock, self._connection.core)
+        self._drain_soon()
+
+    def _resume(self, sock: ClientSocket, welcome: Welcome) -> None:
+        """There is a core again."""
+        outage, self._outage = self._outage, None
+        if outage is None:
+            logger.warning("the engine core said welcome twice")
+            return
+        if welcome.protocol != PROTOCOL_VERSION:
+            self._die(f"the engine core has come back with protocol {welcome.protocol}")
+            return
+        for name in _SAME_TOKENS:
+            was, now = getattr(self.config, name), getattr(welcome.config, name)
+            if was != now:
+                self._die(f"the engine core has come back as another one: {name} was {was!r}, is {now!r}")
+                return
+        self.info = welcome.info
+        self.num_restarts += 1
+        seconds = time.monotonic() - outage.began
+        logger.warning("the engine core is back after %.1f s (pid %d)", seconds, self.info.pid)
+        self._send_replays(sock)
+        for pending in self._calls.values():
+            sock.send(pending.message)
+
+    def _send_replays(self, sock: ClientSocket) -> None:
+        for message in self._requests.replays():
+            sock.send(message)
+
+    def _die(self, cause: str) -> None:
+        self.dead_error = error = EngineDeadError(cause)
         calls, self._calls = self._calls, {}
-        for future in calls.values():
+        for _, future in calls.values():
             if not future.done() and not future.get_loop().is_closed():
-                future.set_exception(EngineDeadError(str(error)))
-        self._on_death(error)
+                future.set_exception(EngineDeadError(cause))
+        self._requests.fail_all(error)
         self._finalizer()
 
     def _raise_if_dead(self) -> None:
         if self.dead_error is not None:
             raise EngineDeadError(str(self.dead_error))
 
-    def _drain_soon(self, loop: asyncio.AbstractEventLoop) -> None:
-        if not self._drain_is_due:
-            self._drain_is_due = True
-            loop.call_soon(self._drain_if_alive, weakref.ref(self))
+    # --- on the loop ----------------------------------------------------------------------------------
 
-    @staticmethod
-    def _drain_if_alive(reference: weakref.ref[CoreClient]) -> None:
-        client = reference()
-        if client is not None:
-            client.drain()
+    def _drain_soon(self) -> None:
+        if not self._drain_is_due and self._loop is not None:
+            self._drain_is_due = True
+            self._loop.call_soon(_call, weakref.WeakMethod(self.drain))
+
+    def _arm_timers(self) -> None:
+        """During an outage: look for the core now and then, and not for ever."""
+        if self._outage is None or self._loop is None or self._loop.is_closed():
+            return
+        left = max(self._outage.deadline - time.monotonic(), 0.0)
+        self._loop.call_later(left, _call, weakref.WeakMethod(self._expire))
+        if self._connection.core is None:
+            self._loop.call_later(_RETRY_SECONDS, _call, weakref.WeakMethod(self._retry))
+
+    def _expire(self) -> None:
+        outage = self._outage
+        if outage is not None and time.monotonic() >= outage.deadline and self.dead_error is None:
+            self._die(f"the engine core did not come back within {self._patience:g} s: {outage.cause}")
+
+    def _retry(self) -> None:
+        if self._outage is not None and self._connection.socket is None and self.dead_error is None:
+            self._say_hello()
+
+
+def _call(reference: weakref.WeakMethod[Callable[[], None]]) -> None:
+    """What a loop may hold of a client: nothing that keeps it alive."""
+    method = reference()
+    if method is not None:
+        method()
+
+
+def _name() -> str:
+    return f"headrace {__version__}, pid {os.getpid()}"
 
 
 def connect(address: str, name: str, keys: ClientKeys | None = None) -> tuple[ClientSocket, Welcome]:

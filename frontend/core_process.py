@@ -76,6 +76,16 @@ class CoreProcess:
         finally:
             self._display.close()
 
+    def poll(self) -> EngineInfo | None:
+        """The same without waiting: None as long as it starts."""
+        try:
+            data = os.read(self.status_fd, 65536)
+        except BlockingIOError:
+            return None
+        if not data:
+            raise EngineDeadError(f"the engine did not start: {self._how_it_ended()}")
+        return self._follow(self._split(data))
+
     def is_dead(self) -> bool:
         """True when the status pipe has ended. Never blocks; what else the pipe says is dropped."""
         try:
@@ -87,14 +97,17 @@ class CoreProcess:
 
     def cause_of_death(self) -> str:
         """For an error message, after `is_dead`: what the core said last, or how it ended."""
-        for line in self._received.splitlines():
-            try:
-                message = msgspec.json.decode(line, type=FromStarting)
-            except msgspec.DecodeError:
-                continue
-            if isinstance(message, Fatal):
-                return _describe(message)
-        return self._how_it_ended()
+        fatal = self._last_words()
+        return self._how_it_ended() if fatal is None else _describe(fatal)
+
+    def has_given_up(self) -> bool:
+        """After `is_dead`: its workers do not come back, so another core would be of no use."""
+        fatal = self._last_words()
+        return fatal is not None and fatal.rank is not None
+
+    def kill(self) -> None:
+        """End one that does not answer any more; follow up with `stop`."""
+        self._child.kill()
 
     def stop(self) -> None:
         """End it and everything below it, and remove its folder. Idempotent; nothing in a forked process."""
@@ -105,6 +118,16 @@ class CoreProcess:
         self.status_fd = -1
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _last_words(self) -> Fatal | None:
+        for line in self._received.splitlines():
+            try:
+                message = msgspec.json.decode(line, type=FromStarting)
+            except msgspec.DecodeError:
+                continue
+            if isinstance(message, Fatal):
+                return message
+        return None
+
     def _how_it_ended(self) -> str:
         try:
             return self._child.cause_of_death()
@@ -113,17 +136,22 @@ class CoreProcess:
 
     def _wait_until_ready(self, deadline: float, seconds: float) -> EngineInfo:
         while True:
-            for message in self._read(deadline, seconds):
-                match message:
-                    case Progress(rank, phase):
-                        self._display.show(rank, phase)
-                    case Ready(_, info):
-                        return info
-                    case Fatal():
-                        error = message.error.exception()
-                        if isinstance(error, EngineDeadError):
-                            raise EngineDeadError(f"the engine did not start: {_describe(message)}")
-                        raise error
+            if (info := self._follow(self._read(deadline, seconds))) is not None:
+                return info
+
+    def _follow(self, messages: list[FromStarting]) -> EngineInfo | None:
+        for message in messages:
+            match message:
+                case Progress(rank, phase):
+                    self._display.show(rank, phase)
+                case Ready(_, info):
+                    return info
+                case Fatal():
+                    error = message.error.exception()
+                    if isinstance(error, EngineDeadError):
+                        raise EngineDeadError(f"the engine did not start: {_describe(message)}")
+                    raise error
+        return None
 
     def _read(self, deadline: float, seconds: float) -> list[FromStarting]:
         """Wait for the next lines of the status pipe."""
@@ -134,6 +162,9 @@ class CoreProcess:
         data = os.read(self.status_fd, 65536)
         if not data:
             raise EngineDeadError(f"the engine did not start: {self._how_it_ended()}")
+        return self._split(data)
+
+    def _split(self, data: bytes) -> list[FromStarting]:
         *lines, self._received = (self._received + data).split(b"\n")
         return [msgspec.json.decode(line, type=FromStarting) for line in lines]
 

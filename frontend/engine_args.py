@@ -102,6 +102,8 @@ class AsyncEngineArgs:
     """Defaults of `structured_outputs`: `{"backend": "guidance", "disable_any_whitespace": true, ...}`."""
     engine_core_address: str | None = None
     """Attach to the engine core that listens there instead of starting one."""
+    engine_core_reconnect_seconds: float = 60.0
+    """How long to wait for that core to come back when it is gone; then the engine is dead."""
     engine_core_curve_server_key: str | None = None
     """File with that core's public CURVE key."""
     engine_core_curve_secret_key: str | None = None
@@ -268,13 +270,9 @@ def _check(args: AsyncEngineArgs) -> None:
         args.torch_profiler_dir = os.path.abspath(args.torch_profiler_dir)
     if args.block_size & (args.block_size - 1):
         raise _refusal("block_size", args.block_size, "a power of two from 1 to 256")
-    share, limit = args.gpu_memory_utilization, "a number in (0, 1]"
-    if isinstance(share, bool) or not isinstance(share, numbers.Real) or not math.isfinite(share):
-        raise _refusal("gpu_memory_utilization", share, limit)
     args.structured_outputs_config = _structured_outputs(args.structured_outputs_config)
-    args.gpu_memory_utilization = float(share)
-    if not 0 < args.gpu_memory_utilization <= 1:
-        raise _refusal("gpu_memory_utilization", share, limit)
+    _check_number(args, "gpu_memory_utilization", 1.0, "a number in (0, 1]")
+    _check_number(args, "engine_core_reconnect_seconds", math.inf, "a number of seconds > 0")
 
 
 def _check_text(args: AsyncEngineArgs, name: str) -> None:
@@ -304,6 +302,16 @@ def _structured_outputs(given: object) -> StructuredOutputsConfig:
         message = f"structured_outputs_config: {error}, got {given!r:.200}"
         limit = "backend 'auto' or 'guidance', disable_any_whitespace, disable_additional_properties"
         raise ConfigError(message, parameter="structured_outputs_config", value=given, limit=limit) from error
+
+
+def _check_number(args: AsyncEngineArgs, name: str, high: float, limit: str) -> None:
+    """A finite number > 0 and at most `high`."""
+    value = getattr(args, name)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise _refusal(name, value, limit)
+    setattr(args, name, float(value))
+    if not 0 < float(value) <= high:
+        raise _refusal(name, value, limit)
 
 
 def _refusal(name: str, value: object, limit: str) -> ConfigError:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 
-from ..ipc.messages import Finished, FinishReason, StepOutputs, unpack
+from ..ipc.errors import RequestCrashedError
+from ..ipc.messages import AddRequest, Finished, FinishReason, StepOutputs, unpack
 from .logprobs import rows_of
 from .metrics import FrontendMetrics
+from .replay import ReplayQueue, replay
 from .requests import Completion, Request
 
 
@@ -20,6 +22,7 @@ class RequestTable:
         self._next_number = 0
         self.metrics = FrontendMetrics()
         self._empty: asyncio.Future[None] | None = None
+        self._replays = ReplayQueue()
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -55,6 +58,35 @@ class RequestTable:
             self._completions[first + index] = completion
         return first
 
+    def hand_over(self, request: Request, message: AddRequest, *, is_sent: bool) -> None:
+        """The core has been told of it by `message`; or, there being none, the next one is to be told."""
+        request.message = message
+        for completion in request.completions:
+            if is_sent:
+                completion.mark_sent()
+            else:
+                self._replays.hold(completion)
+
+    def lose_core(self, max_replays: int) -> None:
+        """The core is gone with everything: `replays` are for the next one."""
+        for completion in self._replays.refill(self._completions.values(), max_replays):
+            request = completion.request
+            if not request.ended:
+                self.drop(request)
+                request.fail(RequestCrashedError("the engine core died each time when it had this request"))
+
+    @property
+    def owes_replays(self) -> bool:
+        """`replays` may have something to say."""
+        return not self._replays.is_empty
+
+    def replays(self) -> list[AddRequest]:
+        """What to tell the core now of the requests that another one had."""
+        now = time.monotonic()
+        return [
+            replay(each, now) for each in self._replays.due() if self._completions.get(each.number) is each
+        ]
+
     def drop(self, request: Request) -> list[int]:
         """Forget it; returns the numbers of its completions that the core still works on."""
         self._forget(request)
@@ -77,7 +109,8 @@ class RequestTable:
         completions = self._completions
         self.metrics.generated(len(message.tokens) // 4)
         for started in message.started:
-            if (completion := completions.get(started.request)) is not None:
+            completion = completions.get(started.request)
+            if completion is not None and not completion.generated:  # or else it is a replay
                 completion.request.start(started.num_cached_tokens, started.queued_seconds)
         if message.logprobs is not None or message.prompt_logprobs:
             self._note_logprobs(message)

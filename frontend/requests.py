@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 
-from ..ipc.messages import Finished, FinishReason
+from ..ipc.messages import AddRequest, Finished, FinishReason
 from .detokenizer import Decoder
 from .logprobs import LogprobsAsked, LogprobView, PromptLogprobs, WireRow
 from .metrics import FrontendMetrics
@@ -36,15 +37,17 @@ class Completion:
         "_hides_last",
         "_num_unchecked",
         "_repetition",
+        "_sent_length",
         "_stops",
         "_text",
         "finish_reason",
+        "generated",
         "index",
         "last_token_at",
         "logprobs",
-        "num_tokens",
         "request",
         "stop_reason",
+        "strikes",
     )
 
     def __init__(
@@ -61,7 +64,11 @@ class Completion:
         self.index = index
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.num_tokens = 0
+        self.generated = array("i")
+        """All tokens, for a core that has to go on with it."""
+        self.strikes = 0
+        """Cores that died, one after the other, before it got further; see `replay`."""
+        self._sent_length = -1
         self.last_token_at = 0.0
         self.logprobs = logprobs
         """Is told of each token's before the token."""
@@ -83,6 +90,7 @@ class Completion:
     def add(self, token: int, now: float) -> bool:
         """Note a token that came at `now`; True when it ends the completion: its text completes a stop
         string, or it completes a repetition."""
+        self.generated.append(token)
         self._fresh.append(token)
         self._has_news = True
         self._clock(now)
@@ -112,14 +120,40 @@ class Completion:
         """Note the token that ended the completion, and the end."""
         self._repetition = None  # it is at its end anyway
         if hides_last and self._stops is not None:
+            self.generated.append(token)
             self._fresh.append(token)  # its text is not to be watched, nor shown
             self._clock(now)
         elif self.add(token, now):
             return  # a stop string was complete first
         self.finish(finished.reason, finished.stop_token_id, hides_last)
 
+    @property
+    def number(self) -> int:
+        """The wire's."""
+        return self.request.first_number + self.index
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.generated)
+
+    @property
+    def was_sent(self) -> bool:
+        """The core knows it."""
+        return self._sent_length >= 0
+
+    @property
+    def got_further(self) -> bool:
+        """It has brought a token since it was sent."""
+        return self.was_sent and self.num_tokens > self._sent_length
+
+    def mark_sent(self) -> None:
+        self._sent_length = self.num_tokens
+
+    def mark_lost(self) -> None:
+        """The core that knew it is gone."""
+        self._sent_length = -1
+
     def _clock(self, now: float) -> None:
-        self.num_tokens += 1
         before, self.last_token_at = self.last_token_at, now
         if before:
             self.request.metrics.gap(now - before)
@@ -189,7 +223,6 @@ class Request:
         "_prompt_logprobs",
         "_queued_at",
         "_scheduled_at",
-        "_sent_at",
         "_waiter",
         "completions",
         "first_number",
@@ -197,12 +230,14 @@ class Request:
         "include_stop",
         "is_aborted",
         "kind",
+        "message",
         "metrics",
         "num_cached_tokens",
         "num_unfinished",
         "prompt",
         "prompt_token_ids",
         "request_id",
+        "sent_at",
     )
 
     def __init__(
@@ -228,11 +263,14 @@ class Request:
         self.has_output = False
         """`take` has something to give, or an error to raise."""
         self.num_cached_tokens: int | None = None
+        self.message: AddRequest | None = None
+        """As it was sent for the first time."""
+        self.sent_at = 0.0
         self._waiter: asyncio.Future[None] | None = None
         self._error: Exception | None = None
         self._arrival_time = time.time()
         self._queued_at = time.monotonic()
-        self._sent_at = self._scheduled_at = self._first_token_at = 0.0
+        self._scheduled_at = self._first_token_at = 0.0
         self._max_tokens: int | None = None
         self._prompt_logprobs: LogprobView | None = None
         self._num_prompt_logprobs = 1
@@ -256,11 +294,16 @@ class Request:
         ]
         self.num_unfinished = len(self.completions)
         self._max_tokens = max_tokens
-        self._sent_at = time.monotonic()
+        self.sent_at = time.monotonic()
 
     @property
     def ended(self) -> bool:
         return self.num_unfinished == 0 or self._error is not None
+
+    @property
+    def has_started(self) -> bool:
+        """It has left the core's queue."""
+        return self._scheduled_at > 0
 
     def start(self, num_cached_tokens: int, queued_seconds: float) -> None:
         """One of its completions left the core's queue; the first one tells the request's times."""
@@ -268,7 +311,7 @@ class Request:
         self.metrics.started(len(self.prompt_token_ids), num_cached_tokens)
         if not self._scheduled_at:
             # The core tells how long, not when: its clock may be another machine's.
-            self._scheduled_at = self._sent_at + queued_seconds
+            self._scheduled_at = self.sent_at + queued_seconds
 
     def note_prompt_logprobs(self, rows: Mapping[int, WireRow]) -> None:
         """Some of the prompt's positions have come, perhaps not for the first time."""

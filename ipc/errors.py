@@ -76,6 +76,10 @@ class EngineDeadError(HeadraceError, RuntimeError):
     """The engine core or a worker is gone; the message holds the first cause."""
 
 
+class EngineUnhealthyError(HeadraceError, RuntimeError):
+    """The engine makes no progress at present, but it recovers: requests wait. `check_health` says it."""
+
+
 class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
     """An error on the wire."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from ...ipc.errors import EngineDeadError
+from ...ipc.errors import EngineDeadError, EngineUnhealthyError
 from ..tokenizer import Tokenizer
 from .errors import ApiError
 from .guard import Gate
@@ -44,9 +44,9 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def why_unhealthy(self) -> str | None:
-        """None when the engine answers."""
+        """None when requests make progress."""
         try:
             await self.engine.check_health()
-        except EngineDeadError as error:
+        except (EngineDeadError, EngineUnhealthyError) as error:
             return str(error)
         return None

@@ -11,8 +11,6 @@ import pytest
 from headrace import AsyncEngineArgs, AsyncLLM
 
 VOCAB_SIZE = 1000
-FAULTS = ("raise", "exit", "hang", "garbage")
-"""What the oracle does to a prompt that holds token 996, 997, 998, 999."""
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +22,6 @@ def oracle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "vocab_size": VOCAB_SIZE,
         "max_position_embeddings": 2048,
         "eos_token_id": 7,
-        "oracle_faults": {fault: token for token, fault in enumerate(FAULTS, VOCAB_SIZE - len(FAULTS))},
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -317,13 +317,14 @@ def test_an_unknown_address_is_an_error_at_once(address: str) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_an_attached_core_that_dies(standalone: Standalone, how: signal.Signals) -> None:
+def test_an_attached_core_that_does_not_come_back(standalone: Standalone, how: signal.Signals) -> None:
     async def main() -> None:
-        engine = AsyncLLM(AsyncEngineArgs(engine_core_address=standalone.address))
+        args = AsyncEngineArgs(engine_core_address=standalone.address, engine_core_reconnect_seconds=0.5)
+        engine = AsyncLLM(args)
         stream = engine.generate([1], SamplingParams(max_tokens=1900, ignore_eos=True))
         await anext(stream)
         os.kill(standalone.child.pid, how)
-        with pytest.raises(EngineDeadError):
+        with pytest.raises(EngineDeadError, match=r"did not come back within 0\.5 s"):
             async for _ in stream:
                 pass
         assert engine.errored

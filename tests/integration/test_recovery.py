@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import random
 import signal
+import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
-from headrace import AsyncEngineArgs, AsyncLLM, RequestCrashedError, RequestOutputKind, SamplingParams
+from headrace import (
+    AsyncEngineArgs,
+    AsyncLLM,
+    ConfigError,
+    EngineUnhealthyError,
+    RequestCrashedError,
+    RequestOutputKind,
+    SamplingParams,
+)
+from headrace.frontend.engine_args import resolve
+from headrace.ipc.messages import CoreStart
 from headrace.ipc.oracle import oracle_stream
+from headrace.ipc.process import spawn
 
 VOCAB_SIZE = 1000
 Args = Callable[..., AsyncEngineArgs]
@@ -26,6 +42,15 @@ def small(oracle_args: Args) -> Iterator[AsyncLLM]:
     engine = AsyncLLM(oracle_args(max_replays=100))
     yield engine
     engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def faulty(oracle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An oracle that fails when a prompt holds certain tokens."""
+    config = json.loads((oracle_folder / "config.json").read_text())
+    folder = tmp_path_factory.mktemp("faulty")
+    (folder / "config.json").write_text(json.dumps(config | {"oracle_faults": FAULTS}))
+    return folder
 
 
 def workers(engine: AsyncLLM) -> list[psutil.Process]:
@@ -79,7 +104,7 @@ def test_streams_go_on_when_workers_are_killed(small: AsyncLLM, how: signal.Sign
 
 
 @pytest.mark.parametrize("fault", ["raise", "exit", "garbage"])
-def test_a_poison_request_ends_alone(oracle_args: Args, fault: str) -> None:
+def test_a_poison_request_ends_alone(oracle_args: Args, faulty: Path, fault: str) -> None:
     async def main(engine: AsyncLLM) -> None:
         good = [asyncio.create_task(stream(engine, number, 400)) for number in range(16)]
         await asyncio.sleep(0.02)
@@ -94,6 +119,190 @@ def test_a_poison_request_ends_alone(oracle_args: Args, fault: str) -> None:
         assert (stats.num_restarts, stats.num_free_blocks) == (2, stats.num_blocks)
         await engine.check_health()
 
-    engine = AsyncLLM(oracle_args())
+    engine = AsyncLLM(oracle_args(model=str(faulty)))
     asyncio.run(asyncio.wait_for(main(engine), 120))
     engine.shutdown()
+
+
+# --- the core --------------------------------------------------------------------------------------------
+
+
+async def follow(engine: AsyncLLM, prompt: list[int], params: SamplingParams) -> dict[int, list[int]]:
+    """The tokens of each of the request's completions."""
+    streams: dict[int, list[int]] = {}
+    async for output in engine.generate(prompt, params):
+        for part in output.outputs:
+            streams.setdefault(part.index, []).extend(part.token_ids)
+    return streams
+
+
+async def until(done: Callable[[], bool]) -> None:
+    while not done():  # noqa: ASYNC110 (nobody announces it)
+        await asyncio.sleep(0.005)
+
+
+async def kill_core(engine: AsyncLLM, how: signal.Signals = signal.SIGKILL) -> None:
+    """Returns when there is another one."""
+    number = engine._client.num_restarts
+    os.kill(engine._client.info.pid, how)
+    await until(lambda: engine._client.num_restarts > number)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_streams_go_on_when_the_core_is_killed(small: AsyncLLM, how: signal.Signals) -> None:
+    choose = random.Random(int(how))
+    crowd = range(64)
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(stream(small, number, 1500)) for number in crowd]
+        for _ in range(3):
+            await asyncio.sleep(choose.choice([0.005, 0.1, 0.2]))
+            await kill_core(small, how)
+        await small.check_health()
+        for number, tokens in zip(crowd, await asyncio.gather(*tasks), strict=True):
+            assert tokens == right(number, 1500)
+        stats = (await small._client.call("stats")).stats
+        assert stats is not None
+        assert (stats.num_blocks, stats.num_free_blocks) == (2000, 2000)
+
+    asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def test_what_counts_tokens_counts_on_after_a_restart(small: AsyncLLM) -> None:
+    """n, min_tokens and stop tokens; requests that come while there is no core, aborts, and health."""
+    prompt = [9, 8, 7, 6]
+    right_ones = [oracle_stream(prompt, seed, 1000, VOCAB_SIZE) for seed in (5, 6)]
+    stop = right_ones[0][900]
+    first = next(i for i, token in enumerate(right_ones[0]) if token == stop and i >= 600)
+
+    async def main() -> None:
+        delta = RequestOutputKind.DELTA
+        params = SamplingParams(
+            n=2, seed=5, max_tokens=1000, min_tokens=600, stop_token_ids=[stop], output_kind=delta
+        )
+        params.ignore_eos = True
+        request = asyncio.create_task(follow(small, prompt, params))
+        aborted = small.generate([3], SamplingParams(max_tokens=1900, ignore_eos=True))
+        await anext(aborted)
+        restart = asyncio.create_task(kill_core(small))
+        await until(lambda: small._client.trouble != "")
+        with pytest.raises(EngineUnhealthyError, match="SIGKILL"):
+            await small.check_health()
+        await small.abort(aborted.request_id)
+        meanwhile = asyncio.create_task(stream(small, 77, 50))
+        call = asyncio.create_task(small.reset_prefix_cache())
+        await restart
+        await call
+        await small.check_health()
+        assert await meanwhile == right(77, 50)
+        streams = await request
+        assert streams[0] == right_ones[0][: first + 1]
+        end = next((i for i, token in enumerate(right_ones[1]) if token == stop and i >= 600), 999)
+        assert streams[1] == right_ones[1][: end + 1]
+        assert small.num_unfinished_requests == 0
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_core_that_dies_between_two_loops(small: AsyncLLM) -> None:
+    assert asyncio.run(stream(small, 1, 20)) == right(1, 20)
+    os.kill(small._client.info.pid, signal.SIGKILL)
+    assert asyncio.run(asyncio.wait_for(stream(small, 2, 20), 60)) == right(2, 20)
+
+
+class Standalone:
+    """A core with a manager that starts it again."""
+
+    def __init__(self, args: AsyncEngineArgs, address: str) -> None:
+        self._start = CoreStart(resolve(args), address, None)
+        self._child = spawn("core", "headrace.core.main:run", self._start)
+
+    def restart(self) -> None:
+        os.kill(self._child.pid, signal.SIGKILL)
+        self._child.stop(5)
+        self._child = spawn("core", "headrace.core.main:run", self._start)
+
+    def close(self) -> None:
+        self._child.stop(5)
+
+
+@pytest.fixture
+def standalone(oracle_args: Args, tmp_path: Path) -> Iterator[tuple[Standalone, int]]:
+    """The core, and the port that it listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    core = Standalone(oracle_args(), f"tcp://127.0.0.1:{port}")
+    yield core, port
+    core.close()
+
+
+async def connected(port: int) -> AsyncLLM:
+    """A frontend of the core there, as soon as it listens."""
+    while True:
+        try:
+            return AsyncLLM(AsyncEngineArgs(engine_core_address=f"tcp://127.0.0.1:{port}"))
+        except ConfigError:
+            await asyncio.sleep(0.05)
+
+
+def test_frontends_follow_a_core_that_its_manager_restarts(standalone: tuple[Standalone, int]) -> None:
+    core, port = standalone
+
+    async def main() -> None:
+        engines = [await connected(port) for _ in range(2)]
+        tasks = [
+            asyncio.create_task(stream(engine, number, 1500)) for engine in engines for number in range(16)
+        ]
+        for _ in range(2):
+            await asyncio.sleep(0.1)
+            await asyncio.to_thread(core.restart)
+            await until(lambda: not any(engine._client.trouble for engine in engines))
+        for index, tokens in enumerate(await asyncio.gather(*tasks)):
+            assert tokens == right(index % 16, 1500)
+        for engine in engines:
+            engine.shutdown()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_network_that_blinks_loses_and_doubles_nothing(standalone: tuple[Standalone, int]) -> None:
+    _, port = standalone
+    pipes: list[asyncio.StreamWriter] = []
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        pipes.append(writer)
+        with suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(carry(reader, far_writer), carry(far_reader, writer))
+
+    async def main() -> None:
+        direct = await connected(port)  # the core is there
+        server = await asyncio.start_server(proxy, "127.0.0.1", 0)
+        address = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        engine = await asyncio.to_thread(AsyncLLM, AsyncEngineArgs(engine_core_address=address))
+        tasks = [asyncio.create_task(stream(engine, number, 1500)) for number in range(16)]
+        for _ in range(3):
+            await asyncio.sleep(0.05)
+            for pipe in pipes:
+                pipe.transport.abort()
+            pipes.clear()
+            await until(lambda: engine._client.trouble != "" or all(task.done() for task in tasks))
+            await until(lambda: engine._client.trouble == "")
+        for number, tokens in enumerate(await asyncio.gather(*tasks)):
+            assert tokens == right(number, 1500)
+        assert engine._client.num_restarts > 0
+        stats = (await direct._client.call("stats")).stats
+        assert stats is not None
+        assert stats.num_free_blocks == stats.num_blocks
+        engine.shutdown()
+        direct.shutdown()
+        server.close()
+        await until(lambda: all(pipe.transport.is_closing() for pipe in pipes))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
