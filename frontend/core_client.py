@@ -375,6 +375,7 @@ class CoreClient:
 
     def _die(self, cause: str) -> None:
         self.dead_error = error = EngineDeadError(cause)
+        self._outage = None
         calls, self._calls = self._calls, {}
         for _, future in calls.values():
             if not future.done() and not future.get_loop().is_closed():

@@ -18,7 +18,7 @@ from typing import NoReturn
 import uvicorn
 import uvloop
 
-from ...ipc.errors import ConfigError, HeadraceError
+from ...ipc.errors import ConfigError, EngineUnhealthyError, HeadraceError
 from ...ipc.exit_codes import ExitCode
 from ..async_llm import AsyncLLM
 from ..engine_args import AsyncEngineArgs
@@ -97,7 +97,8 @@ class _Server(uvicorn.Server):
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         engine = self._service.engine
-        await engine.check_health()  # from here on it notices its core's death by itself
+        with suppress(EngineUnhealthyError):  # it recovers
+            await engine.check_health()  # from here on it notices its core's death by itself
         gc.collect()
         gc.freeze()  # what lives this long stays: later collections look at requests only
         await self.serve(sockets=[listener])

@@ -70,7 +70,7 @@ class AsyncLLMs:
 
     def __init__(self, args: AsyncEngineArgs) -> None:
         self._engines = [AsyncLLM(args)]
-        core = self._engines[0]._client._core
+        core = self._engines[0]._client._connection.core
         assert core is not None
         self._engines.append(AsyncLLM(AsyncEngineArgs(engine_core_address=core.address)))
 
