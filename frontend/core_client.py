@@ -58,6 +58,9 @@ _LOOK_SECONDS = 0.1
 """How often the handshake looks whether the core has hung up."""
 _RETRY_SECONDS = 0.2
 """Between two connections to a core that is coming back."""
+_DYING_SECONDS = 0.5
+"""From the end of an embedded core's connection to the end of the core."""
+_HUNG_UP = "the connection to the engine core was lost"
 _MESSAGES_AT_ONCE = 16
 """Then the loop's other tasks get their turn."""
 _SAME_TOKENS = ("model_path", "hf_config", "load_format", "dtype", "vocab_size")
@@ -285,7 +288,10 @@ class CoreClient:
             else:
                 self._lose(cause)
         elif sock.lost_connection():
-            self._lose("the connection to the engine core was lost")
+            if core is None or self._loop is None:
+                self._lose(_HUNG_UP)
+            else:  # it is about to die, and to say why
+                self._loop.call_later(_DYING_SECONDS, _call, weakref.WeakMethod(self._replace_silent), core)
 
     def _lose(self, cause: str) -> None:
         """The core is gone: get another one."""
@@ -408,16 +414,20 @@ class CoreClient:
         if outage is not None and time.monotonic() >= outage.deadline and self.dead_error is None:
             self._die(f"the engine core did not come back within {self._patience:g} s: {outage.cause}")
 
+    def _replace_silent(self, core: CoreProcess) -> None:
+        if core is self._connection.core and self._outage is None and self.dead_error is None:
+            self._lose(_HUNG_UP)
+
     def _retry(self) -> None:
         if self._outage is not None and self._connection.socket is None and self.dead_error is None:
             self._say_hello()
 
 
-def _call(reference: weakref.WeakMethod[Callable[[], None]]) -> None:
+def _call(reference: weakref.WeakMethod[Callable[..., None]], *arguments: object) -> None:
     """What a loop may hold of a client: nothing that keeps it alive."""
     method = reference()
     if method is not None:
-        method()
+        method(*arguments)
 
 
 def _name() -> str:
