@@ -47,7 +47,8 @@ def _tuning(rows: int, kv_heads: int, head_dim: int) -> DecodeTuning:
         return DecodeTuning(128, 4, 3)
     if is_small(rows, kv_heads):
         return DecodeTuning(64, 2, 5) if head_dim <= 64 else DecodeTuning(64, 4, 3)
-    return DecodeTuning(32, 1, 5 if head_dim <= 64 else 3)
+    # Two large tiles under way leave room for 6 programs on a multiprocessor, 792 in all.
+    return DecodeTuning(32, 1, 5 if head_dim <= 64 or rows * kv_heads <= 768 else 3)
 
 
 def _at_once(rows: int, kv_heads: int, num_warps: int, sharing: int, width: int) -> int:

@@ -135,7 +135,7 @@ def tiling(out_features: int, in_features: int, gated: bool) -> Tiling:
     while num_warps < 16 and rows * halves * in_features > most * 32 * num_warps:
         num_warps *= 2
     block_k = _block_k(in_features)
-    if block_k < 256 * num_warps and not gated and out_features < 1 << 15:
+    if block_k < 256 * num_warps and not gated:
         # Some of the warps would share a row's piece. Rather all, or one: 2.3 us against 3.3 for the queries,
         # keys and values of Qwen2.5-1.5B (1536 columns), 8.6 against 11.0 for its down projection (8960).
         return Tiling(rows, 2048, 8) if rows * in_features > 96 * 64 else Tiling(rows, 256, 2)

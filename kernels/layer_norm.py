@@ -10,19 +10,29 @@ from .jit import tl, triton
 from .pdl import allow_next, pdl_options, wait_previous
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Norm of the rows of `x` [rows, size], times `weight` [size] plus `bias` [size]; computed in float32."""
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, update: Tensor | None = None) -> Tensor:
+    """Norm of the rows of `x` [rows, size], times `weight` [size] plus `bias` [size]; computed in float32.
+
+    With `update` [size], `x += update` happens afterwards, in place.
+    """
     if x.is_cuda:
-        return layer_norm_triton(x, weight, bias, eps)
-    return layer_norm_reference(x, weight, bias, eps)
+        return layer_norm_triton(x, weight, bias, eps, update)
+    return layer_norm_reference(x, weight, bias, eps, update)
 
 
-def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, update: Tensor | None = None
+) -> Tensor:
     """The same in torch."""
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    normed = F.layer_norm(x, weight.shape, weight, bias, eps)
+    if update is not None:
+        x += update
+    return normed
 
 
-def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, update: Tensor | None = None
+) -> Tensor:
     """The same in one launch, a program per row; everything is dense."""
     rows, size = x.shape
     out = torch.empty_like(x)
@@ -31,8 +41,10 @@ def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Te
         x,
         weight,
         bias,
+        bias if update is None else update,
         out,
         eps,
+        UPDATE=update is not None,
         SIZE=size,
         BLOCK=block,
         num_warps=8 if block >= 4096 else 4,
@@ -46,8 +58,10 @@ def _layer_norm_kernel(
     x_ptr,  # [rows, SIZE]
     weight_ptr,  # [SIZE]
     bias_ptr,  # [SIZE]
+    update_ptr,  # [SIZE]
     out_ptr,  # [rows, SIZE]
     eps,
+    UPDATE: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -62,5 +76,8 @@ def _layer_norm_kernel(
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     centred = tl.where(inside, x - tl.sum(x, 0) / SIZE, 0.0)
     deviation = tl.rsqrt(tl.sum(centred * centred, 0) / SIZE + eps)
+    if UPDATE:
+        updated = x + tl.load(update_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(x_ptr + place, updated.to(x_ptr.dtype.element_ty), mask=inside)
     out = centred * deviation * weight + bias
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -21,10 +21,11 @@ from ..kernels.decode_plan import DecodePlan, plan_decode
 from ..kernels.draw_tokens import Share
 from ..kernels.fused_linear import linear_add, norm_gate_up_silu, norm_linear
 from ..kernels.kv_write import finish_heads
+from ..kernels.layer_norm import layer_norm
 from ..kernels.paged_prefill import paged_prefill
 from ..kernels.silu_mul import silu_mul
 from ..kernels.slot_table import StepInputs
-from .layers import RowLinear, VocabTable
+from .layers import ColumnLinear, LayerNorm, RowLinear, VocabTable
 from .models.causal_lm import CausalLM, LayerCache
 from .models.llama import Llama, LlamaLayer
 from .models.opt import NORM_EPS, OPT, POSITION_OFFSET, OPTLayer
@@ -273,26 +274,43 @@ def _opt(model: OPT, inputs: StepInputs, attend: Attend) -> Tensor:
     for number, layer in enumerate(model.layers):
         assert isinstance(layer, OPTLayer)
         attention = layer.attention
-        qkv = norm_linear(
-            residual,
-            attention.qkv_proj.weight,
-            attention.qkv_proj.bias,
-            norm_weight=layer.attention_norm.weight,
-            norm_bias=layer.attention_norm.bias,
-            eps=NORM_EPS,
-        )
-        _add(attention.out_proj, attend(number, qkv, Heads(attention.head_dim**-0.5)), residual)
-        hidden = norm_linear(
-            residual,
-            layer.fc1.weight,
-            layer.fc1.bias,
-            norm_weight=layer.ffn_norm.weight,
-            norm_bias=layer.ffn_norm.bias,
-            eps=NORM_EPS,
-            relu=True,
-        )
-        _add(layer.fc2, hidden, residual)
+        qkv = _norm_linear(layer.attention_norm, attention.qkv_proj, residual, attention.out_proj)
+        attended = attend(number, qkv, Heads(attention.head_dim**-0.5))
+        _add_unbiased(attention.out_proj, attended, residual)
+        hidden = _norm_linear(layer.ffn_norm, layer.fc1, residual, layer.fc2, relu=True)
+        _add_unbiased(layer.fc2, hidden, residual)
     return residual
+
+
+def _is_wide(linear: RowLinear, residual: Tensor) -> bool:
+    """Norms and biases of many rows have a kernel of their own: one for both."""
+    return linear.tp.size == 1 and len(residual) > small_batch_linear.MAX_TOKENS
+
+
+def _norm_linear(
+    norm: LayerNorm, linear: ColumnLinear, residual: Tensor, following: RowLinear, relu: bool = False
+) -> Tensor:
+    """`linear(norm(residual))`; of many rows also `residual += following.bias`."""
+    if _is_wide(following, residual):
+        normed = layer_norm(residual, norm.weight, norm.bias, NORM_EPS, following.bias)
+        return norm_linear(normed, linear.weight, linear.bias, relu=relu)
+    return norm_linear(
+        residual,
+        linear.weight,
+        linear.bias,
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        eps=NORM_EPS,
+        relu=relu,
+    )
+
+
+def _add_unbiased(linear: RowLinear, x: Tensor, residual: Tensor) -> None:
+    """`residual += linear(x)`, summed over the ranks, less the bias that `_norm_linear` has added already."""
+    if _is_wide(linear, residual):
+        linear_add(x, linear.weight, None, residual)
+    else:
+        _add(linear, x, residual)
 
 
 def _opt_logits(model: OPT, hidden: Tensor) -> Tensor:

@@ -100,7 +100,11 @@ def test_layer_norm(
     wide = x.double()
     centred = wide - wide.mean(-1, keepdim=True)
     expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+    before = x.clone()
     assert_close(norm(x, weight, bias, 1e-5), expected, precision)
+    assert torch.equal(x, before)
+    assert_close(norm(x, weight, bias, 1e-5, weight), expected, precision)
+    assert_close(x, before.double() + weight, precision)
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:
