@@ -17,6 +17,7 @@ import zmq
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, OverloadedError, RequestError
+from ..ipc.logs import fields
 from ..ipc.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -41,7 +42,6 @@ from ..ipc.sockets import Delivery, ServerSocket
 from .clients import Client, Splitter, shown_name
 from .control import Control
 from .intake import MAX_N, make_requests
-from .logs import fields
 from .ranks import SERVING, WorkerError
 from .request import Request
 from .scheduler import Scheduler

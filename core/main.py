@@ -13,14 +13,14 @@ from functools import partial
 import msgspec
 
 from .. import __version__
+from ..ipc import logs
 from ..ipc.errors import ConfigError, ErrorInfo, HeadraceError
 from ..ipc.exit_codes import ExitCode
+from ..ipc.logs import fields
 from ..ipc.messages import CoreStart, Daemon, EngineInfo, Fatal, FromStarting, Progress, Ready
 from ..ipc.sockets import ServerSocket
-from . import logs
 from .cache_size import size_cache
 from .engine import Engine
-from .logs import fields
 from .ranks import WorkerError
 from .signals import Signals
 from .supervisor import Supervisor

@@ -14,8 +14,8 @@ from enum import Enum, auto
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo
+from ..ipc.logs import fields
 from ..ipc.messages import Allocate, Command, CommandResult, Fatal, Loaded, Progress, StepPlan, StepResult
-from .logs import fields
 from .ranks import Ranks, WorkerError
 
 LOGGER = logging.getLogger(__name__)

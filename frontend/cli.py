@@ -298,6 +298,8 @@ def _add_flags(
             given |= {"type": _json_object, "metavar": "JSON"}
         elif kind is bool:
             given["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is typing.Literal:
+            given["choices"] = typing.get_args(kind)
         else:
             (given["type"],) = {kind, *typing.get_args(kind)} & {str, int, float}
             given["metavar"] = name.rpartition("_")[2].upper()

@@ -10,6 +10,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from . import chat, completions, metrics, openapi, operations, page, tokens
+from .access import AccessLog
 from .errors import on_error
 from .guard import Guard, Keys
 from .service import Service
@@ -29,6 +30,8 @@ def make_app(service: Service, keys: Sequence[str]) -> Starlette:
     if origins:  # before the guard: a browser asks for permission without the key
         cors = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
         middleware.insert(0, cors)
+    if service.options.access_log:
+        middleware.insert(0, Middleware(AccessLog, shows_prompts=service.options.log_prompts))
     return Starlette(
         routes=[
             *(endpoint.route(service) for endpoint in ENDPOINTS),

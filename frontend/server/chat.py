@@ -41,7 +41,7 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
         _defaults(service), max_tokens=body.max_completion_tokens, structured_outputs=structure
     )
     ids = truncated(await encode(service, text, bool(body.add_special_tokens)), body.truncate_prompt_tokens)
-    run = Run(service, "chatcmpl", body, [{"prompt": text, "prompt_token_ids": ids}], params)
+    run = Run(service, request, "chatcmpl", body, [{"prompt": text, "prompt_token_ids": ids}], params)
     is_constrained = use.must_call or body.structure() is not None
     parsers = [service.parsers.answer(text, use, is_constrained) for _ in range(params.n)]
     answer = _Answer(service, body, run, parsers)

@@ -23,7 +23,7 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
     body.refuse_unsupported()
     params = body.sampling(service.engine.get_default_sampling_params(), structured_outputs=body.structure())
     prompts = [await _prompt(service, body, prompt) for prompt in _several(body.prompt)]
-    answer = _Answer(service, body, Run(service, "cmpl", body, prompts, params), params.n)
+    answer = _Answer(service, body, Run(service, request, "cmpl", body, prompts, params), params.n)
     if body.stream:
         return EventStream(answer.events())
     return await unless_gone(request, answer.whole())

@@ -7,8 +7,10 @@ import secrets
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
+from starlette.requests import Request
+
 from ...ipc.errors import RequestError
-from ..outputs import RequestOutput
+from ..outputs import RequestMetrics, RequestOutput
 from ..sampling_params import RequestOutputKind, SamplingParams
 from ..streams import RequestStream
 from .protocol import Generation
@@ -47,6 +49,7 @@ class Run:
     def __init__(
         self,
         service: Service,
+        request: Request,
         prefix: str,
         body: Generation,
         prompts: Sequence[dict[str, Any]],
@@ -57,7 +60,11 @@ class Run:
             raise RequestError(message, parameter="n", value=params.n, limit=MAX_CHOICES)
         self.id = f"{prefix}-{body.request_id or secrets.token_hex(12)}"
         self.usage = Usage()
+        self.prompts = [prompt.get("prompt") or prompt["prompt_token_ids"] for prompt in prompts]
         self._started = [False] * len(prompts)
+        self._latest: dict[int, RequestMetrics] = {}
+        self._ends: list[str] = []
+        request.state.run = self  # for the access log
         params.output_kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
         self._streams = [
             service.engine.generate(
@@ -85,7 +92,29 @@ class Run:
             for stream in self._streams:
                 stream.abort()
 
+    def summary(self) -> dict[str, Any]:
+        """Figures for the access log. The times are those of the first prompt."""
+        usage = self.usage
+        figures: dict[str, Any] = {
+            "id": self.id,
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "finish": ",".join(self._ends) or "aborted",
+        }
+        metrics = self._latest.get(0)
+        if metrics is not None:
+            times = {
+                "queued": metrics.queued_seconds,
+                "first_token": metrics.first_token_latency,
+                "mean_inter_token": metrics.mean_inter_token_latency,
+            }
+            figures |= {name: seconds for name, seconds in times.items() if seconds is not None}
+        return figures
+
     def _count(self, index: int, output: RequestOutput) -> None:
+        if output.metrics is not None:
+            self._latest[index] = output.metrics
         usage = self.usage
         if not self._started[index]:
             self._started[index] = True
@@ -93,6 +122,8 @@ class Run:
             usage.cached_tokens += output.num_cached_tokens or 0
         for part in output.outputs:
             usage.completion_tokens += len(part.token_ids)
+            if part.finish_reason is not None:
+                self._ends.append(part.finish_reason)
 
 
 async def _merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, RequestOutput], None]:

@@ -14,7 +14,7 @@ from .supervisor import Supervisor
 
 def serve(options: ServerOptions, engine_args: AsyncEngineArgs, keys: list[str]) -> None:
     """Serve until SIGTERM or SIGINT, then exit."""
-    server.live(lambda: _serve(options, engine_args, keys))
+    server.live(options, lambda: _serve(options, engine_args, keys))
 
 
 def _serve(options: ServerOptions, engine_args: AsyncEngineArgs, keys: list[str]) -> ExitCode:

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from ...ipc.errors import ConfigError
+from ...ipc.messages import LogFormat
 
 KEY_VARIABLES = ("HEADRACE_API_KEY", "VLLM_API_KEY")
 
@@ -35,6 +36,12 @@ class ServerOptions(msgspec.Struct, kw_only=True):
     """Seconds that a client may leave its answer unread before its connection is cut."""
     drain_timeout: float = 120.0
     """Seconds that running requests get to finish after SIGTERM."""
+    access_log: bool = True
+    """A line on standard error for each request that is over: what it was, what it cost, how it ended."""
+    log_format: LogFormat = "text"
+    """"text" or "json", one object a line."""
+    log_prompts: bool = False
+    """Put the prompts into these lines too."""
     chat_template: str | None = None
     """A file with the Jinja chat template to use instead of the model's."""
     tool_call_parser: str = "auto"

@@ -18,6 +18,7 @@ from typing import NoReturn
 import uvicorn
 import uvloop
 
+from ...ipc import logs
 from ...ipc.errors import ConfigError, EngineUnhealthyError, HeadraceError
 from ...ipc.exit_codes import ExitCode
 from ..async_llm import AsyncLLM
@@ -33,9 +34,10 @@ _BACKLOG = 4096
 _KEEP_ALIVE_SECONDS = 60
 
 
-def live(work: Callable[[], ExitCode]) -> NoReturn:
+def live(options: ServerOptions, work: Callable[[], ExitCode]) -> NoReturn:
     """A process of the server: do the work and exit with its code; an error of ours is one line."""
-    logging.basicConfig(level=logging.WARNING, format="headrace: %(message)s")
+    logs.configure(options.log_format, logging.WARNING)
+    logging.getLogger("headrace.access").setLevel(logging.INFO if options.access_log else logging.WARNING)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(ExitCode.DONE))  # until there is something to finish
     try:

@@ -58,7 +58,10 @@ def run_server(payload: bytes) -> None:
     """The entry of a server's process."""
     start = msgspec.json.decode(payload, type=ServerStart)
     listener = socket.socket(fileno=start.listener)
-    server.live(lambda: server.run(listener, start.options, start.engine_args, start.keys, ready=start.ready))
+    server.live(
+        start.options,
+        lambda: server.run(listener, start.options, start.engine_args, start.keys, ready=start.ready),
+    )
 
 
 class Supervisor:

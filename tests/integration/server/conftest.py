@@ -41,7 +41,8 @@ class Server:
 
 @contextmanager
 def running(*words: str, **environ: str) -> Iterator[Server]:
-    command = [*COMMAND, *words, "--port", "0"]
+    # Nobody reads standard error while it serves: a full pipe would stop it.
+    command = [*COMMAND, "--no-access-log", *words, "--port", "0"]
     environment = {**os.environ, **environ}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

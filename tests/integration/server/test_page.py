@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from .conftest import Server
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Page, Route
 
 PAGE = ["/", "/page/style.css", "/page/chat.js", "/page/plots.js", "/page/stream.js"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -143,6 +145,36 @@ def test_sampling_controls_and_errors(page: Page) -> None:
     page.click("#send")
     page.wait_for_selector(".error")
     assert "temperature" in (page.text_content(".error .text") or "")
+
+
+def test_token_probabilities_on_demand(page: Page) -> None:
+    page.route("**/v1/chat/completions", answer_with_logprobs)
+    page.check("#colour")
+    page.fill("#input", "Hi")
+    page.click("#send")
+    page.wait_for_selector(DONE)
+    tokens = page.locator(".token")
+    assert tokens.all_text_contents() == ["The", " mill"]
+    assert tokens.nth(0).get_attribute("class") == "token p0"
+    assert tokens.nth(1).get_attribute("class") == "token p3"
+    assert '5.0 % " wheel"' in (tokens.nth(1).get_attribute("title") or "")
+    tokens.nth(0).focus()  # by keyboard, too
+
+
+def answer_with_logprobs(route: Route) -> None:
+    """What a model would say; the oracle has no probabilities."""
+    asked = route.request.post_data_json
+    assert asked is not None
+    assert (asked["logprobs"], asked["top_logprobs"]) == (True, 5)
+    tokens = [("The", -0.1, []), (" mill", -3.0, [(" mill", -3.0), (" wheel", math.log(0.05))])]
+    content = [
+        {"token": t, "logprob": p, "top_logprobs": [{"token": t, "logprob": p} for t, p in top]}
+        for t, p, top in tokens
+    ]
+    chunk = {"choices": [{"index": 0, "delta": {"content": "The mill"}, "logprobs": {"content": content}}]}
+    usage = {"choices": [], "usage": {"completion_tokens": 2}}
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in (chunk, usage)) + "data: [DONE]\n\n"
+    route.fulfill(body=body, content_type="text/event-stream")
 
 
 def test_the_engine_is_drawn(page: Page) -> None:
