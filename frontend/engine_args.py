@@ -179,7 +179,7 @@ def resolve(args: AsyncEngineArgs) -> EngineConfig:
         torch_profiler_dir=args.torch_profiler_dir,
         log_stats=not args.disable_log_stats,
         tokenizer_json=_tokenizer_json(tokenizer, load_format),
-        structured_outputs_config=cast(StructuredOutputsConfig, args.structured_outputs_config),
+        structured_outputs_config=_structured_outputs(args) or StructuredOutputsConfig(),
         max_logprobs=args.max_logprobs,
         logprobs_mode=cast(LogprobsMode, args.logprobs_mode),
     )
@@ -270,7 +270,7 @@ def _check(args: AsyncEngineArgs) -> None:
         args.torch_profiler_dir = os.path.abspath(args.torch_profiler_dir)
     if args.block_size & (args.block_size - 1):
         raise _refusal("block_size", args.block_size, "a power of two from 1 to 256")
-    args.structured_outputs_config = _structured_outputs(args.structured_outputs_config)
+    args.structured_outputs_config = _structured_outputs(args)
     _check_number(args, "gpu_memory_utilization", 1.0, "a number in (0, 1]")
     _check_number(args, "engine_core_reconnect_seconds", math.inf, "a number of seconds > 0")
 
@@ -292,15 +292,18 @@ def _check_integer(args: AsyncEngineArgs, name: str, low: int, high: int) -> Non
     setattr(args, name, int(value))
 
 
-def _structured_outputs(given: object) -> StructuredOutputsConfig:
-    if isinstance(given, dict):
-        # vLLM's other fields are refused when they say something.
-        given = {name: value for name, value in given.items() if name not in _SAYS_NOTHING or value}
+def _structured_outputs(args: AsyncEngineArgs) -> StructuredOutputsConfig | None:
+    """None when nothing is said."""
+    given = args.structured_outputs_config
+    if given is None or isinstance(given, StructuredOutputsConfig):
+        return given
     try:
-        return msgspec.convert(given or {}, StructuredOutputsConfig, from_attributes=True)
-    except (msgspec.ValidationError, TypeError) as error:
-        message = f"structured_outputs_config: {error}, got {given!r:.200}"
+        # vLLM's other fields are refused when they say something.
+        said = {name: value for name, value in given.items() if name not in _SAYS_NOTHING or value}
+        return msgspec.convert(said, StructuredOutputsConfig)
+    except (msgspec.ValidationError, AttributeError) as error:
         limit = "backend 'auto' or 'guidance', disable_any_whitespace, disable_additional_properties"
+        message = f"structured_outputs_config: {error}, got {given!r:.200} (known are {limit})"
         raise ConfigError(message, parameter="structured_outputs_config", value=given, limit=limit) from error
 
 

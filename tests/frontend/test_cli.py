@@ -57,12 +57,14 @@ def test_every_engine_argument_is_a_flag() -> None:
 
 def test_explain_config_prints_what_the_arguments_lead_to(model: str) -> None:
     flags = ["--skip-tokenizer-init", "--load-format=dummy", "--no-enable-prefix-caching"]
+    flags += ["--structured-outputs-config", '{"disable_any_whitespace": true}']
     shown = headrace("explain-config", "--model", model, "--max-num-seqs", "7", *flags)
     assert shown.stderr == ""
     config = json.loads(shown.stdout)
     assert config["max_num_seqs"] == 7
     assert config["enable_prefix_caching"] is False
     assert config["max_model_len"] == 64
+    assert config["structured_outputs_config"]["disable_any_whitespace"] is True
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,7 @@ def test_explain_config_prints_what_the_arguments_lead_to(model: str) -> None:
         (["--max-model-len", "65"], "max_position_embeddings=64"),
         (["--model", "/no/such/model"], "'/no/such/model'"),
         (["--max-num", "3"], "unknown argument '--max-num'"),
+        (["--structured-outputs-config", "[]"], "--structured-outputs-config"),
     ],
 )
 def test_a_bad_argument_is_one_line(words: list[str], complaint: str, model: str) -> None:

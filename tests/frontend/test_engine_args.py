@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from headrace import AsyncEngineArgs, ConfigError, EngineArgs
+from headrace import AsyncEngineArgs, ConfigError, EngineArgs, StructuredOutputsConfig
 from headrace.frontend.engine_args import check_attached, resolve
 from headrace.ipc.config import EngineConfig
 
@@ -99,6 +99,10 @@ def test_a_step_holds_the_longest_prompt_without_chunking(folder: Path) -> None:
         ("scheduling_policy", "lifo"),
         ("generation_config", "missing-folder"),
         ("tokenizer", "./missing"),
+        ("structured_outputs_config", "guidance"),
+        ("structured_outputs_config", {"backend": "xgrammar"}),
+        ("structured_outputs_config", {"disable_any_whitespace": 1}),
+        ("structured_outputs_config", {"reasoning_parser": "qwen3"}),
     ],
 )
 def test_bad_value_is_refused_by_name(folder: Path, name: str, value: Any) -> None:
@@ -177,6 +181,14 @@ def test_generation_config(folder: Path) -> None:
     assert resolved(folder, generation_config=str(other)).default_sampling == {"top_p": 0.5}
 
 
+def test_structured_outputs_as_dict_or_object(folder: Path) -> None:
+    wanted = StructuredOutputsConfig(backend="guidance", disable_any_whitespace=True)
+    assert resolved(folder, structured_outputs_config=wanted).structured_outputs_config == wanted
+    said = {"backend": "guidance", "disable_any_whitespace": True, "disable_fallback": False}
+    assert resolved(folder, structured_outputs_config=said).structured_outputs_config == wanted
+    assert resolved(folder).structured_outputs_config == StructuredOutputsConfig()
+
+
 def test_resolving_changes_nothing(folder: Path) -> None:
     args = AsyncEngineArgs(model=str(folder), load_format="oracle", skip_tokenizer_init=True)
     before = dataclasses.asdict(args)
@@ -185,15 +197,23 @@ def test_resolving_changes_nothing(folder: Path) -> None:
 
 
 def test_an_attached_core_is_not_contradicted(folder: Path) -> None:
-    config = resolved(folder, served_model_name="mill", dtype="half", disable_log_stats=True)
+    tight = {"disable_any_whitespace": True}
+    config = resolved(
+        folder,
+        served_model_name="mill",
+        dtype="half",
+        disable_log_stats=True,
+        structured_outputs_config=tight,
+    )
 
     def check(**given: Any) -> None:
         check_attached(AsyncEngineArgs(engine_core_address="ipc:///x", **given), config)
 
     check()
-    check(model="mill")
+    check(model="mill", structured_outputs_config=tight)
     check(model=str(folder), dtype="float16")
     check(disable_log_stats=True, skip_tokenizer_init=True)
-    for name, value in (("model", "other"), ("block_size", 32), ("dtype", "float32"), ("seed", 4)):
+    other = ("structured_outputs_config", {"backend": "auto"})
+    for name, value in (("model", "other"), ("block_size", 32), ("dtype", "float32"), ("seed", 4), other):
         with pytest.raises(ConfigError, match=name):
             check(**{name: value})
