@@ -454,6 +454,7 @@ class Scheduler:
         ended: list[Ended] = []
         dropped: set[Request] = set()
         rows, tokens = step.sampling, unpack(result.tokens)
+        prompts = _prompt_logprobs(step, result)  # before a token ends their request
         for failed in result.failed:
             self._fail(rows[failed.row], failed.error, ended)
         logprobs = {rows[row]: found for row, found in rows_of(result.logprobs).items()}
@@ -471,7 +472,7 @@ class Scheduler:
             logprobs = {request: found for request, found in logprobs.items() if request not in dropped}
         self._generation_tokens += len(rows)
         self._blame.look_again()
-        return Outputs(rows, tokens, started, ended, logprobs, _prompt_logprobs(step, result))
+        return Outputs(rows, tokens, started, ended, logprobs, prompts)
 
     def _check_result(self, result: StepResult) -> None:
         step = self._in_flight[0] if self._in_flight else None

@@ -15,7 +15,7 @@ from ..structured_outputs import StructuredOutputsParams
 from .conversation import render
 from .endpoints import Endpoint
 from .errors import bad_request
-from .generation import Run, encode, truncated
+from .generation import Run, encode, logprob_forms, truncated
 from .parsers import AnswerParser, Delta
 from .protocol import ChatRequest
 from .service import Service
@@ -38,7 +38,10 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
     )
     structure = _structure(service, body, use)
     params = body.sampling(
-        _defaults(service), max_tokens=body.max_completion_tokens, structured_outputs=structure
+        _defaults(service),
+        max_tokens=body.max_completion_tokens,
+        structured_outputs=structure,
+        logprobs=_top_logprobs(body),
     )
     ids = truncated(await encode(service, text, bool(body.add_special_tokens)), body.truncate_prompt_tokens)
     run = Run(service, request, "chatcmpl", body, [{"prompt": text, "prompt_token_ids": ids}], params)
@@ -59,6 +62,15 @@ def _structure(service: Service, body: ChatRequest, use: ToolUse) -> StructuredO
     return wanted or calls
 
 
+def _top_logprobs(body: ChatRequest) -> int | None:
+    """How many of the likeliest tokens are wanted at each position; None: no logprobs at all."""
+    if not body.logprobs:
+        if body.top_logprobs:
+            raise bad_request("top_logprobs needs logprobs=true", "top_logprobs")
+        return None
+    return None if body.logprob_token_ids is not None else body.top_logprobs or 0
+
+
 class _Answer:
     """A run's outputs in the form of this route."""
 
@@ -66,6 +78,7 @@ class _Answer:
         self._body = body
         self._run = run
         self._parsers = parsers
+        self._logprobs = logprob_forms(service, body, (body.top_logprobs or 0) if body.logprobs else None)
         self._head = {
             "id": run.id,
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -75,13 +88,11 @@ class _Answer:
 
     async def whole(self) -> Response:
         choices: list[dict[str, Any]] = []
-        prompt: list[int] = []
+        about_prompt: dict[str, Any] = {}
         async for _, output in self._run.outputs():
             choices = [self._choice("message", part, _message) for part in output.outputs]
-            prompt = output.prompt_token_ids
-        answer: dict[str, Any] = {**self._head, "choices": choices, "usage": self._run.usage.body()}
-        if self._body.return_token_ids:
-            answer["prompt_token_ids"] = prompt
+            about_prompt = self._about_prompt(output)
+        answer = {**self._head, "choices": choices, "usage": self._run.usage.body(), **about_prompt}
         return json_response(answer)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -92,15 +103,21 @@ class _Answer:
             for part in output.outputs:
                 if part.index not in begun:
                     begun.add(part.index)
-                    yield self._event([_opening(part.index)], shows_usage, self._prompt_ids(output))
+                    yield self._event([_opening(part.index)], shows_usage, self._about_prompt(output))
                 choice = self._choice("delta", part, _delta)
-                if choice["delta"] or part.finish_reason is not None or choice.get("token_ids"):
+                news = (choice["delta"], choice["logprobs"], choice["finish_reason"], choice.get("token_ids"))
+                if any(news):  # otherwise its text is held back until more is known
                     yield self._event([choice], shows_usage)
         if options is not None and options.include_usage:
             yield self._event([], True)
 
-    def _prompt_ids(self, output: RequestOutput) -> dict[str, Any]:
-        return {"prompt_token_ids": output.prompt_token_ids} if self._body.return_token_ids else {}
+    def _about_prompt(self, output: RequestOutput) -> dict[str, Any]:
+        about: dict[str, Any] = {}
+        if self._body.return_token_ids:
+            about["prompt_token_ids"] = output.prompt_token_ids
+        if self._logprobs is not None and output.prompt_logprobs is not None:
+            about["prompt_logprobs"] = self._logprobs.prompt(output.prompt_logprobs)
+        return about
 
     def _event(
         self, choices: list[dict[str, Any]], shows_usage: bool, more: dict[str, Any] | None = None
@@ -125,6 +142,8 @@ class _Answer:
         }
         if self._body.return_token_ids:
             choice["token_ids"] = part.token_ids
+        if self._body.logprobs and self._logprobs is not None and part.logprobs:
+            choice["logprobs"] = self._logprobs.chat(part.logprobs)
         return choice
 
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from ..outputs import CompletionOutput, RequestOutput
 from .endpoints import Endpoint
 from .errors import bad_request
-from .generation import MAX_CHOICES, Run, encode, truncated
+from .generation import MAX_CHOICES, Run, encode, logprob_forms, truncated
 from .protocol import CompletionRequest
 from .service import Service
 from .streaming import EventStream, event, json_response, unless_gone
@@ -21,12 +21,23 @@ from .streaming import EventStream, event, json_response, unless_gone
 async def complete(service: Service, request: Request, body: CompletionRequest) -> Response:
     service.check_model(body.model)
     body.refuse_unsupported()
-    params = body.sampling(service.engine.get_default_sampling_params(), structured_outputs=body.structure())
+    params = body.sampling(
+        service.engine.get_default_sampling_params(),
+        structured_outputs=body.structure(),
+        # Only the prompt is wanted, but there is no answer without a token.
+        max_tokens=1 if _wants_prompt_alone(body) else None,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if body.echo else None,
+    )
     prompts = [await _prompt(service, body, prompt) for prompt in _several(body.prompt)]
     answer = _Answer(service, body, Run(service, request, "cmpl", body, prompts, params), params.n)
     if body.stream:
         return EventStream(answer.events())
     return await unless_gone(request, answer.whole())
+
+
+def _wants_prompt_alone(body: CompletionRequest) -> bool:
+    return bool(body.echo) and body.max_tokens == 0
 
 
 class _Answer:
@@ -43,8 +54,9 @@ class _Answer:
             "created": int(time.time()),
             "model": service.model,
         }
-        self._begun: set[int] = set()
-        """Choices of which something has been shown."""
+        self._logprobs = logprob_forms(service, body, body.logprobs)
+        self._lengths: dict[int, int] = {}
+        """Characters shown of each choice."""
 
     async def whole(self) -> Response:
         choices: list[dict[str, Any]] = []
@@ -68,11 +80,11 @@ class _Answer:
     def _choice(self, index: int, output: RequestOutput, part: CompletionOutput) -> dict[str, Any]:
         body = self._body
         number = index * self._n + part.index
-        is_first = number not in self._begun
-        self._begun.add(number)
-        text = part.text
-        if body.echo and is_first:
-            text = (output.prompt or self._service.tokenizer.decode(output.prompt_token_ids)) + text
+        is_first = number not in self._lengths
+        text, tokens, positions = part.text, part.token_ids, part.logprobs or []
+        if _wants_prompt_alone(body):
+            text, tokens, positions = "", [], []
+            self._run.usage.completion_tokens = 0
         choice: dict[str, Any] = {
             "index": number,
             "text": text,
@@ -81,9 +93,19 @@ class _Answer:
             "stop_reason": part.stop_reason,
         }
         if body.return_token_ids:
-            choice["token_ids"] = part.token_ids
+            choice["token_ids"] = tokens
             if is_first:
                 choice["prompt_token_ids"] = output.prompt_token_ids
+        if is_first and self._logprobs is not None and output.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = self._logprobs.prompt(output.prompt_logprobs)
+        if is_first and body.echo:
+            prompt = output.prompt_token_ids
+            choice["text"] = (output.prompt or self._service.tokenizer.decode(prompt)) + text
+            tokens, positions = prompt + tokens, [*(output.prompt_logprobs or []), *positions]
+        offset = self._lengths.get(number, 0)
+        self._lengths[number] = offset + len(choice["text"])
+        if body.logprobs is not None and self._logprobs is not None:
+            choice["logprobs"] = self._logprobs.completion(positions, tokens, offset)
         return choice
 
 
@@ -106,7 +128,8 @@ async def _prompt(service: Service, body: CompletionRequest, prompt: str | list[
     if isinstance(prompt, list):
         return {"prompt_token_ids": truncated(prompt, body.truncate_prompt_tokens)}
     ids = await encode(service, prompt, body.add_special_tokens is not False)
-    return {"prompt": prompt, "prompt_token_ids": truncated(ids, body.truncate_prompt_tokens)}
+    kept = truncated(ids, body.truncate_prompt_tokens)
+    return {"prompt": prompt if kept == ids else None, "prompt_token_ids": kept}
 
 
 ENDPOINTS = [Endpoint("POST", "/v1/completions", complete, "Complete prompts", CompletionRequest)]

@@ -13,6 +13,7 @@ from ...ipc.errors import RequestError
 from ..outputs import RequestMetrics, RequestOutput
 from ..sampling_params import RequestOutputKind, SamplingParams
 from ..streams import RequestStream
+from .logprob_forms import LogprobForms
 from .protocol import Generation
 from .service import Service
 
@@ -158,3 +159,12 @@ def truncated(ids: list[int], keep: int | None) -> list[int]:
         message = f"truncate_prompt_tokens must be at least 1, got {keep}"
         raise RequestError(message, parameter="truncate_prompt_tokens", value=keep, limit="at least 1")
     return ids[-keep:]
+
+
+def logprob_forms(service: Service, body: Generation, top: int | None) -> LogprobForms | None:
+    """None when no logprobs were asked for. `top`: how many tokens at each position."""
+    if top is None and body.prompt_logprobs is None:
+        return None
+    if body.logprob_token_ids is not None:
+        top = len(body.logprob_token_ids)
+    return LogprobForms(service.tokenizer, top or 0, bool(body.return_tokens_as_token_ids))

@@ -241,4 +241,4 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
     "modalities": (["text"],),
 }
-_SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)} - {"structured_outputs"}
+_SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)} - {"structured_outputs", "logprobs"}

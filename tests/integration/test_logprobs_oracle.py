@@ -111,3 +111,15 @@ def test_the_whole_vocabulary(engine: AsyncLLM) -> None:
         check(outputs[-1], 1, VOCAB, VOCAB)
 
     asyncio.run(main())
+
+
+def test_a_prompts_logprobs_with_the_last_token(engine: AsyncLLM) -> None:
+    """They come with the first token, which may be the last one too."""
+
+    async def main() -> None:
+        params = SamplingParams(seed=1, max_tokens=1, ignore_eos=True, logprobs=1, prompt_logprobs=1)
+        async with asyncio.timeout(30):
+            outputs = [output async for output in engine.generate([5, 6, 7], params, "one")]
+        check(outputs[-1], 1, 1, 1)
+
+    asyncio.run(main())

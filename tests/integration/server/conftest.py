@@ -55,7 +55,7 @@ def running(*words: str, **environ: str) -> Iterator[Server]:
         yield Server(process, line)
     finally:
         process.kill()
-        process.communicate(timeout=SECONDS)
+        sys.stderr.write(process.communicate(timeout=SECONDS)[1])
 
 
 @pytest.fixture(scope="module")

@@ -180,3 +180,46 @@ def test_curl(demo: Any) -> None:
     )
     text = "".join(delta.get("content", "") for delta in deltas)
     assert text == whole.json()["choices"][0]["message"]["content"]
+
+
+def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
+    more: Any = {"temperature": 0, "max_tokens": 4, "logprobs": True, "top_logprobs": 3}
+    whole = client.chat.completions.create(model="demo", messages=HELLO, **more).choices[0]
+    assert whole.logprobs is not None
+    content = whole.logprobs.content
+    assert content is not None
+    assert "".join(one.token for one in content) == whole.message.content
+    for one in content:
+        assert [other.token for other in one.top_logprobs].count(one.token) == 1
+        assert one.logprob == max(other.logprob for other in one.top_logprobs) <= 0
+        assert len(one.top_logprobs) == 3
+        assert bytes(one.bytes or []).decode() == one.token
+    streamed: list[Any] = []
+    for chunk in client.chat.completions.create(model="demo", messages=HELLO, stream=True, **more):
+        if chunk.choices[0].logprobs is not None:
+            streamed += chunk.choices[0].logprobs.content or []
+    assert [one.token for one in streamed] == [one.token for one in content]
+
+
+def test_logprobs_of_a_prompt(client: openai.OpenAI) -> None:
+    """How evaluations score texts: the prompt comes back with its logprobs, and nothing is generated."""
+    text = "The capital of France is Paris."
+    more: Any = {"echo": True, "logprobs": 2, "temperature": 0}
+    whole = client.completions.create(model="demo", prompt=text, max_tokens=0, **more)
+    choice = whole.choices[0]
+    assert choice.text == text
+    scores = choice.logprobs
+    assert scores is not None
+    assert scores.tokens is not None
+    assert "".join(scores.tokens) == text
+    assert scores.text_offset == [len("".join(scores.tokens[:i])) for i in range(len(scores.tokens))]
+    assert scores.token_logprobs is not None
+    assert scores.token_logprobs[0] is None
+    assert scores.token_logprobs[-2] > -3  # " Paris" is no surprise
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 0
+    longer = client.completions.create(model="demo", prompt=text, max_tokens=2, **more).choices[0]
+    assert longer.logprobs is not None
+    assert longer.logprobs.tokens is not None
+    assert "".join(longer.logprobs.tokens) == longer.text
+    assert len(longer.logprobs.tokens) == len(scores.tokens) + 2
