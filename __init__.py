@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .frontend.async_llm import AsyncLLM, AsyncLLMEngine
+    from .frontend.beam_search import BeamSearchParams
     from .frontend.engine_args import AsyncEngineArgs, EngineArgs
     from .frontend.llm import LLM
     from .frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LLM": ".frontend.llm",
+    "BeamSearchParams": ".frontend.beam_search",
     "AsyncEngineArgs": ".frontend.engine_args",
     "AsyncLLM": ".frontend.async_llm",
     "AsyncLLMEngine": ".frontend.async_llm",
@@ -56,6 +58,7 @@ __all__ = [
     "AsyncEngineArgs",
     "AsyncLLM",
     "AsyncLLMEngine",
+    "BeamSearchParams",
     "CompletionOutput",
     "ConfigError",
     "EngineArgs",

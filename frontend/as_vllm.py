@@ -97,6 +97,7 @@ OFFERED: dict[str, dict[str, tuple[str, str]]] = {
         "RequestOutput": (_OUTPUTS, "RequestOutput"),
     },
     "vllm.sampling_params": {
+        "BeamSearchParams": ("headrace.frontend.beam_search", "BeamSearchParams"),
         "RepetitionDetectionParams": ("headrace.frontend.repetition", "RepetitionDetectionParams"),
         "RequestOutputKind": (_SAMPLING, "RequestOutputKind"),
         "SamplingParams": (_SAMPLING, "SamplingParams"),

@@ -213,6 +213,18 @@ class BlockingControl:
         """See `AsyncLLM.stop_profile`."""
         return self._run(self._engine.stop_profile())
 
+    def encode(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._run(self._engine.encode())
+
+    def embed(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._run(self._engine.encode())
+
+    def classify(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._run(self._engine.encode())
+
+    def score(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._run(self._engine.encode())
+
     def init_weight_transfer_engine(self, *args: Any, **kwargs: Any) -> NoReturn:
         self._run(self._engine.init_weight_transfer_engine())
 

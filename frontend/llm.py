@@ -18,7 +18,9 @@ from typing import Any, TypeAlias, TypeVar
 from ..ipc.config import EngineConfig
 from ..ipc.errors import EngineDeadError, RequestError
 from .async_llm import AsyncLLM
+from .beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from .call_forms import refuse_set
+from .checks import INT32_MAX, integer
 from .control import BlockingControl
 from .engine_args import AsyncEngineArgs
 from .metrics import AnyMetric
@@ -31,7 +33,6 @@ from .tokenizer import Tokenizer
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """One conversation: [{"role": "user", "content": ...}, ...]."""
 Result = TypeVar("Result")
-_UNBOUNDED = 2**31 - 1
 
 
 class LLM(BlockingControl):
@@ -44,7 +45,7 @@ class LLM(BlockingControl):
 
     def __init__(self, model: str, **engine_args: Any) -> None:
         # One program's own requests: their number is its affair.
-        bounds = {"max_queued_requests": _UNBOUNDED, "max_queued_tokens": _UNBOUNDED}
+        bounds = {"max_queued_requests": INT32_MAX, "max_queued_tokens": INT32_MAX}
         self._start(AsyncEngineArgs(model=model, **bounds | engine_args))
 
     @classmethod
@@ -128,6 +129,32 @@ class LLM(BlockingControl):
             ids = tokenizer.encode(text, add_special_tokens=False)
             prompts.append({"prompt_token_ids": ids, "prompt": text})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool | Callable[..., Any] = False,
+        concurrency_limit: int | None = None,
+        **unsupported: Any,
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of each prompt, `concurrency_limit` prompts at a time (None: all)."""
+        refuse_set(unsupported)
+        several = _several(prompts)
+        if concurrency_limit is None:
+            concurrency_limit = max(len(several), 1)
+        limit = "an integer of at least 1"
+        at_once = asyncio.Semaphore(integer("concurrency_limit", concurrency_limit, 1, INT32_MAX, limit))
+
+        async def one(prompt: Prompt, advance: Callable[[int], None]) -> BeamSearchOutput:
+            async with at_once:
+                output = await beam_search(self._engine, prompt, params)
+            advance(sum(len(sequence.logprobs) for sequence in output.sequences))
+            return output
+
+        with _progress(len(several), use_tqdm) as advance:
+            return self._run(_all(one(prompt, advance) for prompt in several))
 
     def get_tokenizer(self) -> Tokenizer:
         return self._engine.get_tokenizer()
@@ -216,11 +243,11 @@ class LLM(BlockingControl):
 
 
 async def _finish_all(
-    streams: Sequence[RequestStream], advance: Callable[[RequestOutput], None]
+    streams: Sequence[RequestStream], advance: Callable[[int], None]
 ) -> list[RequestOutput]:
     async def one(stream: RequestStream) -> RequestOutput:
         output = await anext(stream)
-        advance(output)
+        advance(sum(len(part.token_ids) for part in output.outputs))
         return output
 
     return await _all(one(stream) for stream in streams)
@@ -286,10 +313,13 @@ def _check_length(name: str, values: Sequence[object], count: int) -> None:
 
 
 @contextmanager
-def _progress(count: int, use_tqdm: bool | Callable[..., Any]) -> Iterator[Callable[[RequestOutput], None]]:
-    """A progress bar on standard error: finished prompts and generated tokens per second."""
+def _progress(count: int, use_tqdm: bool | Callable[..., Any]) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error: finished prompts and generated tokens per second.
+
+    To be called with the number of tokens of each prompt that is done.
+    """
     if use_tqdm is False:
-        yield lambda output: None
+        yield lambda num_tokens: None
         return
     bar_class: Callable[..., Any]
     if callable(use_tqdm):
@@ -299,14 +329,14 @@ def _progress(count: int, use_tqdm: bool | Callable[..., Any]) -> Iterator[Calla
 
         bar_class = tqdm
     with bar_class(total=count, desc="Processed prompts", dynamic_ncols=True) as bar:
-        num_tokens = 0
+        total = 0
 
-        def advance(output: RequestOutput) -> None:
-            nonlocal num_tokens
-            num_tokens += sum(len(part.token_ids) for part in output.outputs)
+        def advance(num_tokens: int) -> None:
+            nonlocal total
+            total += num_tokens
             seconds = bar.format_dict["elapsed"]
             if seconds:
-                bar.postfix = f"{num_tokens / seconds:.1f} tokens/s"
+                bar.postfix = f"{total / seconds:.1f} tokens/s"
             bar.update(1)
 
         yield advance

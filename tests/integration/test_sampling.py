@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from headrace import LLM, RequestError, RequestOutput, RequestOutputKind, SamplingParams
+from headrace import LLM, BeamSearchParams, RequestError, RequestOutput, RequestOutputKind, SamplingParams
 from headrace.frontend.logprobs import FlatLogprobs
 from headrace.frontend.repetition import RepetitionDetectionParams
 from tokenizers import decoders, models, pre_tokenizers
@@ -258,3 +258,57 @@ def test_what_cannot_be_done_is_refused(llm: LLM, changes: dict[str, Any]) -> No
     with pytest.raises(RequestError) as caught:
         run(llm, "x", **changes)
     assert caught.value.parameter in changes
+
+
+# --- beam search -----------------------------------------------------------------------------------------
+
+
+def reference_beams(peer: Any, prompt: list[int], width: int, length: int, penalty: float) -> list[list[int]]:
+    """The same search, plainly, on the peer's own logits."""
+    beams, done = [(0.0, prompt)], list[tuple[float, list[int]]]()
+
+    def score(beam: tuple[float, list[int]]) -> float:
+        return beam[0] / float((len(beam[1]) - (beam[1][-1] == 257)) ** penalty)
+
+    for _ in range(length):
+        grown = []
+        for total, tokens in beams:
+            with torch.inference_mode():
+                logprobs = peer(torch.tensor([tokens])).logits[0, -1].double().log_softmax(-1)
+            for value, token in zip(*logprobs.topk(2 * width), strict=True):
+                grown.append((total + float(value), [*tokens, int(token)]))
+        done += [beam for beam in grown if beam[1][-1] == 257]
+        beams = sorted((beam for beam in grown if beam[1][-1] != 257), key=score, reverse=True)[:width]
+    return [tokens for _, tokens in sorted(done + beams, key=score, reverse=True)[:width]]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 4.0])
+def test_beam_search_finds_what_a_plain_search_finds(llm: LLM, peer: Any, penalty: float) -> None:
+    prompts = [[5, 6, 7], list(b"the mill turns")]
+    params = BeamSearchParams(beam_width=4, max_tokens=6, length_penalty=penalty)
+    outputs = llm.beam_search([{"prompt_token_ids": prompt} for prompt in prompts], params)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert [beam.tokens for beam in output.sequences] == reference_beams(peer, prompt, 4, 6, penalty)
+        for beam in output.sequences:
+            assert len(beam.logprobs) == len(beam.tokens) - len(prompt)
+            chosen = zip(beam.logprobs, beam.tokens[len(prompt) :], strict=True)
+            assert beam.cum_logprob == pytest.approx(sum(at[token].logprob for at, token in chosen))
+            assert (beam.finish_reason == "stop") == (beam.tokens[-1] == 257)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("beam_width", 0), ("beam_width", 2.5), ("max_tokens", 0), ("temperature", 3), ("length_penalty", "a")],
+)
+def test_bad_beam_search_parameters(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=name):
+        BeamSearchParams(**{"beam_width": 2, "max_tokens": 3, name: value})
+
+
+def test_beam_search_beyond_the_engine(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="logprobs"):
+        llm.beam_search("a", BeamSearchParams(beam_width=11, max_tokens=3))
+    with pytest.raises(RequestError, match="structured_outputs"):
+        BeamSearchParams(beam_width=2, max_tokens=3, structured_outputs=object())
+    with pytest.raises(RequestError, match="pooling"):
+        llm.score("a", "b")

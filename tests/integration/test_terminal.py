@@ -85,18 +85,26 @@ class Terminal:
 
     def wait_for(self, text: str) -> None:
         """Read until `text` has come after what was waited for before."""
-        deadline = time.monotonic() + 60
+        assert self._comes(text, 60), self.seen[-500:]
+
+    def _comes(self, text: str, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
         while (found := self.seen.find(text, self._at)) < 0:
-            assert time.monotonic() < deadline, self.seen[-500:]
+            if time.monotonic() > deadline:
+                return False
             if select.select([self._master], [], [], 1)[0]:
                 self.seen += os.read(self._master, 65536).decode(errors="replace")
         self._at = found + len(text)
+        return True
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def interrupt(self) -> None:
+    def interrupt(self, shows: str) -> None:
+        """Press Ctrl-C until `shows` is there: Python loses one that comes just before it waits for input."""
         self.process.send_signal(signal.SIGINT)
+        while not self._comes(shows, 2):
+            self.process.send_signal(signal.SIGINT)
 
     def end(self) -> int:
         """Close the terminal's input (Ctrl-D) and wait for the program."""
@@ -118,18 +126,16 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(model: str) -> None:
     terminal.wait_for("> ")
     terminal.type("abc\n")
     terminal.wait_for(answer([26, 0, 1, 2, 26], 200))
-    terminal.interrupt()
-    terminal.wait_for("(stopped)")
+    terminal.interrupt("(stopped)")
     terminal.wait_for("> ")
     terminal.type("/clear\n")
     terminal.wait_for("> ")
-    terminal.interrupt()
-    terminal.wait_for("(Ctrl-D leaves)")
+    terminal.interrupt("(Ctrl-D leaves)")
     assert terminal.end() == 0
 
 
 def test_ctrl_c_ends_a_run(model: str) -> None:
     terminal = Terminal(command("run", model, "abc"))
     terminal.wait_for(answer([26, 0, 1, 2, 26], 200))
-    terminal.interrupt()
+    terminal.process.send_signal(signal.SIGINT)
     assert terminal.process.wait(60) == 130
