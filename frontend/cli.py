@@ -232,9 +232,15 @@ def _models(parser: _Parser, words: Sequence[str]) -> Action:
 def _explain_config(parser: _Parser, words: Sequence[str]) -> Action:
     import msgspec  # noqa: PLC0415 - see the module's docstring
 
+    from .explain import explain, table  # noqa: PLC0415
+
+    parser.add_argument("--json", action="store_true", help="print JSON, nothing cut short")
     _add_engine_flags(parser)
-    config = msgspec.json.encode(_resolve(parser.parse(words)))
-    return partial(print, msgspec.json.format(config, indent=2).decode())
+    args = parser.parse(words)
+    explained = explain(_given_engine_args(args))
+    if args.json:
+        return partial(print, msgspec.json.format(msgspec.json.encode(explained), indent=2).decode())
+    return partial(print, table(explained))
 
 
 def _as_vllm(parser: _Parser, words: Sequence[str]) -> Action:
@@ -352,7 +358,7 @@ _COMMANDS: dict[str, tuple[Callable[[_Parser, Sequence[str]], Action], str]] = {
     "status": (_status, "show what an engine core is doing, and for whom"),
     "keygen": (_keygen, "make the CURVE keys that a core needs to serve beyond this machine"),
     "as-vllm": (_as_vllm, "run a program written against vLLM's AsyncLLM or LLM"),
-    "explain-config": (_explain_config, "print the configuration that these arguments lead to"),
+    "explain-config": (_explain_config, "print the configuration that these arguments lead to, and why"),
 }
 
 

@@ -9,9 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from headrace import __version__
+from headrace.frontend import explain
 from headrace.frontend.engine_args import ATTACHING, FIELDS
+from headrace.ipc.config import EngineConfig
 
 HEADRACE = [sys.executable, "-P", "-c", "from headrace.frontend.cli import main; main()"]
 
@@ -58,13 +61,26 @@ def test_every_engine_argument_is_a_flag() -> None:
 def test_explain_config_prints_what_the_arguments_lead_to(model: str) -> None:
     flags = ["--skip-tokenizer-init", "--load-format=dummy", "--no-enable-prefix-caching"]
     flags += ["--structured-outputs-config", '{"disable_any_whitespace": true}']
-    shown = headrace("explain-config", "--model", model, "--max-num-seqs", "7", *flags)
+    flags += ["--model", model, "--max-num-seqs", "256"]
+    shown = headrace("explain-config", "--json", *flags)
     assert shown.stderr == ""
     config = json.loads(shown.stdout)
-    assert config["max_num_seqs"] == 7
-    assert config["enable_prefix_caching"] is False
-    assert config["max_model_len"] == 64
-    assert config["structured_outputs_config"]["disable_any_whitespace"] is True
+    assert config["max_num_seqs"] == {"value": 256, "source": "--max-num-seqs"}  # although it is the default
+    assert config["enable_prefix_caching"] == {"value": False, "source": "--enable-prefix-caching"}
+    assert config["max_model_len"]["value"] == 64
+    assert config["max_model_len"]["source"].startswith("config.json: max_position_embeddings")
+    assert config["tokenizer"] == {"value": None, "source": "--skip-tokenizer-init"}
+    assert config["block_size"] == {"value": 16, "source": "default"}
+    assert config["structured_outputs_config"]["value"]["disable_any_whitespace"] is True
+    lines = headrace("explain-config", *flags).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(config)
+    assert "max_num_seqs 256 --max-num-seqs" in [" ".join(line.split()) for line in lines]
+
+
+def test_every_value_of_the_configuration_has_a_source() -> None:
+    """A new one is an argument of the same name, or explained."""
+    names = {field.name for field in msgspec.structs.fields(EngineConfig)}
+    assert names - set(FIELDS) <= set(explain.FOUND) | set(explain.ARGUMENT)
 
 
 @pytest.mark.parametrize(
