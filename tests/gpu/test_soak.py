@@ -23,6 +23,7 @@ from headrace.worker.cuda_runner import CudaRunner, Under
 from .peers import VOCAB, Answer, make_peer, regrets
 
 SECONDS = float(os.environ.get("HEADRACE_SOAK_SECONDS", "10"))
+SEED = int(os.environ.get("HEADRACE_SOAK_SEED", "0"))
 NUM_BLOCKS, MAX_SEQS = 80, 40
 GREEDY = Sampling(temperature=0.0)
 OTHERS = (
@@ -151,7 +152,7 @@ def test_soak(name: str, tmp_path: Path, gpu_config: Callable[..., EngineConfig]
     config = gpu_config(
         tmp_path, max_num_seqs=MAX_SEQS, num_gpu_blocks_override=NUM_BLOCKS, max_num_batched_tokens=160
     )
-    soak = Soak(config, seed=len(name))
+    soak = Soak(config, seed=SEED)
     ends = time.monotonic() + SECONDS / 2
     while time.monotonic() < ends:
         soak.turn()
