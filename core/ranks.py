@@ -138,6 +138,10 @@ class Ranks:
         rank = next(rank for rank in range(len(self._workers)) if rank not in self._ready)
         return self.failure(rank, "took too long to start")
 
+    def pids(self) -> dict[int, int]:
+        """By rank."""
+        return {rank: worker.child.pid for rank, worker in enumerate(self._workers)}
+
     def failure(self, rank: int, cause: str, *, silent: bool = False) -> WorkerError:
         phase = self._workers[rank].phase
         return WorkerError(Fatal(rank, phase, ErrorInfo("dead", cause)), silent=silent)

@@ -6,7 +6,9 @@ What was running on them is the scheduler's to put back. Nothing here waits but 
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+import os
 import select
 import time
 from collections.abc import Callable, Sequence
@@ -14,9 +16,11 @@ from enum import Enum, auto
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo
+from ..ipc.inspection import activity, print_stacks
 from ..ipc.logs import fields
 from ..ipc.messages import Allocate, Command, CommandResult, Fatal, Loaded, Progress, StepPlan, StepResult
 from .ranks import Ranks, WorkerError
+from .watch import LOOK_SECONDS, Watch
 
 LOGGER = logging.getLogger(__name__)
 
@@ -52,6 +56,10 @@ class Workers:
         """A plan waits for room in a pipe."""
         self._has_answered = False
         """In this life."""
+        self._num_due = 0
+        """Plans without an answer."""
+        self._watch = Watch(config.hang_seconds, computes_on_cpu=config.device == "cpu")
+        self._next_look = 0.0
         self._failures: list[WorkerError] = []
         """Those since there was progress."""
 
@@ -77,9 +85,9 @@ class Workers:
 
     @property
     def trouble(self) -> str:
-        """Why they do not serve; empty when they do."""
+        """Why requests make no progress; empty when they do."""
         if self.are_serving:
-            return ""
+            return "" if self._watch.verdict is None else self._watch.verdict.text
         seconds = time.monotonic() - self._since
         return f"the workers are {self._state.name.lower()} for {seconds:.1f} s, after {self._failures[-1]}"
 
@@ -99,6 +107,8 @@ class Workers:
         assert self._ranks is not None
         self._ranks.send(message)
         self._is_stuck = not self._ranks.flush()
+        if isinstance(message, StepPlan):
+            self._num_due += 1
 
     def recv(self) -> StepResult | CommandResult | None:
         """The next result if it is there. While they do not serve: take the next step towards it."""
@@ -109,8 +119,33 @@ class Workers:
         if self._is_stuck:
             self._is_stuck = not self._ranks.flush()
         result = self._ranks.recv()
-        self._has_answered |= result is not None
+        if isinstance(result, StepResult):
+            self._has_answered = True
+            self._watch.answered()
+            self._num_due -= 1
+        elif result is None:
+            self._look()
         return result
+
+    def _look(self) -> None:
+        """About once a second: do they still work?"""
+        assert self._ranks is not None
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_SECONDS
+        pids = self._ranks.pids()
+        self._watch.look(now, {rank: activity(pid) for rank, pid in pids.items()}, is_due=self._num_due > 0)
+        if self._watch.has_hung and self._watch.verdict is not None:
+            self._show_stacks(pids)
+            verdict = self._watch.verdict
+            raise self._ranks.failure(verdict.rank, f"hangs: {verdict.text}")
+
+    def _show_stacks(self, pids: dict[int, int]) -> None:
+        LOGGER.error("workers hang: stacks follow", extra=fields(core=os.getpid(), workers=pids))
+        faulthandler.dump_traceback()
+        for pid in pids.values():
+            print_stacks(pid)
 
     def fail(self, error: WorkerError, *, progress: bool = False) -> None:
         """They are of no use any more because of `error`: take all down, for `recv` to start them again.
@@ -127,6 +162,7 @@ class Workers:
         if self._ranks is not None:
             self._ranks.hang_up()
         self._has_answered = self._is_stuck = False
+        self._num_due = 0
         self.num_restarts += 1
         self._enter(_State.ENDING)
 
@@ -176,6 +212,8 @@ class Workers:
     def _enter(self, state: _State) -> None:
         self._state = state
         self._since = time.monotonic()
+        if state is _State.SERVING:
+            self._watch = Watch(self._config.hang_seconds, computes_on_cpu=self._config.device == "cpu")
 
 
 def _log_phase(progress: Progress) -> None:

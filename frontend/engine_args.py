@@ -92,6 +92,9 @@ class AsyncEngineArgs:
     """Most logprobs that a request may ask for; -1: the whole vocabulary."""
     logprobs_mode: str = "raw_logprobs"
     """"raw_logprobs" or "raw_logits": as the model gives them; "processed_...": as the draw sees them."""
+    hang_seconds: float = 8.0
+    """Workers that make no progress for so long have hung and are started again; with the time until it is
+    noticed, health turns false within 10 seconds."""
     max_replays: int = 1
     """How often a request is run again that was running when a worker or the core crashed, and has got no
     further since; then it ends with a RequestCrashedError."""
@@ -175,6 +178,7 @@ def resolve(args: AsyncEngineArgs) -> EngineConfig:
         num_gpu_blocks_override=args.num_gpu_blocks_override,
         gpu_memory_utilization=args.gpu_memory_utilization,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+        hang_seconds=args.hang_seconds,
         max_replays=args.max_replays,
         torch_profiler_dir=args.torch_profiler_dir,
         log_stats=not args.disable_log_stats,
@@ -272,6 +276,7 @@ def _check(args: AsyncEngineArgs) -> None:
         raise _refusal("block_size", args.block_size, "a power of two from 1 to 256")
     args.structured_outputs_config = _structured_outputs(args)
     _check_number(args, "gpu_memory_utilization", 1.0, "a number in (0, 1]")
+    _check_number(args, "hang_seconds", math.inf, "a number of seconds > 0")
     _check_number(args, "engine_core_reconnect_seconds", math.inf, "a number of seconds > 0")
 
 

@@ -78,6 +78,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Absolute; None refuses profiles."""
 
     log_stats: bool
+    hang_seconds: float = 8.0
+    """Workers without a sign of progress for so long are taken down and started again."""
     max_replays: int = 1
     """How often a request is run again that was running when the workers or the core crashed, and has got no
     further since."""

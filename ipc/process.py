@@ -7,6 +7,7 @@ Nothing is pickled and `__main__` is not imported again, so programs need no `if
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import select
@@ -22,6 +23,7 @@ from typing import NoReturn
 import msgspec
 
 from .exit_codes import ExitCode
+from .inspection import STACKS_SIGNAL
 
 _NO_PARENT = 0
 
@@ -117,6 +119,9 @@ def _follow_parent(parent: int, remove: str) -> None:
 
 
 def main() -> None:
+    if sys.stderr is not None:
+        faulthandler.enable()
+        faulthandler.register(STACKS_SIGNAL)
     entry, parent, remove = sys.argv[1:]
     payload = sys.stdin.buffer.readline()
     if int(parent) != _NO_PARENT:

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -122,6 +123,75 @@ def test_a_poison_request_ends_alone(oracle_args: Args, faulty: Path, fault: str
     engine = AsyncLLM(oracle_args(model=str(faulty)))
     asyncio.run(asyncio.wait_for(main(engine), 120))
     engine.shutdown()
+
+
+async def first_trouble(engine: AsyncLLM) -> str:
+    """What the first check of its health says that is not good."""
+    while True:
+        try:
+            await engine.check_health()
+        except EngineUnhealthyError as error:
+            return str(error)
+        await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_stopped_worker_turns_health_false(
+    oracle_args: Args, busy: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Within 10 seconds, with everybody's stacks in the log; then all goes on."""
+
+    async def main(engine: AsyncLLM) -> None:
+        (victim,) = workers(engine)
+        await asyncio.sleep(1.5)  # so that time is not counted from the start
+        good = [asyncio.create_task(stream(engine, number, 1900)) for number in range(8 if busy else 0)]
+        await asyncio.sleep(0.05)
+        await engine.check_health()
+        began = time.monotonic()
+        victim.suspend()
+        assert "worker 0: stopped" in await first_trouble(engine)
+        assert time.monotonic() - began < 10
+        await wait_for_restart(engine, 1)
+        assert await asyncio.gather(*good) == [right(number, 1900) for number in range(len(good))]
+        assert await stream(engine, 99, 10) == right(99, 10)
+        await engine.check_health()
+
+    engine = AsyncLLM(oracle_args(hang_seconds=4))
+    asyncio.run(asyncio.wait_for(main(engine), 60))
+    engine.shutdown()
+    log = capfd.readouterr().err
+    assert "hangs: no progress" in log
+    assert 'core/workers.py", line' in log  # the core's stack
+    assert 'worker/main.py", line' in log  # the worker's
+
+
+def test_a_request_that_hangs_is_a_poison(oracle_args: Args, faulty: Path) -> None:
+    async def main(engine: AsyncLLM) -> None:
+        bad = asyncio.create_task(stream(engine, 500, 400, [5, FAULTS["hang"], 6]))
+        good = [asyncio.create_task(stream(engine, number, 400)) for number in range(8)]
+        with pytest.raises(RequestCrashedError):
+            await bad
+        assert await asyncio.gather(*good) == [right(number, 400) for number in range(8)]
+
+    engine = AsyncLLM(oracle_args(model=str(faulty), hang_seconds=3))
+    asyncio.run(asyncio.wait_for(main(engine), 120))
+    engine.shutdown()
+
+
+def test_a_saturated_engine_is_healthy(small: AsyncLLM) -> None:
+    """Ten times more requests than run at once, and every check of its health is good."""
+
+    async def main() -> None:
+        prompts = [[number % 100, number // 100] for number in range(2560)]
+        tasks = [
+            asyncio.create_task(stream(small, number, 60, prompt)) for number, prompt in enumerate(prompts)
+        ]
+        while not all(task.done() for task in tasks):
+            await small.check_health()
+            await asyncio.sleep(0.02)
+        await asyncio.gather(*tasks)
+
+    asyncio.run(asyncio.wait_for(main(), 120))
 
 
 # --- the core --------------------------------------------------------------------------------------------

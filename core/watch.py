@@ -1,0 +1,86 @@
+"""Tells workers that hang from a step that takes long. No clock of its own.
+
+A thread of the worker's that says "I am here" would prove nothing: it speaks while the computation hangs.
+What counts is that a step is answered. While none is, workers on CPUs may go on for long, as a large prefill
+does; they are alive as long as they use their CPUs. A GPU's step takes seconds at most, and its driver waits
+by spinning, so there only the answer counts. A stopped process makes no progress whatever it has to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ..ipc.inspection import STOPPED, Activity
+
+LOOK_SECONDS = 1.0
+BUSY_SECONDS = 600.0
+"""A step on CPUs that uses them all the time may take so long: large models prefill some tokens a second."""
+SUSPICIOUS_SECONDS = 3.0
+_BUSY = 0.1
+"""CPU seconds in a second that are a sign of life."""
+
+
+class Verdict(NamedTuple):
+    """Seconds without a sign of progress, and whose fault that is."""
+
+    seconds: float
+    rank: int
+    text: str
+
+
+class Watch:
+    """Watches one life of the workers; `look` about once a second."""
+
+    def __init__(self, hang_seconds: float, *, computes_on_cpu: bool) -> None:
+        self._hang_seconds = hang_seconds
+        self._computes_on_cpu = computes_on_cpu
+        self._before: dict[int, Activity] = {}
+        self._last_look = 0.0
+        self._silent = 0.0
+        """Seconds without an answer that is due."""
+        self._quiet = 0.0
+        """The same, without any sign of life."""
+        self._is_answered = False
+        self.verdict: Verdict | None = None
+        """Set from the first suspicion to the next answer."""
+
+    @property
+    def has_hung(self) -> bool:
+        return self.verdict is not None and self.verdict.seconds >= self._hang_seconds
+
+    def answered(self) -> None:
+        """A result has come."""
+        self._is_answered = True
+
+    def look(self, now: float, ranks: Mapping[int, Activity], *, is_due: bool) -> None:
+        """`is_due`: a plan is out."""
+        # When we have been stopped ourselves, the time until now is not their fault.
+        elapsed = min(now - self._last_look, 2 * LOOK_SECONDS)
+        self._last_look = now
+        stopped = [rank for rank, each in ranks.items() if each.state in STOPPED]
+        if self._is_answered or not (is_due or stopped):
+            self._silent = self._quiet = 0.0
+        else:
+            self._silent += elapsed
+            self._quiet += elapsed
+            if self._computes_on_cpu and not stopped and self._is_busy(ranks, elapsed):
+                self._quiet = max(0.0, self._silent - BUSY_SECONDS)
+        self._is_answered = False
+        self._before = dict(ranks)
+        self.verdict = None
+        if self._quiet >= SUSPICIOUS_SECONDS:
+            self.verdict = self._judge(ranks, stopped)
+
+    def _is_busy(self, ranks: Mapping[int, Activity], elapsed: float) -> bool:
+        """Someone computes, wants to, or waits for a page of the weights."""
+        for rank, each in ranks.items():
+            before = self._before.get(rank, each)
+            if each.state in "RD" or each.cpu_seconds - before.cpu_seconds >= _BUSY * elapsed:
+                return True
+        return False
+
+    def _judge(self, ranks: Mapping[int, Activity], stopped: list[int]) -> Verdict:
+        rank = stopped[0] if stopped else 0
+        states = "; ".join(f"worker {each}: {ranks[each]}" for each in sorted(ranks))
+        return Verdict(self._quiet, rank, f"no progress for {self._quiet:.0f} s ({states})")
