@@ -54,7 +54,9 @@ logger = logging.getLogger("headrace")
 HANDSHAKE_SECONDS = 10.0
 MAX_LOSSES = 3
 """Cores lost in a row without a token from them; the next one is the engine's end."""
-_LOOK_SECONDS = 0.1
+_LOOK_SECONDS = 1.0
+_SUSPICIOUS_SECONDS = 3.0
+_HANDSHAKE_LOOK_SECONDS = 0.1
 """How often the handshake looks whether the core has hung up."""
 _RETRY_SECONDS = 0.2
 """Between two connections to a core that is coming back."""
@@ -135,6 +137,9 @@ class CoreClient:
         self._next_call = 0
         self._drain_is_due = False
         self._outage: _Outage | None = None
+        self._silence = 0.0
+        """Seconds without a message: a core sends at least one a second."""
+        self._last_look = 0.0
         self._losses: list[str] = []
         """Their causes, since a core brought tokens."""
         self._connection = connection
@@ -171,7 +176,8 @@ class CoreClient:
     def trouble(self) -> str:
         """Why there is no core at present; empty when there is one, as far as is known."""
         if self._outage is None:
-            return ""
+            silent = self._silence >= _SUSPICIOUS_SECONDS
+            return f"the engine core has been silent for {self._silence:.0f} s" if silent else ""
         seconds = time.monotonic() - self._outage.began
         return f"there has been no engine core for {seconds:.1f} s, since {self._outage.cause}"
 
@@ -189,6 +195,7 @@ class CoreClient:
         self._arm_timers()
         self._drain_is_due = False  # what the old loop was to do it may not have done
         self._drain_soon()
+        self._look(loop)
 
     def send(self, message: ToCore) -> bool:
         """Send from the running loop. Raises EngineDeadError.
@@ -258,6 +265,7 @@ class CoreClient:
         self._drain_soon()
 
     def _handle(self, sock: ClientSocket, message: FromCore) -> None:
+        self._silence = 0.0
         match message:
             case StepOutputs():
                 if message.requests:
@@ -292,6 +300,21 @@ class CoreClient:
                 self._lose(_HUNG_UP)
             else:  # it is about to die, and to say why
                 self._loop.call_later(_DYING_SECONDS, _call, weakref.WeakMethod(self._replace_silent), core)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Once a second: is the core still there, and not just its process?"""
+        if loop is not self._loop or self.dead_error is not None:
+            return
+        now = time.monotonic()
+        # While this loop did not run, what the core has said could not be heard.
+        elapsed = min(now - self._last_look, 2 * _LOOK_SECONDS)
+        self._last_look = now
+        self._silence = 0.0 if self._outage is not None else self._silence + elapsed
+        core = self._connection.core
+        if core is not None and self._silence >= self.config.hang_seconds:
+            cause = f"the engine core hangs: silent for {self._silence:.0f} s ({core.show_stacks()})"
+            self._lose(cause)
+        loop.call_later(_LOOK_SECONDS, _call, weakref.WeakMethod(self._look), loop)
 
     def _lose(self, cause: str) -> None:
         """The core is gone: get another one."""
@@ -450,7 +473,7 @@ def _await_welcome(sock: ClientSocket, address: str) -> Welcome:
     reason = f"no answer within {HANDSHAKE_SECONDS:g} s"
     try:
         while (left := deadline - time.monotonic()) > 0:
-            message = sock.recv(min(left, _LOOK_SECONDS))
+            message = sock.recv(min(left, _HANDSHAKE_LOOK_SECONDS))
             if message is None and sock.lost_connection():
                 reason = "it hung up: does it use CURVE keys, and are these the right ones?"
                 break

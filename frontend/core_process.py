@@ -23,6 +23,7 @@ import zmq
 from ..ipc import process
 from ..ipc.config import EngineConfig
 from ..ipc.errors import EngineDeadError
+from ..ipc.inspection import activity, descendants, print_stacks
 from ..ipc.messages import CoreStart, EngineInfo, Fatal, FromStarting, Progress, Ready
 
 logger = logging.getLogger("headrace")
@@ -104,6 +105,17 @@ class CoreProcess:
         """After `is_dead`: its workers do not come back, so another core would be of no use."""
         fatal = self._last_words()
         return fatal is not None and fatal.rank is not None
+
+    def show_stacks(self) -> str:
+        """Have it and everything below it print its stacks to standard error; returns what it is doing."""
+        doing = activity(self.pid)
+        family = descendants(self.pid)
+        logger.error(
+            "the engine core (pid %d, %s) hangs; its stacks, and those of %s:", self.pid, doing, family
+        )
+        for pid in (self.pid, *family):
+            print_stacks(pid)
+        return str(doing)
 
     def kill(self) -> None:
         """End one that does not answer any more; follow up with `stop`."""

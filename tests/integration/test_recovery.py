@@ -280,6 +280,28 @@ def test_a_core_that_dies_between_two_loops(small: AsyncLLM) -> None:
     assert asyncio.run(asyncio.wait_for(stream(small, 2, 20), 60)) == right(2, 20)
 
 
+def test_a_stopped_core_turns_health_false_and_is_replaced(
+    oracle_args: Args, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def main(engine: AsyncLLM) -> None:
+        good = [asyncio.create_task(stream(engine, number, 1900)) for number in range(8)]
+        await asyncio.sleep(0.05)
+        began = time.monotonic()
+        os.kill(engine._client.info.pid, signal.SIGSTOP)
+        assert "silent" in await first_trouble(engine)
+        assert time.monotonic() - began < 10
+        assert await asyncio.gather(*good) == [right(number, 1900) for number in range(8)]
+        await engine.check_health()
+
+    engine = AsyncLLM(oracle_args(hang_seconds=4))
+    asyncio.run(asyncio.wait_for(main(engine), 60))
+    assert engine._client.num_restarts == 1
+    engine.shutdown()
+    log = capfd.readouterr().err
+    assert 'core/engine.py", line' in log
+    assert 'worker/main.py", line' in log
+
+
 class Standalone:
     """A core with a manager that starts it again."""
 
@@ -291,6 +313,9 @@ class Standalone:
         os.kill(self._child.pid, signal.SIGKILL)
         self._child.stop(5)
         self._child = spawn("core", "headrace.core.main:run", self._start)
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self._child.pid, number)
 
     def close(self) -> None:
         self._child.stop(5)
@@ -331,6 +356,26 @@ def test_frontends_follow_a_core_that_its_manager_restarts(standalone: tuple[Sta
             assert tokens == right(index % 16, 1500)
         for engine in engines:
             engine.shutdown()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_an_attached_core_that_is_stopped_goes_on(standalone: tuple[Standalone, int]) -> None:
+    core, port = standalone
+
+    async def main() -> None:
+        engine = await connected(port)
+        tasks = [asyncio.create_task(stream(engine, number, 1500)) for number in range(8)]
+        await asyncio.sleep(0.05)
+        began = time.monotonic()
+        core.signal(signal.SIGSTOP)
+        await first_trouble(engine)
+        assert time.monotonic() - began < 10
+        core.signal(signal.SIGCONT)
+        for number, tokens in enumerate(await asyncio.gather(*tasks)):
+            assert tokens == right(number, 1500)
+        await engine.check_health()
+        engine.shutdown()
 
     asyncio.run(asyncio.wait_for(main(), 60))
 
