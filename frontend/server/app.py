@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from . import chat, completions, metrics, openapi, operations, page, tokens
+from . import chat, completions, metrics, openapi, operations, page, responses, tokens
 from .access import AccessLog
 from .errors import on_error
 from .guard import Guard, Keys
@@ -18,6 +18,7 @@ from .service import Service
 ENDPOINTS = [
     *completions.ENDPOINTS,
     *chat.ENDPOINTS,
+    *responses.ENDPOINTS,
     *tokens.ENDPOINTS,
     *operations.ENDPOINTS,
     *metrics.ENDPOINTS,

@@ -10,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..outputs import CompletionOutput, RequestOutput
-from ..sampling_params import SamplingParams
 from ..structured_outputs import StructuredOutputsParams
 from .conversation import render
 from .endpoints import Endpoint
@@ -38,7 +37,7 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
     )
     structure = _structure(service, body, use)
     params = body.sampling(
-        _defaults(service),
+        service.chat_defaults(),
         max_tokens=body.max_completion_tokens,
         structured_outputs=structure,
         logprobs=_top_logprobs(body),
@@ -145,14 +144,6 @@ class _Answer:
         if self._body.logprobs and self._logprobs is not None and part.logprobs:
             choice["logprobs"] = self._logprobs.chat(part.logprobs)
         return choice
-
-
-def _defaults(service: Service) -> SamplingParams:
-    """An answer may be as long as the context leaves, unless the model's makers say otherwise."""
-    params = service.engine.get_default_sampling_params()
-    if "max_tokens" not in service.engine.config.default_sampling:
-        params.max_tokens = None
-    return params
 
 
 def _opening(index: int) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """The bodies of requests: OpenAI's fields, and vLLM's further ones.
 
 Types are checked by msgspec; ranges by `SamplingParams`, whose fields have the same names, so that every door
-has the same limits. A field that is not here is refused, as OpenAI does. Of those that are, `NO_EFFECT` says
-which ones change nothing, and `_FIXED` which ones exist only with one value.
+has the same limits. A field that is not here is refused, as OpenAI does. `_FIXED` says which of
+those that are exist with one value only.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -96,8 +97,6 @@ class Generation(Body, kw_only=True):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     frequency_penalty: float | None = None
@@ -105,9 +104,16 @@ class Generation(Body, kw_only=True):
     logit_bias: dict[int, float] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    response_format: ResponseFormat | None = None
-    user: str | None = None
 
+    # OpenAI's own bookkeeping: accepted, and without effect on a server of one's own.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    # vLLM's, and Headrace's.
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -138,12 +144,15 @@ class Generation(Body, kw_only=True):
     """Headrace's own: seconds after which the answer ends with finish_reason "timeout"."""
     use_beam_search: bool | None = None
 
+    @property
+    def form(self) -> ResponseFormat | None:
+        """What the answer is to be."""
+        return None
+
     def refuse_unsupported(self) -> None:
         """Raises ApiError for fields whose value asks for what does not exist."""
         for name, fixed in _FIXED.items():
-            value = getattr(self, name, None)
-            if value is not None and value not in fixed:
-                raise bad_request(f"{name}={value!r:.100} is not supported", name)
+            refuse_other(name, getattr(self, name, None), fixed)
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options can only be given with stream=true", "stream_options")
 
@@ -155,10 +164,12 @@ class Generation(Body, kw_only=True):
         return dataclasses.replace(defaults, **{n: value for n, value in given.items() if value is not None})
 
     def structure(self) -> StructuredOutputsParams | None:
-        """What the text must be, as `response_format` or `structured_outputs` say. Raises RequestError."""
-        form, given = self.response_format, self.structured_outputs
+        """What the text must be, as its `form` or `structured_outputs` say. Raises RequestError."""
+        form, given = self.form, self.structured_outputs
         if form is not None and given is not None:
-            raise bad_request("give either response_format or structured_outputs", "structured_outputs")
+            raise bad_request(
+                "a response format and structured_outputs exclude each other", "structured_outputs"
+            )
         if given is not None:
             return StructuredOutputsParams(**given)
         if isinstance(form, JsonSchemaFormat) and form.json_schema.schema is not None:
@@ -172,7 +183,19 @@ class Generation(Body, kw_only=True):
         return None if given is None else RepetitionDetectionParams(**msgspec.structs.asdict(given))
 
 
-class CompletionRequest(Generation, kw_only=True):
+class Choices(Generation, kw_only=True):
+    """What both of the older routes may hold."""
+
+    n: int | None = None
+    max_tokens: int | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def form(self) -> ResponseFormat | None:
+        return self.response_format
+
+
+class CompletionRequest(Choices, kw_only=True):
     """POST /v1/completions"""
 
     prompt: str | list[str | int | list[int]]
@@ -184,7 +207,7 @@ class CompletionRequest(Generation, kw_only=True):
     suffix: str | None = None
 
 
-class ChatRequest(Generation, kw_only=True):
+class ChatRequest(Choices, kw_only=True):
     """POST /v1/chat/completions"""
 
     messages: list[Message]
@@ -195,19 +218,66 @@ class ChatRequest(Generation, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
     modalities: list[str] | None = None
     verbosity: str | None = None
+    """OpenAI's hint to its own models: without effect."""
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, str]] | None = None
     include_reasoning: bool | None = None
+
+
+class OutputSchema(Body, tag_field="type", tag="json_schema"):
+    """`JsonSchemaFormat` as /v1/responses writes it."""
+
+    name: str
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class OutputText(Body):
+    format: TextFormat | JsonObjectFormat | OutputSchema | None = None
+    verbosity: str | None = None
+
+
+class Reasoning(Body):
+    effort: str | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+
+
+class ResponsesRequest(Generation, kw_only=True):
+    """POST /v1/responses: text in, text out. Nothing is stored, no tools are called."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    text: OutputText | None = None
+    top_logprobs: int | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    reasoning: Reasoning | None = None
+    parallel_tool_calls: bool | None = None
+    background: bool | None = None
+    previous_response_id: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    truncation: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def form(self) -> ResponseFormat | None:
+        given = None if self.text is None else self.text.format
+        if isinstance(given, OutputSchema):
+            return JsonSchemaFormat(json_schema=JsonSchema(name=given.name, schema=given.schema))
+        return given
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        for name, fixed in _FIXED_RESPONSES.items():
+            refuse_other(name, getattr(self, name), fixed)
 
 
 class TokenizeRequest(Body, kw_only=True):
@@ -231,10 +301,6 @@ class DetokenizeRequest(Body, kw_only=True):
     tokens: list[int]
 
 
-NO_EFFECT = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"}
-)
-"""Fields for OpenAI's own bookkeeping, and hints that a model of one's own does not have."""
 _FIXED: dict[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
     "suffix": ("",),
@@ -242,3 +308,16 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "modalities": (["text"],),
 }
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)} - {"structured_outputs", "logprobs"}
+_FIXED_RESPONSES: dict[str, tuple[object, ...]] = {
+    "background": (False,),
+    "previous_response_id": (),
+    "tools": ([],),
+    "tool_choice": ("auto", "none"),
+    "truncation": ("disabled",),
+}
+
+
+def refuse_other(name: str, value: object, fixed: Sequence[object]) -> None:
+    """Raises ApiError unless `value` is null or one of `fixed`."""
+    if value is not None and value not in fixed:
+        raise bad_request(f"{name}={value!r:.100} is not supported", name)

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ...ipc.errors import EngineDeadError, EngineUnhealthyError
+from ..sampling_params import SamplingParams
 from ..tokenizer import Tokenizer
 from .errors import ApiError
 from .guard import Gate
@@ -36,6 +37,13 @@ class Service:
     @property
     def model(self) -> str:
         return self.engine.config.served_model_name
+
+    def chat_defaults(self) -> SamplingParams:
+        """An answer may be as long as the context leaves, unless the model's makers say otherwise."""
+        params = self.engine.get_default_sampling_params()
+        if "max_tokens" not in self.engine.config.default_sampling:
+            params.max_tokens = None
+        return params
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError unless it is the model served here, or none is named."""

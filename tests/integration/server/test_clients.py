@@ -223,3 +223,41 @@ def test_logprobs_of_a_prompt(client: openai.OpenAI) -> None:
     assert longer.logprobs.tokens is not None
     assert "".join(longer.logprobs.tokens) == longer.text
     assert len(longer.logprobs.tokens) == len(scores.tokens) + 2
+
+
+def test_responses_and_their_stream(client: openai.OpenAI) -> None:
+    more: Any = {"model": "demo", "input": HELLO[0]["content"], "max_output_tokens": 8, "temperature": 0}
+    whole = client.responses.create(
+        **more, instructions="Be brief.", include=["message.output_text.logprobs"]
+    )
+    assert "Paris" in whole.output_text
+    assert whole.usage is not None
+    with client.responses.stream(**more, instructions="Be brief.") as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    assert final.output_text == whole.output_text
+    assert [one.sequence_number for one in events] == list(range(len(events)))
+    kinds = [one.type for one in events]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds[-1] == f"response.{final.status}"
+    assert (
+        "".join(one.delta for one in events if one.type == "response.output_text.delta") == whole.output_text
+    )
+    assert final.usage is not None
+    assert final.usage.output_tokens == whole.usage.output_tokens
+    (message,) = whole.output
+    assert message.type == "message"
+    assert message.content[0].type == "output_text"
+    logprobs = message.content[0].logprobs
+    assert logprobs is not None
+    assert "".join(one.token for one in logprobs).startswith(whole.output_text)
+
+
+def test_responses_that_are_refused_or_parsed(client: openai.OpenAI) -> None:
+    more: Any = {"model": "demo", "max_output_tokens": 60, "temperature": 0}
+    parsed = client.responses.parse(**more, input=HELLO, text_format=City)
+    assert isinstance(parsed.output_parsed, City)
+    for refused in ({"previous_response_id": "resp_1"}, {"tools": [{"type": "web_search"}]}):
+        with pytest.raises(openai.BadRequestError) as bad:
+            client.responses.create(**more, input="Hello", **refused)
+        assert bad.value.param == next(iter(refused))

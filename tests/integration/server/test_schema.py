@@ -14,6 +14,7 @@ from schemathesis.checks import not_a_server_error
 ROUTES = {
     "/v1/completions": {"post"},
     "/v1/chat/completions": {"post"},
+    "/v1/responses": {"post"},
     "/v1/embeddings": {"post"},
     "/v1/models": {"get"},
     "/v1/models/{name}": {"get"},
