@@ -278,11 +278,19 @@ def _draw_filtered(scores: Tensor, nucleus: Nucleus, seeds: Tensor, positions: T
 def _allow(logits: Tensor, masks: Masks) -> None:
     """-inf for what the constraints of these rows do not allow."""
     device, vocab = logits.device, logits.shape[1]
-    words = upload(masks.allowed, device)
-    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device) & 1
-    forbidden = bits.reshape(len(words), -1)[:, :vocab] == 0
-    rows = upload(masks.rows, device)
-    logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
+    if device.type == "cpu":
+        # A byte a token: torch would make four, several times.
+        bits = np.unpackbits(~masks.allowed.view(np.uint8), axis=1, count=vocab, bitorder="little")
+        forbidden = torch.from_numpy(bits.view(np.bool_))
+    else:
+        words = upload(masks.allowed, device)
+        bits_of_words = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device) & 1
+        forbidden = bits_of_words.reshape(len(words), -1)[:, :vocab] == 0
+    if len(masks.rows) == len(logits):
+        logits.masked_fill_(forbidden, -torch.inf)
+    else:
+        rows = upload(masks.rows, device)
+        logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
 
 
 def _hold_back(logits: Tensor, slots: Requests, rows: _Rows) -> None:
