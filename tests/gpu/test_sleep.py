@@ -40,7 +40,7 @@ def test_sleep_and_wake_up(tmp_path: Path, eager: bool) -> None:
         load_format="dummy",
         skip_tokenizer_init=True,
         max_num_seqs=16,
-        kv_cache_memory_bytes=2 << 30,
+        num_gpu_blocks_override=20_000,
         enforce_eager=eager,
     ) as llm:
         before = answers(llm)
@@ -49,8 +49,8 @@ def test_sleep_and_wake_up(tmp_path: Path, eager: bool) -> None:
         for level in (1, 2, 1):
             llm.sleep(level)
             (asleep,) = llm.collective_rpc("memory_stats")
-            # What stays is torch's own, a few MiB.
-            assert int(str(asleep["reserved_bytes"])) < int(str(awake["reserved_bytes"])) / 10
+            # cuBLAS keeps a workspace for each stream.
+            assert int(str(asleep["reserved_bytes"])) < (100 << 20)
             assert int(str(asleep["free_bytes"])) > int(str(awake["free_bytes"])) + (1 << 30)
             llm.wake_up()
             assert llm.collective_rpc("weights_checksum") == [checksum]
