@@ -98,6 +98,8 @@ class AsyncEngineArgs:
     max_replays: int = 1
     """How often a request is run again that was running when a worker or the core crashed, and has got no
     further since; then it ends with a RequestCrashedError."""
+    poison_blocks: bool = False
+    """For debugging: overwrite a KV block's old content when it is given out anew."""
     torch_profiler_dir: str | None = None
     """Where `start_profile` leaves its traces; without it profiles are refused."""
     disable_log_stats: bool = False
@@ -180,6 +182,7 @@ def resolve(args: AsyncEngineArgs) -> EngineConfig:
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         hang_seconds=args.hang_seconds,
         max_replays=args.max_replays,
+        poison_blocks=args.poison_blocks,
         torch_profiler_dir=args.torch_profiler_dir,
         log_stats=not args.disable_log_stats,
         tokenizer_json=_tokenizer_json(tokenizer, load_format),
@@ -253,6 +256,7 @@ _FLAGS = (
     "enable_prefix_caching",
     "enable_chunked_prefill",
     "enforce_eager",
+    "poison_blocks",
     "disable_log_stats",
 )
 

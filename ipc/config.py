@@ -74,6 +74,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpu_memory_utilization: float
     kv_cache_memory_bytes: int | None
 
+    poison_blocks: bool = False
+    """For debugging: overwrite a KV block's old content when it is given out anew."""
     torch_profiler_dir: str | None = None
     """Absolute; None refuses profiles."""
 

@@ -31,7 +31,7 @@ from .models.causal_lm import CausalLM, LayerCache
 from .packed_graphs import MAX_TOKENS, PackedGraphs, Shape
 from .parallel import TensorParallel, connect, open_mailboxes
 from .rules import PromptRow
-from .slots import I32, I64
+from .slots import I32, I64, new_blocks
 from .weights import load_weights, weights_bytes, weights_checksum
 
 _WARM_UP_TOKENS = 32
@@ -225,6 +225,8 @@ class CudaRunner:
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> Under:
         """Queue the step's kernels."""
+        if self._config.poison_blocks:
+            self._step.poison(new_blocks(plan, self._config.block_size))
         work = self._step.slots.apply(plan)
         places: I64 | slice = slice(work.num_sampling)
         appended = work.num_sampling > 0

@@ -24,6 +24,7 @@ from ..kernels.slot_table import StepInputs, append_tokens, decode_inputs, packe
 from .constraints import Constraints
 from .device_slots import DeviceSlots, Work
 from .fused import Fused, Packed, fuse
+from .kv_cache import POISON
 from .logprobs import Entries, LogprobStage, prompt_wishes, scores_to_show
 from .models.causal_lm import CausalLM, LayerCache
 from .rules import PromptRow
@@ -142,6 +143,12 @@ class DeviceStep:
         return self._fused is not None
 
     # --- decode steps: nothing here depends on anything on the host but `rows` -----------------------
+
+    def poison(self, blocks: list[int]) -> None:
+        """Overwrite these blocks of the KV cache."""
+        for keys, values in self._caches:
+            keys[blocks] = POISON
+            values[blocks] = POISON
 
     def decode(self, rows: int, rehearsal: bool = False) -> None:
         """A whole step of the first `rows` slots of `slots.rows`, sampled with temperature alone.

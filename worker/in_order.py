@@ -9,7 +9,7 @@ from ..ipc.config import EngineConfig
 from ..ipc.messages import Argument, Logprobs, PromptLogprobs, StepPlan, StepResult
 from .constraints import ConstraintBuilder, Constraints
 from .kv_cache import CacheSize
-from .slots import I32, Batch, Slots
+from .slots import I32, Batch, Slots, new_blocks
 
 
 class Executed(NamedTuple):
@@ -44,6 +44,9 @@ class Backend(Protocol):
 
     def weights_checksum(self) -> str:
         """SHA-256 of this rank's weights, hexadecimal. Raises RequestError when there are none."""
+
+    def poison(self, blocks: list[int]) -> None:
+        """Overwrite these blocks of the KV cache."""
 
     def execute(self, slots: Slots, batch: Batch) -> Executed:
         """Compute the batch. Leaves `slots` unchanged."""
@@ -84,6 +87,8 @@ class InOrder:
         self._backend.allocate(num_blocks, max_model_len)
 
     def submit(self, plan: StepPlan) -> Done:
+        if self._config.poison_blocks:
+            self._backend.poison(new_blocks(plan, self._config.block_size))
         batch = self._slots.apply(plan)
         tokens, logprobs, prompts = self._backend.execute(self._slots, batch)
         self._slots.commit(batch, tokens)

@@ -14,6 +14,8 @@ from ..ipc.errors import ConfigError
 GIB = 1 << 30
 _CPU_DEFAULT = 4 * GIB
 """Most that a CPU cache takes unasked."""
+POISON = 1e4
+"""Written into blocks that must not be read: it spoils what reads it, and a mask still makes it nothing."""
 _NO_LIMIT = 1 << 60
 
 

@@ -23,7 +23,7 @@ from ..ipc.errors import RequestError
 from ..ipc.messages import Argument, Logprobs, PromptLogprobs, pack
 from ..ipc.oracle import U64, absorb, next_tokens, oracle_logprobs
 from .in_order import Executed
-from .kv_cache import CacheSize, cpu_budget, size_cache
+from .kv_cache import POISON, CacheSize, cpu_budget, size_cache
 from .rules import Wish
 from .slots import I32, I64, Batch, Slots
 
@@ -58,6 +58,9 @@ class OracleBackend:
 
     def restore_weights(self) -> None:
         """There are none."""
+
+    def poison(self, blocks: list[int]) -> None:
+        self._states[blocks] = int(POISON)
 
     def memory(self) -> dict[str, Argument]:
         return {"weights_bytes": 0, "kv_cache_bytes": self._states.nbytes}

@@ -19,7 +19,7 @@ from ..ipc.config import EngineConfig
 from ..ipc.messages import Admit, Argument, PromptLogprobs, Sampling, StepPlan, pack
 from ..kernels.paged_attention import AttentionMetadata
 from .in_order import Executed
-from .kv_cache import CacheSize, cpu_budget, size_cache
+from .kv_cache import POISON, CacheSize, cpu_budget, size_cache
 from .logprobs import LogprobStage, prompt_to_wire, prompt_wishes, scores_to_show, to_wire
 from .models import build_model
 from .models.causal_lm import CausalLM, LayerCache
@@ -100,6 +100,12 @@ class ModelRunner:
     def restore_weights(self) -> None:
         if not hasattr(self, "_model"):
             self._model = self._load_model()
+
+    @torch.inference_mode()
+    def poison(self, blocks: list[int]) -> None:
+        for keys, values in self._kv_caches:
+            keys[blocks] = POISON
+            values[blocks] = POISON
 
     def memory(self) -> dict[str, Argument]:
         return {

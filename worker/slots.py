@@ -236,5 +236,13 @@ class Slots:
         self._every_row = np.arange(len(rows))
 
 
+def new_blocks(plan: StepPlan, block_size: int) -> list[int]:
+    """The blocks that a plan gives out anew: nothing that they held before may be read again."""
+    blocks: list[int] = _ints(plan.granted)[1::2].tolist()
+    for admit in plan.admitted:
+        blocks += _ints(admit.blocks)[admit.num_computed // block_size :].tolist()
+    return blocks
+
+
 def _ints(column: bytes) -> NDArray[Any]:
     return np.frombuffer(column, np.int32)

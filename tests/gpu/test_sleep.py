@@ -42,6 +42,7 @@ def test_sleep_and_wake_up(tmp_path: Path, eager: bool) -> None:
         max_num_seqs=16,
         num_gpu_blocks_override=20_000,
         enforce_eager=eager,
+        poison_blocks=True,
     ) as llm:
         before = answers(llm)
         (checksum,) = llm.collective_rpc("weights_checksum")

@@ -37,6 +37,7 @@ def oracle_args(oracle_folder: Path) -> Callable[..., AsyncEngineArgs]:
             "load_format": "oracle",
             "skip_tokenizer_init": True,
             "num_gpu_blocks_override": 2000,
+            "poison_blocks": True,
         }
         return AsyncEngineArgs(**(args | changes))
 

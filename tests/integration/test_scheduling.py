@@ -103,39 +103,35 @@ def test_an_urgent_arrival_overtakes_those_that_run(oracle_args: Args) -> None:
     run(main())
 
 
-@pytest.mark.parametrize(
-    ("timeout", "blocked", "has_tokens"),
-    [
-        (0.3, False, True),
-        (RequestTimeouts(total=0.3), False, True),
-        (RequestTimeouts(queue=0.3), True, False),
-        (RequestTimeouts(first_token=0.3), True, False),
-        (0, False, None),
-    ],
-)
-def test_timeouts(
-    engine: AsyncLLM, timeout: float | RequestTimeouts, blocked: bool, has_tokens: bool | None
-) -> None:
-    """The end comes in time, also while nothing else happens, with all that had been generated."""
+@pytest.mark.parametrize("timeout", [0, 0.3, RequestTimeouts(total=0.3)])
+def test_a_timeout_ends_what_runs(engine: AsyncLLM, timeout: float | RequestTimeouts) -> None:
+    """All end in time, with all that had been generated."""
 
     async def main() -> None:
-        crowd = [
-            asyncio.create_task(last(engine.generate([i], params(2000), f"crowd-{i}")))
-            for i in range(256 if blocked else 0)
-        ]
-        while blocked and (await engine._client.call("stats")).stats.num_running < 256:  # type: ignore[union-attr]
-            pass
         begun = time.monotonic()
-        output = await last(engine.generate([5, 6], params(100_000), "late", timeout=timeout))
+        streams = [engine.generate([5, i], params(2000), timeout=timeout) for i in range(100)]
+        outputs = await asyncio.gather(*map(last, streams))
         assert time.monotonic() - begun < 30
-        tokens = output.outputs[0].token_ids
-        assert output.finished
-        assert output.outputs[0].finish_reason == "timeout"
-        assert tokens == oracle([5, 6], len(tokens))
-        assert has_tokens is None or bool(tokens) == has_tokens
-        for task in crowd:
-            task.cancel()
-        await asyncio.gather(*crowd, return_exceptions=True)
+        for i, output in enumerate(outputs):
+            tokens = output.outputs[0].token_ids
+            assert output.finished
+            assert output.outputs[0].finish_reason == "timeout"
+            assert tokens == oracle([5, i], len(tokens))
+        assert any(output.outputs[0].token_ids for output in outputs) == (timeout != 0)
+
+    run(main())
+
+
+@pytest.mark.parametrize("timeout", [RequestTimeouts(queue=0.1), RequestTimeouts(first_token=0.1)])
+def test_a_timeout_ends_what_waits(oracle_args: Args, timeout: RequestTimeouts) -> None:
+    async def main() -> None:
+        async with AsyncLLM(oracle_args(max_num_seqs=1)) as engine:
+            await engine.pause_generation(mode="keep")  # nothing happens that would wake the core
+            running = asyncio.create_task(last(engine.generate([1], params(20))))
+            output = await last(engine.generate([2], params(20), timeout=timeout))
+            assert (output.outputs[0].finish_reason, output.outputs[0].token_ids) == ("timeout", [])
+            await engine.resume_generation()
+            assert (await running).outputs[0].token_ids == oracle([1], 20)
 
     run(main())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 from headrace.ipc.messages import Allocate, Fatal, Progress, StepPlan, StepResult, ToWorker, pack, unpack
 from headrace.ipc.oracle import oracle_stream
@@ -20,13 +21,41 @@ def oracle(request: Request) -> list[int]:
     return oracle_stream(request.prompt, request.seed, len(request.output), VOCAB)
 
 
-def test_random_plans_give_the_oracles_streams(start_worker: StartWorker, traffic: Traffic) -> None:
-    worker = start_worker()
+@pytest.mark.parametrize("poison", [False, True])
+def test_random_plans_give_the_oracles_streams(
+    start_worker: StartWorker, traffic: Traffic, poison: bool
+) -> None:
+    worker = start_worker(poison_blocks=poison)
     worker.start()
     requests = traffic.run(600, worker.step)
     assert len(requests) > 20
     assert sum(len(request.output) for request in requests) > 600
     assert all(request.output == oracle(request) for request in requests)
+
+
+@pytest.mark.parametrize("poison", [False, True])
+def test_poison_shows_who_reads_a_block_that_was_given_to_another(
+    start_worker: StartWorker, new_request: type[Request], poison: bool
+) -> None:
+    """The core's mistake: block 9 goes to the second request, and the third finds a prefix there."""
+    first, second, third = (new_request(slot, [7, 8, 9, 10, 11], seed=5) for slot in range(3))
+    first.blocks, second.blocks, third.blocks = [9, 8], [9, 7], [9, 6]
+    hit = msgspec.structs.replace(third.admit(), num_computed=4)
+    worker = start_worker(poison_blocks=poison)
+    worker.start()
+    results: list[int] = []
+    for plan in (
+        StepPlan(0, b"", [first.admit()], b"", pack([0]), pack([5])),
+        StepPlan(1, pack([0]), [second.admit()], b"", pack([1]), pack([1])),
+        StepPlan(2, b"", [hit], b"", pack([2]), pack([1])),
+    ):
+        worker.pipe.send(plan)
+        result = worker.recv()
+        assert isinstance(result, StepResult)
+        results += unpack(result.tokens)
+    right = oracle_stream(first.prompt, 5, 1, VOCAB)
+    assert results[:1] == right
+    assert (results[1:] == right) == (not poison)
 
 
 def test_steps_follow_one_another_without_their_tokens(
