@@ -261,7 +261,13 @@ class CoreClient:
             if message is None:
                 self._look_for_death(sock)
                 return
-            self._handle(sock, message)
+            try:
+                self._handle(sock, message)
+            except Exception as error:
+                # Whoever is at fault: nobody must wait for ever for what this message should have brought.
+                logger.exception("what the engine core sent makes no sense")
+                self._die(f"what the engine core sent makes no sense: {error}")
+                return
         self._drain_soon()
 
     def _handle(self, sock: ClientSocket, message: FromCore) -> None:
@@ -281,7 +287,11 @@ class CoreClient:
             case Dying(error):
                 self._die(error.message)
             case Refused():
-                self._die(f"the engine core refused this client: {message.message}")
+                cause = f"the engine core refused this client: {message.message}"
+                if self._outage is None and self._connection.core is None:
+                    self._lose(cause)  # it may have given up one that did not read: come back as a new one
+                else:
+                    self._die(cause)
             case Welcome():
                 self._resume(sock, message)
 

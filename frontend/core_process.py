@@ -17,7 +17,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import msgspec
 import zmq
 
 from ..ipc import process
@@ -25,6 +24,7 @@ from ..ipc.config import EngineConfig
 from ..ipc.errors import EngineDeadError
 from ..ipc.inspection import activity, descendants, print_stacks
 from ..ipc.messages import CoreStart, EngineInfo, Fatal, FromStarting, Progress, Ready
+from .status_lines import StatusLines
 
 logger = logging.getLogger("headrace")
 
@@ -42,7 +42,7 @@ class CoreProcess:
         self._folder = _private_folder()
         self.address = f"ipc://{self._folder / 'core'}"
         self._display = _Display()
-        self._received = b""
+        self._lines = StatusLines()
         self.status_fd, theirs = os.pipe()
         os.set_blocking(self.status_fd, False)
         try:
@@ -85,25 +85,25 @@ class CoreProcess:
             return None
         if not data:
             raise EngineDeadError(f"the engine did not start: {self._how_it_ended()}")
-        return self._follow(self._split(data))
+        return self._follow(self._lines.feed(data))
 
     def is_dead(self) -> bool:
         """True when the status pipe has ended. Never blocks; what else the pipe says is dropped."""
         try:
             while data := os.read(self.status_fd, 65536):
-                self._received += data
+                self._lines.keep(data)
         except BlockingIOError:
             return False
         return True
 
     def cause_of_death(self) -> str:
         """For an error message, after `is_dead`: what the core said last, or how it ended."""
-        fatal = self._last_words()
+        fatal = self._lines.last_words()
         return self._how_it_ended() if fatal is None else _describe(fatal)
 
     def has_given_up(self) -> bool:
         """After `is_dead`: its workers do not come back, so another core would be of no use."""
-        fatal = self._last_words()
+        fatal = self._lines.last_words()
         return fatal is not None and fatal.rank is not None
 
     def show_stacks(self) -> str:
@@ -129,16 +129,6 @@ class CoreProcess:
         os.close(self.status_fd)
         self.status_fd = -1
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _last_words(self) -> Fatal | None:
-        for line in self._received.splitlines():
-            try:
-                message = msgspec.json.decode(line, type=FromStarting)
-            except msgspec.DecodeError:
-                continue
-            if isinstance(message, Fatal):
-                return message
-        return None
 
     def _how_it_ended(self) -> str:
         try:
@@ -174,11 +164,7 @@ class CoreProcess:
         data = os.read(self.status_fd, 65536)
         if not data:
             raise EngineDeadError(f"the engine did not start: {self._how_it_ended()}")
-        return self._split(data)
-
-    def _split(self, data: bytes) -> list[FromStarting]:
-        *lines, self._received = (self._received + data).split(b"\n")
-        return [msgspec.json.decode(line, type=FromStarting) for line in lines]
+        return self._lines.feed(data)
 
 
 def _describe(message: Fatal) -> str:
