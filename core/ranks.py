@@ -6,11 +6,9 @@ that the core serves its clients whatever its workers do. Knows nothing of what 
 
 from __future__ import annotations
 
-import shutil
+import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import msgspec
@@ -76,9 +74,8 @@ class Ranks:
         self, config: EngineConfig, size_cache: SizeCache, progress: Callable[[Progress], None]
     ) -> None:
         """`size_cache` is asked once all ranks are loaded; what it raises passes through `advance`."""
-        # One rank has nobody to find.
-        many = config.tensor_parallel_size > 1
-        self._folder = tempfile.mkdtemp(prefix="headrace-workers-") if many else None
+        # In memory: whoever is killed, nothing of it is left. One rank has nobody to find.
+        self._meeting = os.memfd_create("rendezvous") if config.tensor_parallel_size > 1 else -1
         self._size_cache = size_cache
         self._progress = progress
         self._encoder = msgspec.msgpack.Encoder()
@@ -166,18 +163,21 @@ class Ranks:
         self.hang_up()
         for worker in self._workers:
             worker.child.stop(grace)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._meeting >= 0:
+            os.close(self._meeting)
+            self._meeting = -1
 
     # --- inside -------------------------------------------------------------------------------------
 
     def _start(self, config: EngineConfig, rank: int) -> _Worker:
         ours, theirs = socket_pair()
         with theirs:
-            rendezvous = "" if self._folder is None else str(Path(self._folder, "rendezvous"))
+            descriptors, rendezvous = [theirs.fileno()], ""
+            if self._meeting >= 0:
+                descriptors.append(self._meeting)
+                rendezvous = f"/proc/self/fd/{self._meeting}"
             start = WorkerStart(config, rank, theirs.fileno(), rendezvous)
-            name = f"worker {rank}"
-            child = spawn(name, ENTRY, start, pass_fds=(theirs.fileno(),), remove=self._folder)
+            child = spawn(f"worker {rank}", ENTRY, start, pass_fds=descriptors)
         return _Worker(child, Pipe(ours, FromWorker, _MAX_FRAME_BYTES))
 
     def _take_start_up(self, rank: int, message: FromWorker) -> None:

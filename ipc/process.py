@@ -7,6 +7,7 @@ Nothing is pickled and `__main__` is not imported again, so programs need no `if
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import importlib
 import os
@@ -26,6 +27,7 @@ from .exit_codes import ExitCode
 from .inspection import STACKS_SIGNAL
 
 _NO_PARENT = 0
+_PR_SET_PDEATHSIG = 1
 
 
 class Child:
@@ -118,12 +120,24 @@ def _follow_parent(parent: int, remove: str) -> None:
     os._exit(ExitCode.PARENT_GONE)
 
 
+def die_with_parent() -> None:
+    """The kernel is to kill this process when its parent ends, even if it is stopped or hangs by then.
+
+    Only for children of processes with a single thread: it is the end of the thread that started the child
+    which counts.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
     if sys.stderr is not None:
         faulthandler.enable()
         faulthandler.register(STACKS_SIGNAL)
     entry, parent, remove = sys.argv[1:]
     payload = sys.stdin.buffer.readline()
+    if not payload:  # the parent is gone already
+        shutil.rmtree(remove, ignore_errors=True)
+        sys.exit(ExitCode.PARENT_GONE)
     if int(parent) != _NO_PARENT:
         following = (int(parent), remove)
         threading.Thread(target=_follow_parent, args=following, name="parent", daemon=True).start()

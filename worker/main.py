@@ -35,6 +35,7 @@ from ..ipc.messages import (
     WorkerStart,
 )
 from ..ipc.pipe import Pipe, PipeClosedError
+from ..ipc.process import die_with_parent
 from .commands import Commands, Sleeper
 from .in_order import InOrder
 from .kv_cache import CacheSize
@@ -79,6 +80,7 @@ class Runner(Sleeper, Protocol):
 
 def run(payload: bytes) -> None:
     """The process's entry; `payload` is a `WorkerStart`. Exits 0 when the core hangs up, 1 on an error."""
+    die_with_parent()
     start = msgspec.json.decode(payload, type=WorkerStart)
     pipe: Pipe[FromWorker, ToWorker] = Pipe(socket.socket(fileno=start.fd), ToWorker, _MAX_FRAME_BYTES)
     worker = Worker(start, pipe)

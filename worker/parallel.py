@@ -107,8 +107,8 @@ class TensorParallel:
 def connect(rank: int, size: int, device: torch.device, rendezvous: str) -> TensorParallel:
     """Meet the other ranks: over NCCL on CUDA devices, over gloo on CPUs.
 
-    `rendezvous` is the path of a file that all ranks can open and that does not exist before; returns once
-    all `size` ranks have come.
+    `rendezvous` is the path of a file that all ranks can open and that is empty or does not exist before;
+    returns once all `size` ranks have come.
     """
     if size == 1:
         return TensorParallel()
