@@ -263,9 +263,19 @@ class AsyncLLM(EngineControl):
 
     async def get_metrics(self) -> list[AnyMetric]:
         """This frontend's counters and histograms, and the engine's own, in vLLM's Prometheus names."""
-        labels = {"model_name": self.config.served_model_name, "engine": "0"}
+        return [*await self.get_engine_metrics(), *self.own_metrics()]
+
+    async def get_engine_metrics(self) -> list[AnyMetric]:
+        """The engine's own part of `get_metrics`, the same for all its frontends."""
         stats, _ = await self.get_stats()
-        return [*engine_records(stats, labels), *self._table.metrics.records(labels)]
+        return list(engine_records(stats, self._labels()))
+
+    def own_metrics(self) -> list[AnyMetric]:
+        """This frontend's part of `get_metrics`."""
+        return list(self._table.metrics.records(self._labels()))
+
+    def _labels(self) -> dict[str, str]:
+        return {"model_name": self.config.served_model_name, "engine": "0"}
 
     async def get_stats(self) -> tuple[Stats, list[ClientStats]]:
         """The engine at this moment, and each client's share of it."""

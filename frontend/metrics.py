@@ -50,7 +50,7 @@ _HISTOGRAMS: dict[str, tuple[Sequence[float], str]] = {
 }
 
 
-class Metric(msgspec.Struct, frozen=True, kw_only=True):
+class Metric(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One figure by its Prometheus name, without the suffixes that Prometheus adds."""
 
     name: str

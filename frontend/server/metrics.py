@@ -52,7 +52,9 @@ def _add(family: Metric, record: AnyMetric) -> None:
 
 
 async def metrics(service: Service, request: Request, body: None) -> Response:
-    records = await service.engine.get_metrics()
+    own = service.engine.own_metrics()
+    counted = own if service.board is None else service.board.total(own)
+    records = [*await service.engine.get_engine_metrics(), *counted]
     text = prometheus_client.exposition.generate_latest(_Records(records))
     return Response(text, media_type=prometheus_client.exposition.CONTENT_TYPE_LATEST)
 

@@ -24,6 +24,7 @@ from ...ipc.exit_codes import ExitCode
 from ..async_llm import AsyncLLM
 from ..engine_args import AsyncEngineArgs
 from .app import make_app
+from .board import Board
 from .listener import announce
 from .options import ServerOptions, read_chat_template
 from .service import Service
@@ -54,6 +55,7 @@ def run(
     args: AsyncEngineArgs,
     keys: list[str],
     ready: int | None = None,
+    board: Board | None = None,
 ) -> ExitCode:
     """Serve at a bound socket until SIGTERM or SIGINT.
 
@@ -62,7 +64,7 @@ def run(
     """
     engine = AsyncLLM.from_engine_args(args)
     try:
-        service = Service(engine, options, read_chat_template(options))
+        service = Service(engine, options, read_chat_template(options), board)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_Server(service, keys, ready).serve_at(listener))
     finally:
@@ -122,6 +124,8 @@ class _Server(uvicorn.Server):
         if engine.errored:
             logger.error("%s", engine.dead_error)
             return True
+        if (board := self._service.board) is not None and counter % 10 == 0:
+            board.write(engine.own_metrics())
         return await super().on_tick(counter)
 
     @contextlib.contextmanager

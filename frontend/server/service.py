@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ...ipc.errors import EngineDeadError, EngineUnhealthyError
 from ..sampling_params import SamplingParams
 from ..tokenizer import Tokenizer
+from .board import Board
 from .errors import ApiError
 from .guard import Gate
 from .parsers import Parsers
@@ -23,9 +24,13 @@ class Service:
     Attributes:
         chat_template: Jinja source that replaces the model's, or None.
         parsers: how the model's answers are taken apart.
+        board: where servers that share a port add up their metrics, or None.
     """
 
-    def __init__(self, engine: AsyncLLM, options: ServerOptions, chat_template: str | None) -> None:
+    def __init__(
+        self, engine: AsyncLLM, options: ServerOptions, chat_template: str | None, board: Board | None = None
+    ) -> None:
+        self.board = board
         self.engine = engine
         self.options = options
         self.gate = Gate()

@@ -25,6 +25,7 @@ from ...ipc.exit_codes import ExitCode
 from ..core_process import CoreProcess
 from ..engine_args import AsyncEngineArgs, resolve
 from . import server
+from .board import Board, make_place
 from .listener import announce
 from .options import ServerOptions
 
@@ -43,6 +44,10 @@ class ServerStart(msgspec.Struct):
     """The descriptor of the bound socket."""
     ready: int
     """A pipe that gets one byte when it serves."""
+    places: list[int]
+    """Descriptors of the `Board`."""
+    place: int
+    """Its own of these."""
     options: ServerOptions
     engine_args: AsyncEngineArgs
     keys: list[str]
@@ -52,6 +57,7 @@ class _Server(NamedTuple):
     child: process.Child
     pidfd: int
     started: float
+    place: int
 
 
 def run_server(payload: bytes) -> None:
@@ -60,7 +66,14 @@ def run_server(payload: bytes) -> None:
     listener = socket.socket(fileno=start.listener)
     server.live(
         start.options,
-        lambda: server.run(listener, start.options, start.engine_args, start.keys, ready=start.ready),
+        lambda: server.run(
+            listener,
+            start.options,
+            start.engine_args,
+            start.keys,
+            ready=start.ready,
+            board=Board(start.places, start.place),
+        ),
     )
 
 
@@ -85,6 +98,7 @@ class Supervisor:
         """Then the servers are killed."""
         self._selector = selectors.DefaultSelector()
         self._ready, self._ready_write = os.pipe()
+        self._places = [make_place() for _ in range(options.workers)]
 
     def run(self) -> ExitCode:
         """Serve until SIGTERM or SIGINT; returns the exit code. Raises HeadraceError at the start."""
@@ -120,12 +134,13 @@ class Supervisor:
         args = self._args
         if self._core is not None:
             args = AsyncEngineArgs(engine_core_address=self._core.address, tokenizer=args.tokenizer)
-        start = ServerStart(self._listener.fileno(), self._ready_write, self._options, args, self._keys)
-        child = process.spawn(
-            "server", f"{__name__}:run_server", start, pass_fds=(start.listener, start.ready)
-        )
+        taken = {one.place for one in self._servers.values()}
+        place = next(place for place in self._places if place not in taken)
+        listener, ready, places = self._listener.fileno(), self._ready_write, self._places
+        start = ServerStart(listener, ready, places, place, self._options, args, self._keys)
+        child = process.spawn("server", f"{__name__}:run_server", start, pass_fds=(listener, ready, *places))
         pidfd = os.pidfd_open(child.pid)
-        self._servers[pidfd] = _Server(child, pidfd, time.monotonic())
+        self._servers[pidfd] = _Server(child, pidfd, time.monotonic(), place)
         self._selector.register(pidfd, selectors.EVENT_READ)
 
     def _supervise(self, wake: socket.socket) -> ExitCode:

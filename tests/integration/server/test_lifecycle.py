@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -113,9 +114,12 @@ def test_several_workers(serve: Serve) -> None:
         return response.status_code == 200 and bool(response.json()["choices"][0]["token_ids"] == exact)
 
     assert all(answers() for _ in range(8))
+    # Whichever server is asked adds up what both have counted, and nothing is lost with one of them.
+    wait_until(lambda: counted(server) == {8.0})
     servers[0].kill()
     wait_until(answers)
     wait_until(lambda: len(supervisor.children()) == 3)
+    wait_until(lambda: min(counted(server), default=0) >= 9)
     assert servers[1].is_running()
     core.kill()
     wait_until(lambda: not core.is_running() and len(supervisor.children()) == 3 and answers())
@@ -124,6 +128,16 @@ def test_several_workers(serve: Serve) -> None:
     assert server.end() == 0
     assert psutil.wait_procs(below, timeout=10)[1] == []
     assert "another one is started" in server.process.stderr.read()
+
+
+def counted(server: Any) -> set[float]:
+    """Finished requests as /metrics has them, asked several times: by new connections, so of any server."""
+    found: set[float] = set()
+    for _ in range(6):
+        with suppress(httpx.TransportError), server.client() as client:
+            text = client.get("/metrics").text
+            found.add(sum(float(n) for n in re.findall(r"vllm:request_success_total{.*} (.*)", text)))
+    return found
 
 
 def test_servers_attach_to_a_running_core(serve: Serve, tmp_path: Any) -> None:
