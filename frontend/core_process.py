@@ -36,11 +36,11 @@ STOP_GRACE_SECONDS = 5.0
 class CoreProcess:
     """A child engine core. `start` it, use `address`, `stop` it."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Begin to start it; returns at once."""
+    def __init__(self, config: EngineConfig, folder: Path | None = None) -> None:
+        """Begin to start it; returns at once. `folder` is that of one that has ended, to have its address."""
         self._pid = os.getpid()
-        self._folder = _private_folder()
-        self.address = f"ipc://{self._folder / 'core'}"
+        self.folder = folder or _private_folder()
+        self.address = f"ipc://{self.folder / 'core'}"
         self._display = _Display()
         self._lines = StatusLines()
         self.status_fd, theirs = os.pipe()
@@ -51,11 +51,11 @@ class CoreProcess:
                 "headrace.core.main:run",
                 CoreStart(config=config, address=self.address, status_fd=theirs),
                 pass_fds=(theirs,),
-                remove=str(self._folder),
+                remove=str(self.folder),
             )
         except BaseException:
             os.close(self.status_fd)
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
             raise
         finally:
             os.close(theirs)
@@ -128,7 +128,7 @@ class CoreProcess:
         self._child.stop(STOP_GRACE_SECONDS)
         os.close(self.status_fd)
         self.status_fd = -1
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _how_it_ended(self) -> str:
         try:

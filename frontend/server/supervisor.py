@@ -16,7 +16,8 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -49,7 +50,8 @@ class ServerStart(msgspec.Struct):
     place: int
     """Its own of these."""
     options: ServerOptions
-    engine_args: AsyncEngineArgs
+    engine_args: dict[str, Any]
+    """Of `AsyncEngineArgs`."""
     keys: list[str]
 
 
@@ -69,7 +71,7 @@ def run_server(payload: bytes) -> None:
         lambda: server.run(
             listener,
             start.options,
-            start.engine_args,
+            AsyncEngineArgs(**start.engine_args),
             start.keys,
             ready=start.ready,
             board=Board(start.places, start.place),
@@ -122,10 +124,10 @@ class Supervisor:
             if self._core is not None:
                 self._core.stop()
 
-    def _start_core(self) -> None:
+    def _start_core(self, folder: Path | None = None) -> None:
         if self._args.engine_core_address is not None:
             return
-        core = CoreProcess(resolve(self._args))
+        core = CoreProcess(resolve(self._args), folder)
         core.wait_until_ready()
         self._core = core
         self._selector.register(core.status_fd, selectors.EVENT_READ)
@@ -137,7 +139,9 @@ class Supervisor:
         taken = {one.place for one in self._servers.values()}
         place = next(place for place in self._places if place not in taken)
         listener, ready, places = self._listener.fileno(), self._ready_write, self._places
-        start = ServerStart(listener, ready, places, place, self._options, args, self._keys)
+        start = ServerStart(
+            listener, ready, places, place, self._options, msgspec.to_builtins(args), self._keys
+        )
         child = process.spawn("server", f"{__name__}:run_server", start, pass_fds=(listener, ready, *places))
         pidfd = os.pidfd_open(child.pid)
         self._servers[pidfd] = _Server(child, pidfd, time.monotonic(), place)
@@ -192,12 +196,12 @@ class Supervisor:
         return ExitCode.DONE
 
     def _restart_core(self, core: CoreProcess) -> None:
-        """The servers that lost it end by themselves, and start again on the new one."""
+        """At the same address: the servers wait for it there, and replay what they were answering."""
         self._selector.unregister(core.status_fd)
         logger.error("%s; another one is started", core.cause_of_death())
         core.stop()
         self._core = None
-        self._start_core()
+        self._start_core(core.folder)
 
     def _on_signal(self, number: int, frame: object) -> None:
         """The first lets requests finish, the second does not; the servers know the difference."""

@@ -90,7 +90,7 @@ def test_a_drain_does_not_last_for_ever(serve: Serve) -> None:
 
 
 def test_several_workers(serve: Serve) -> None:
-    """A server that is killed takes its own streams only; the core's death ends streams, not the service."""
+    """A server that is killed takes its own streams only; the core's death ends none."""
     server = serve("--workers", "2")
     assert server.line.startswith("headrace: 2 workers at http")
     supervisor = psutil.Process(server.process.pid)
@@ -121,8 +121,15 @@ def test_several_workers(serve: Serve) -> None:
     wait_until(lambda: len(supervisor.children()) == 3)
     wait_until(lambda: min(counted(server), default=0) >= 9)
     assert servers[1].is_running()
-    core.kill()
-    wait_until(lambda: not core.is_running() and len(supervisor.children()) == 3 and answers())
+    with server.client() as client, streaming(client, 5) as stream:
+        tokens = next(stream)
+        core.kill()
+        tokens += [token for part in stream for token in part]
+        want = oracle_stream([1, 2, 3], 5, COUNT, VOCAB_SIZE)
+        assert tokens == want[-len(tokens) :]
+        assert len(tokens) > COUNT // 2
+    wait_until(lambda: len(supervisor.children()) == 3 and answers())
+    assert servers[1].is_running()
 
     below = supervisor.children(recursive=True)
     assert server.end() == 0
