@@ -47,6 +47,8 @@ def make_requests(client: bytes, message: AddRequest, config: EngineConfig, now:
     _check(1 <= message.n <= MAX_N, "n", message.n, f">= 1 and <= {MAX_N}")
     _check(0 <= message.request <= last, "request", message.request, f">= 0 and <= {last}")
     _check(1 <= message.max_tokens <= _INT32, "max_tokens", message.max_tokens, f">= 1 and <= {_INT32}")
+    most = _INT32 if config.scheduling_policy == "priority" else 0
+    _check(-most <= message.priority <= most, "priority", message.priority, f">= {-most} and <= {most}")
     sampling, vocab_size = message.sampling, config.vocab_size
     _check_sampling(sampling, message.max_tokens, vocab_size)
     length = len(message.cache_salt)
