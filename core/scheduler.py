@@ -21,22 +21,18 @@ from collections.abc import Sequence
 from enum import Enum, auto
 from itertools import compress
 
-import msgspec
-import numpy as np
-
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, RequestCrashedError
-from ..ipc.messages import Admit, FinishReason, Logprobs, Stats, StepPlan, StepResult, pack, unpack
+from ..ipc.messages import FinishReason, Stats, StepPlan, StepResult, pack, unpack
 from .blame import Blame
-from .block_pool import BlockPool
 from .deadlines import DeadlineQueue
 from .displacement import choose_victims
 from .limits import Limits
-from .logprobs import MAX_ENTRIES, check_rows, entries_per_position, entries_per_token, rows_of
-from .prefix_cache import PrefixCache
+from .logprobs import entries_per_position, rows_of
 from .queue import WaitingQueue
 from .request import Phase, Request
-from .steps import BadResultError, Ended, Outputs, Step
+from .slot_pool import SlotPool
+from .steps import Ended, Outputs, Step, check_result, take_prompt_logprobs
 
 MAX_IN_FLIGHT = 2
 PREFIX_WINDOW = 8
@@ -72,12 +68,10 @@ class Scheduler:
         self._by_priority = config.scheduling_policy == "priority"
         self._limits = Limits(config, num_blocks, max_model_len)
         self._vocab_size = config.vocab_size
-        self._pool = BlockPool(num_blocks)
-        self._cache = PrefixCache(self._pool, config.block_size, self._caching)
         self._blame = Blame(config.max_replays)
         # No more running requests than a step has tokens: every decoding row runs in every step.
-        self._num_slots = min(config.max_num_seqs, self._budget)
-        self._free_slots = _all_slots(self._num_slots)
+        num_slots = min(config.max_num_seqs, self._budget)
+        self._slots = SlotPool(num_slots, num_blocks, config.block_size, self._caching)
         self._queue = WaitingQueue(self._by_priority)
         self._deadlines = DeadlineQueue()
         self._prefilling: list[Request] = []
@@ -85,15 +79,12 @@ class Scheduler:
         self._decoding: list[Request] = []
         self._stale = False  # the two lists hold requests that no longer run
         self._in_flight: deque[Step] = deque()
-        self._released = array("i")  # slots for the next plan to name
         self._last_rows: list[Request] | None = None
         self._last_slots = b""
         self._num_draining = 0
-        self._logprob_entries = 0  # that a step of all that run brings
         # Who could not be admitted, and whom displacing others would not help, until something changes.
         self._stuck: tuple[Request, int, int] | None = None
         self._immovable: tuple[Request, int] | None = None
-        self._num_moves = 0  # admissions, and departures of running requests
         self._last_wait = 0.0  # seconds that the last to start had waited
         self._num_steps = 0
         self._num_preemptions = 0
@@ -123,7 +114,7 @@ class Scheduler:
 
     def check_room(self, requests: Sequence[Request]) -> None:
         """Raise OverloadedError unless there is a free slot or room in the queue for each of these."""
-        num_waiting = len(self._queue) + len(requests) - len(self._free_slots)
+        num_waiting = len(self._queue) + len(requests) - self._slots.num_free
         if num_waiting > 0:
             new = sum(request.num_prompt_tokens for request in requests)
             self._limits.check_room(num_waiting, self._queue.num_prompt_tokens + new, self._last_wait)
@@ -153,8 +144,8 @@ class Scheduler:
         if reset_running:
             for request in self._running():
                 self._preempt(request)
-        self._num_moves += 1
-        return self._pool.reset()
+        self._stuck = None
+        return self._slots.blocks.reset()
 
     def forget_cache(self) -> None:
         """With nothing in flight, the workers give up cache and slots: what ran is to be computed again."""
@@ -172,8 +163,8 @@ class Scheduler:
         return Stats(
             num_running=len(self._running()) + self._num_draining,
             num_waiting=len(self._queue),
-            num_free_blocks=self._pool.num_free,
-            num_blocks=self._pool.num_blocks,
+            num_free_blocks=self._slots.blocks.num_free,
+            num_blocks=self._slots.blocks.num_blocks,
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
             prompt_tokens=self._prompt_tokens,
@@ -215,15 +206,15 @@ class Scheduler:
         """Give a decoding request the block for its next position, if it needs one."""
         table, size = request.block_table, self._block_size
         if request.num_computed_tokens == len(table) * size:
-            self._cache.name_full_blocks(request)
+            self._slots.cache.name_full_blocks(request)
             _settle(request)
-            while not self._pool.num_free:
+            while not self._slots.blocks.num_free:
                 victim = max(self._running(), key=_order)
                 self._preempt(victim)
                 step.preempted = True
                 if victim is request:
                     return
-            table += self._pool.take(1)
+            table += self._slots.blocks.take(1)
             step.granted.extend((request.slot, table[-1]))
         if request.num_computed_tokens == request.max_total_tokens - 2:
             step.last.append(request)
@@ -259,7 +250,7 @@ class Scheduler:
         request.num_computed_tokens += count
         step.budget -= count
         step.chunks.append((request, count))
-        self._cache.name_full_blocks(request)
+        self._slots.cache.name_full_blocks(request)
         _settle(request)
 
     # --- admission ----------------------------------------------------------------------------------
@@ -269,22 +260,22 @@ class Scheduler:
         urgent = self._queue.most_urgent()
         if urgent is None or self.paused is not Pause.NOTHING or not self._may_run(urgent):
             return None
-        if (urgent, self._num_moves) == self._immovable:
+        if (urgent, self._slots.num_moves) == self._immovable:
             return None
-        found = self._cache.find(urgent)
+        found = self._slots.cache.find(urgent)
         computes = len(urgent.tokens) - len(found) * self._block_size
         victims = choose_victims(
             urgent,
             self._running(),
-            self._pool,
+            self._slots.blocks,
             found,
             block_size=self._block_size,
-            num_free_slots=len(self._free_slots),
+            num_free_slots=self._slots.num_free,
             num_row_tokens=1 if self._may_chunk(computes) else computes,
             budget=self._budget,
         )
         if not victims:
-            self._immovable = urgent, self._num_moves
+            self._immovable = urgent, self._slots.num_moves
             return None
         for victim in victims:
             self._preempt(victim)
@@ -296,7 +287,7 @@ class Scheduler:
 
         With `before`, only those that are more urgent than this running one.
         """
-        while self._free_slots and step.budget:
+        while self._slots.num_free and step.budget:
             is_held = self.paused is Pause.NEW
             head = self._queue.next_preempted() if is_held else self._queue.next(now)
             if head is None or (before is not None and head.priority >= before.order[0]):
@@ -306,9 +297,9 @@ class Scheduler:
 
     def _admit_one(self, head: Request, step: Step, now: float) -> bool:
         """Admit the head or, when cached prefixes are at stake, one behind it that has a longer one."""
-        if (head, self._num_moves, self._queue.version) == self._stuck or not self._may_run(head):
+        if (head, self._slots.num_moves, self._queue.version) == self._stuck or not self._may_run(head):
             return False
-        found = self._cache.find(head)
+        found = self._slots.cache.find(head)
         rival, its_found = self._longest_prefix(head, found)
         if rival is not head and self._admit(rival, its_found, step, now):
             head.num_passes += 1
@@ -318,7 +309,7 @@ class Scheduler:
             return False
         if self._admit(head, found, step, now):
             return True
-        self._stuck = head, self._num_moves, self._queue.version
+        self._stuck = head, self._slots.num_moves, self._queue.version
         return False
 
     def _longest_prefix(self, head: Request, found: list[int]) -> tuple[Request, list[int]]:
@@ -328,12 +319,12 @@ class Scheduler:
         """
         best = head, found
         own = -(-len(head.tokens) // self._block_size) - len(found)
-        if own <= self._pool.num_unnamed or head.num_passes == PREFIX_WINDOW or not self._chunked:
+        if own <= self._slots.blocks.num_unnamed or head.num_passes == PREFIX_WINDOW or not self._chunked:
             return best
         if self.paused is Pause.NOTHING:
             for request in self._queue.first_in_line(head, PREFIX_WINDOW):
                 if request is not head and self._may_run(request):
-                    others = self._cache.find(request)
+                    others = self._slots.cache.find(request)
                     if len(others) > len(best[1]):
                         best = request, others
         return best
@@ -346,38 +337,16 @@ class Scheduler:
         """A preempted request may have outgrown the budget: that one is chunked whatever the setting."""
         return self._chunked or num_tokens > self._budget
 
-    def _admit(self, request: Request, shared: list[int], step: Step, now: float) -> bool:
+    def _admit(self, request: Request, found: list[int], step: Step, now: float) -> bool:
         """Give a waiting request a slot and blocks for all its tokens, if there are, and run its first chunk.
 
         Blocks for all, so that two prompts under way never wait for each other's; and one block is left for
         each running request, so that an admission is not undone by the next steps' growth.
         """
-        own = -(-len(request.tokens) // self._block_size) - len(shared)
-        reserve = len(self._decoding) + len(self._prefilling)
-        if not self._free_slots or own + reserve > self._pool.num_free_without(shared):
+        if not self._slots.has_room(request, found, len(self._decoding) + len(self._prefilling)):
             return False
-        entries = entries_per_token(request.sampling)
-        if self._logprob_entries and self._logprob_entries + entries > MAX_ENTRIES:
-            return False
-        self._logprob_entries += entries
-        self._pool.share(shared)
-        request.block_table = shared + self._pool.take(own)
-        request.num_computed_tokens = request.num_charged_tokens = len(shared) * self._block_size
-        request.num_named_blocks = len(shared)
-        request.slot = self._free_slots.pop()
-        request.slot_length = len(request.tokens)
-        step.admitted.append(
-            Admit(
-                slot=request.slot,
-                tokens=request.tokens.tobytes(),
-                num_prompt_tokens=request.num_prompt_tokens,
-                num_computed=request.num_computed_tokens,
-                blocks=pack(request.block_table),
-                sampling=request.sampling,
-            )
-        )
+        step.admitted.append(self._slots.give(request, found))
         self._queue.take(request, now)
-        self._num_moves += 1
         if request.phase is Phase.WAITING:
             self._count_start(request, step, now)
         request.move(Phase.RUNNING)
@@ -400,13 +369,12 @@ class Scheduler:
         slots, num_tokens = self._compose(step)
         plan = StepPlan(
             step=step.number,
-            released=self._released.tobytes(),
+            released=self._slots.take_released(),
             admitted=step.admitted,
             granted=step.granted.tobytes(),
             slots=slots,
             num_tokens=num_tokens,
         )
-        self._released = array("i")
         step.num_decodes = len(self._decoding)
         if step.chunks:
             self._end_prefills(step)
@@ -448,13 +416,13 @@ class Scheduler:
 
     def update(self, result: StepResult) -> Outputs:
         """Take in the oldest plan's result. Raises BadResultError when it cannot be that plan's."""
-        self._check_result(result)
+        check_result(self._in_flight[0] if self._in_flight else None, result, self._vocab_size)
         step = self._in_flight.popleft()
         started = [request for request in step.started if request.phase is not Phase.FINISHED]
         ended: list[Ended] = []
         dropped: set[Request] = set()
         rows, tokens = step.sampling, unpack(result.tokens)
-        prompts = _prompt_logprobs(step, result)  # before a token ends their request
+        prompts = take_prompt_logprobs(step, result)  # before a token ends their request
         for failed in result.failed:
             self._fail(rows[failed.row], failed.error, ended)
         logprobs = {rows[row]: found for row, found in rows_of(result.logprobs).items()}
@@ -473,23 +441,6 @@ class Scheduler:
         self._generation_tokens += len(rows)
         self._blame.look_again()
         return Outputs(rows, tokens, started, ended, logprobs, prompts)
-
-    def _check_result(self, result: StepResult) -> None:
-        step = self._in_flight[0] if self._in_flight else None
-        if step is None or step.number != result.step or len(result.tokens) != 4 * len(step.sampling):
-            expected = "none" if step is None else f"{step.number} with {len(step.sampling)} tokens"
-            got = f"{result.step} with {len(result.tokens) / 4:g}"
-            raise BadResultError(f"the answer to step {got}; expected {expected}")
-        # As unsigned numbers negative ones are large.
-        if result.tokens and int(np.frombuffer(result.tokens, np.uint32).max()) >= self._vocab_size:
-            raise BadResultError(f"the answer to step {result.step} has tokens out of the vocabulary")
-        if any(not 0 <= failed.row < len(step.sampling) for failed in result.failed):
-            raise BadResultError(f"the answer to step {result.step} names rows that it has not")
-        chunks = range(step.num_decodes, step.num_decodes + len(step.chunks))
-        try:
-            check_rows(result, range(len(step.sampling)), chunks)
-        except ValueError as error:
-            raise BadResultError(f"the answer to step {result.step} has {error}") from None
 
     def _take_token(self, request: Request, token: int, ended: list[Ended]) -> None:
         """A token that may end its request, or comes after a preemption."""
@@ -549,16 +500,11 @@ class Scheduler:
             self._queue.push(request)
 
     def _forget_workers(self) -> None:
-        self._pool = BlockPool(self._pool.num_blocks)
-        self._cache = PrefixCache(self._pool, self._block_size, self._caching)
-        self._num_moves += 1
-        self._free_slots = _all_slots(self._num_slots)
-        self._released = array("i")
+        self._slots.clear()
         self._prefilling, self._decoding, self._stale = [], [], False
         self._in_flight.clear()
         self._last_rows, self._last_slots = None, b""
         self._num_draining = 0
-        self._logprob_entries = 0
 
     # --- leaving ------------------------------------------------------------------------------------
 
@@ -582,16 +528,9 @@ class Scheduler:
         self._queue.push(request)
 
     def _vacate(self, request: Request) -> None:
-        """Take a running request's slot and blocks away; what they hold stays findable."""
-        self._cache.name_full_blocks(request)
+        """Take a running request's slot and blocks away."""
         _settle(request)
-        self._num_moves += 1
-        self._logprob_entries -= entries_per_token(request.sampling)
-        self._pool.give_back(request.block_table)
-        request.block_table = []
-        self._released.append(request.slot)
-        self._free_slots.append(request.slot)
-        request.slot = -1
+        self._slots.take_back(request)
         self._stale = True
 
     def _running(self) -> list[Request]:
@@ -603,24 +542,6 @@ class Scheduler:
             self._decoding = [r for r in self._decoding if r.phase is Phase.RUNNING]
             self._prefilling = [r for r in self._prefilling if r.phase is Phase.RUNNING]
             self._stale = False
-
-
-def _all_slots(count: int) -> list[int]:
-    """Free slots, the lowest last: the next to be taken."""
-    return list(range(count - 1, -1, -1))
-
-
-def _prompt_logprobs(step: Step, result: StepResult) -> list[tuple[Request, Logprobs]]:
-    """Whose they are."""
-    found: list[tuple[Request, Logprobs]] = []
-    for prompt in result.prompt_logprobs:
-        request, _ = step.chunks[prompt.request - step.num_decodes]
-        if unpack(prompt.logprobs.rows)[-1] == request.num_prompt_tokens - 1:
-            # That was all: should it run again, the prefix cache serves it.
-            request.sampling = msgspec.structs.replace(request.sampling, prompt_logprobs=None)
-        if request.phase is not Phase.FINISHED:
-            found.append((request, prompt.logprobs))
-    return found
 
 
 def _order(request: Request) -> tuple[int, int]:

@@ -6,10 +6,13 @@ from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
+import numpy as np
+
 from ..ipc.errors import ErrorInfo, HeadraceError
-from ..ipc.messages import Admit, FinishReason, Logprobs
-from .logprobs import MAX_ENTRIES, LogprobRow
-from .request import Request
+from ..ipc.messages import Admit, FinishReason, Logprobs, StepResult, unpack
+from .logprobs import MAX_ENTRIES, LogprobRow, check_rows
+from .request import Phase, Request
 
 
 class Ended(NamedTuple):
@@ -62,3 +65,34 @@ class Step:
     started: list[Request] = field(default_factory=list)
     last: list[Request] = field(default_factory=list)
     """Rows that sample their request's last token."""
+
+
+def check_result(step: Step | None, result: StepResult, vocab_size: int) -> None:
+    """Raise BadResultError when this cannot be the answer to that step's plan; None: no plan is in flight."""
+    if step is None or step.number != result.step or len(result.tokens) != 4 * len(step.sampling):
+        expected = "none" if step is None else f"{step.number} with {len(step.sampling)} tokens"
+        got = f"{result.step} with {len(result.tokens) / 4:g}"
+        raise BadResultError(f"the answer to step {got}; expected {expected}")
+    # As unsigned numbers negative ones are large.
+    if result.tokens and int(np.frombuffer(result.tokens, np.uint32).max()) >= vocab_size:
+        raise BadResultError(f"the answer to step {result.step} has tokens out of the vocabulary")
+    if any(not 0 <= failed.row < len(step.sampling) for failed in result.failed):
+        raise BadResultError(f"the answer to step {result.step} names rows that it has not")
+    chunks = range(step.num_decodes, step.num_decodes + len(step.chunks))
+    try:
+        check_rows(result, range(len(step.sampling)), chunks)
+    except ValueError as error:
+        raise BadResultError(f"the answer to step {result.step} has {error}") from None
+
+
+def take_prompt_logprobs(step: Step, result: StepResult) -> list[tuple[Request, Logprobs]]:
+    """Whose they are; who has all of them is not to be asked again."""
+    found: list[tuple[Request, Logprobs]] = []
+    for prompt in result.prompt_logprobs:
+        request, _ = step.chunks[prompt.request - step.num_decodes]
+        if unpack(prompt.logprobs.rows)[-1] == request.num_prompt_tokens - 1:
+            # That was all: should it run again, the prefix cache serves it.
+            request.sampling = msgspec.structs.replace(request.sampling, prompt_logprobs=None)
+        if request.phase is not Phase.FINISHED:
+            found.append((request, prompt.logprobs))
+    return found

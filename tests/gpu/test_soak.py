@@ -76,7 +76,7 @@ class Soak:
         self.counts["checks"] += 1
         running = [request for request in self.live if request.phase is Phase.RUNNING]
         held = Counter(block for request in running for block in request.block_table)
-        pool = self.scheduler._pool
+        pool = self.scheduler._slots.blocks
         assert {block: pool.references(block) for block in range(NUM_BLOCKS)} == {
             block: held[block] for block in range(NUM_BLOCKS)
         }
