@@ -31,6 +31,11 @@ def make_app(service: Service, keys: Sequence[str]) -> Starlette:
     if origins:  # before the guard: a browser asks for permission without the key
         cors = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
         middleware.insert(0, cors)
+    if (endpoint := service.options.otlp_traces_endpoint) is not None:
+        from .tracing import Tracing, exporting_to  # noqa: PLC0415 - an extra of its own
+
+        traced = Middleware(Tracing, provider=exporting_to(endpoint), model=service.model)
+        middleware.insert(0, traced)
     if service.options.access_log:
         middleware.insert(0, Middleware(AccessLog, shows_prompts=service.options.log_prompts))
     return Starlette(

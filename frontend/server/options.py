@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -42,6 +43,8 @@ class ServerOptions(msgspec.Struct, kw_only=True):
     """"text" or "json", one object a line."""
     log_prompts: bool = False
     """Put the prompts into these lines too."""
+    otlp_traces_endpoint: str | None = None
+    """Send an OpenTelemetry span for each request to this OTLP address (HTTP); needs headrace[tracing]."""
     chat_template: str | None = None
     """A file with the Jinja chat template to use instead of the model's."""
     tool_call_parser: str = "auto"
@@ -73,6 +76,12 @@ def check_options(options: ServerOptions) -> None:
             raise _refusal(name, getattr(options, name), "one of " + ", ".join(choices))
     if options.ssl_certfile is None and (options.ssl_keyfile or options.ssl_ca_certs):
         raise _refusal("ssl_certfile", None, "given together with ssl_keyfile and ssl_ca_certs")
+    endpoint = options.otlp_traces_endpoint
+    if endpoint is not None:
+        if not endpoint.startswith(("http://", "https://")):
+            raise _refusal("otlp_traces_endpoint", endpoint, "an http:// or https:// address")
+        if find_spec("opentelemetry.sdk") is None or find_spec("opentelemetry.exporter") is None:
+            raise _refusal("otlp_traces_endpoint", endpoint, "used with `pip install headrace[tracing]`")
     for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "chat_template"):
         if (path := getattr(options, name)) is not None:
             _read(name, path)
