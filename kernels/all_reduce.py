@@ -119,11 +119,12 @@ def _one_shot_kernel(
     here = first + turn * BOX
     send(boxes, here + RANK * BLOCK, _sendable(x)[None, :], inside[None, :], live, SIZE, WIDTH)
     clear(own, first + (turn + 2) % 3 * BOX, BLOCK, SIZE, WIDTH)
-    tl.store(turns_ptr + program, (turn + live) % 3)
     total = tl.zeros([BLOCK], tl.float32)
     if ADD:
         total = tl.load(out_ptr + element, mask=inside, other=0.0).to(tl.float32)
     total += tl.sum(receive(own, here, inside[None, :], live, BLOCK, SIZE, WIDTH).to(tl.float32), 0)
+    # Not earlier: were there several warps, a slow one might not have read it.
+    tl.store(turns_ptr + program, (turn + live) % 3)
     tl.store(out_ptr + element, total.to(dtype), mask=inside)
 
 
@@ -162,11 +163,11 @@ def _two_shot_kernel(
     send(boxes, here + RANK * BLOCK, _sendable(x), inside, live, SIZE, WIDTH)
     clear(own, before, BLOCK, SIZE, WIDTH)
     clear(own, before + BOX, BLOCK, SIZE, WIDTH)
-    tl.store(turns_ptr + program, (turn + live) % 3)
     total = tl.zeros([BLOCK], tl.float32)
     if ADD:
         total = tl.load(out_ptr + mine, mask=in_mine, other=0.0).to(tl.float32)
     total += tl.sum(receive(own, here, in_mine[None, :], live, BLOCK, SIZE, WIDTH).to(tl.float32), 0)
+    tl.store(turns_ptr + program, (turn + live) % 3)
     result = _sendable(total.to(dtype))
     send(boxes, here + BOX + RANK * BLOCK, result[None, :], in_mine[None, :], live, SIZE, WIDTH)
     tl.store(out_ptr + element, receive(own, here + BOX, inside, live, BLOCK, SIZE, WIDTH), mask=inside)

@@ -2,16 +2,17 @@
 
     python scripts/bench_all_reduce.py --ranks 2 [--width 4096] [--dtype bfloat16]
 
-Each sum is added to a residual, as in a layer of a model: in one shot and in two through peer memory, and by
-NCCL with an addition. Times are microseconds of one sum in a CUDA graph of a row of them, the slowest rank's;
-`host` is NCCL's without a graph. NVLink multicast is off. First the kernels are compared with exact sums over
-thousands of rounds of changing sizes, with ranks that come late at random. The last line is JSON.
+Each sum is added to a residual, as in a layer of a model: through peer memory in one shot and in two, and by
+NCCL with an addition. Times are microseconds of one sum in a CUDA graph of many in a row, the slowest rank's;
+`host` is NCCL's without a graph. NVLink multicast is off. First the kernels are compared with exact sums over thousands of rounds of
+changing sizes, with ranks that come late at random. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -37,36 +39,37 @@ from torch import Tensor
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 768)
 IN_A_ROW = 20
 ROUNDS = 3000
-LARGEST_ONE_SHOT = 2 << 20
+MOST_ROWS = {"one shot": 256, "two shots": ROWS[-1], "NCCL": ROWS[-1]}
 
 
 Row: TypeAlias = dict[str, float]
+Way: TypeAlias = Callable[[Tensor, Tensor], None]
 
 
-def message(seed: int, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def message(seed: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(elements, generator=generator, device=device).to(dtype)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
-def check(tp: TensorParallel, mailboxes: list[Mailbox], largest: int, device: torch.device) -> int:
+def check(tp: TensorParallel, mailboxes: dict[str, Mailbox], width: int, device: torch.device) -> int:
     """Sums of changing sizes back to back, against exact ones. Returns a number that the results decide."""
-    sizes, late, dtype = random.Random(1), random.Random(tp.rank), mailboxes[0].layout.dtype
+    sizes, late = random.Random(1), random.Random(tp.rank)
     pending: list[tuple[Tensor, Tensor]] = []
     digest = 0
     for turn in range(ROUNDS):
-        elements = sizes.choice([1, 8, 100, 4096, 5000, 65536, sizes.randrange(1, largest)])
-        messages = [message(turn * tp.size + rank, elements, dtype, device) for rank in range(tp.size)]
+        name = sizes.choice(list(mailboxes))
+        mailbox = mailboxes[name]
+        rows = sizes.choice([1, sizes.randrange(1, 17), sizes.randrange(1, MOST_ROWS[name])])
+        seeds = range(turn * tp.size, (turn + 1) * tp.size)
+        messages = [message(seed, (rows, width), mailbox.layout.dtype, device) for seed in seeds]
         if late.random() < 0.02:
             time.sleep(late.random() / 200)
-        mailbox = mailboxes[turn % 2]
-        if mailbox is mailboxes[0] and elements > LARGEST_ONE_SHOT // dtype.itemsize:
-            mailbox = mailboxes[1]
         residual = torch.full_like(messages[0], 0.5)
-        ours = all_reduce_triton(messages[tp.rank].clone(), mailbox, residual)
-        pending.append((ours, all_reduce_reference(messages, torch.full_like(ours, 0.5))))
+        pending.append((residual, all_reduce_reference(messages, residual)))
+        all_reduce_triton(messages[tp.rank].clone(), mailbox, residual)
         if len(pending) == 50:
-            for got, right in pending:
-                torch.testing.assert_close(got, right, atol=2e-2, rtol=2e-2)
+            for got, expected in pending:
+                torch.testing.assert_close(got, expected, atol=3e-2, rtol=3e-2)
                 digest = 31 * digest % 2**40 + int(got.view(torch.uint8).long().sum())
             pending.clear()
     return digest
@@ -105,40 +108,38 @@ def host_us(run: Callable[[], object], wait_for_all: Callable[[], object]) -> fl
     return statistics.median(times)
 
 
-def measure(
-    tp: TensorParallel, mailboxes: list[Mailbox], width: int, device: torch.device
-) -> list[dict[str, Any]]:
-    rows, dtype = [], mailboxes[0].layout.dtype
+def measure(tp: TensorParallel, mailboxes: dict[str, Mailbox], width: int, device: torch.device) -> list[Row]:
+    dtype = mailboxes["one shot"].layout.dtype
 
     def wait_for_all() -> None:
-        tp.all_reduce(torch.ones(1, device=device))
+        tp.group.allreduce([torch.ones(1, device=device)]).wait()
         torch.cuda.synchronize()
 
-    def by_nccl(partial: Tensor, residual: Tensor) -> None:
-        tp.all_reduce(partial)
-        residual += partial
+    def by_nccl(partial_sums: Tensor, residual: Tensor) -> None:
+        tp.group.allreduce([partial_sums]).wait()
+        residual += partial_sums
 
+    ways: dict[str, Way] = {name: partial(by_mailbox, mailbox) for name, mailbox in mailboxes.items()}
+    ways["NCCL"] = by_nccl
+    rows: list[Row] = []
     for count in ROWS:
-        partial = torch.zeros(count, width, dtype=dtype, device=device)
-        residual = torch.zeros_like(partial)
-
-        def row_of(
-            one: Callable[[Tensor, Tensor], object], args: tuple[Tensor, Tensor]
-        ) -> Callable[[], object]:
-            return lambda: [one(*args) for _ in range(IN_A_ROW)]
-
-        row: dict[str, Any] = {"rows": count, "KiB": partial.numel() * dtype.itemsize / 1024}
-        for name, mailbox in zip(("one shot", "two shots"), mailboxes, strict=True):
-            if partial.numel() * dtype.itemsize > LARGEST_ONE_SHOT and name == "one shot":
-                row[name] = float("nan")
-                continue
-            run = row_of(lambda p, r, m=mailbox: all_reduce_triton(p, m, r), (partial, residual))  # type: ignore[misc]
-            row[name] = graph_us(run, wait_for_all)
-        run = row_of(by_nccl, (partial, residual))
-        row["NCCL"] = graph_us(run, wait_for_all)
-        row["NCCL host"] = host_us(run, wait_for_all)
+        arguments = [torch.zeros(count, width, dtype=dtype, device=device) for _ in range(2)]
+        row: Row = {"rows": count, "KiB": count * width * dtype.itemsize / 1024}
+        for name, way in ways.items():
+            run = partial(in_a_row, way, *arguments)
+            row[name] = graph_us(run, wait_for_all) if count <= MOST_ROWS[name] else math.nan
+        row["NCCL, host"] = host_us(partial(in_a_row, by_nccl, *arguments), wait_for_all)
         rows.append(row)
     return rows
+
+
+def by_mailbox(mailbox: Mailbox, partial_sums: Tensor, residual: Tensor) -> None:
+    all_reduce_triton(partial_sums, mailbox, residual)
+
+
+def in_a_row(way: Way, partial_sums: Tensor, residual: Tensor) -> None:
+    for _ in range(IN_A_ROW):
+        way(partial_sums, residual)
 
 
 @torch.inference_mode()
@@ -146,14 +147,15 @@ def one_rank(args: argparse.Namespace) -> None:
     device, dtype = torch.device("cuda", args.rank), getattr(torch, args.dtype)
     torch.cuda.set_device(device)
     tp = connect(args.rank, args.ranks, device, args.rendezvous)
-    largest = ROWS[-1] * args.width
-    layouts = [
-        one_shot_layout(args.ranks, LARGEST_ONE_SHOT, dtype),
-        two_shot_layout(args.ranks, largest * dtype.itemsize, dtype),
-    ]
-    mailboxes = share_mailboxes(tp, device, layouts)
+    size, width = args.ranks, args.width
+    each = width * dtype.itemsize
+    layouts = {
+        "one shot": one_shot_layout(size, MOST_ROWS["one shot"] * each, dtype),
+        "two shots": two_shot_layout(size, MOST_ROWS["two shots"] * each, dtype),
+    }
+    mailboxes = dict(zip(layouts, share_mailboxes(tp, device, list(layouts.values())), strict=True))
     begun = time.perf_counter()
-    told: dict[str, Any] = {"digest": check(tp, mailboxes, largest, device)}
+    told: dict[str, Any] = {"digest": check(tp, mailboxes, args.width, device)}
     told["seconds"] = time.perf_counter() - begun
     told["rows"] = measure(tp, mailboxes, args.width, device)
     Path(f"{args.rendezvous}-{args.rank}").write_text(json.dumps(told))
@@ -194,9 +196,9 @@ def main() -> None:
         for number in range(len(ROWS))
     ]
     print(f"{ROUNDS} rounds right and equal on {args.ranks} ranks, {told[0]['seconds']:.1f} s")
-    print("".join(f"{name:>12}" for name in names))
+    print("".join(f"{name:>16}" for name in names))
     for row in rows:
-        print("".join(f"{row[name]:>12.1f}" for name in names))
+        print("".join(f"{row[name]:>16.1f}" for name in names))
     print(json.dumps({"benchmark": "bench_all_reduce", "settings": vars(args), "results": rows}))
 
 

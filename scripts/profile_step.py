@@ -2,7 +2,8 @@
 
     python scripts/profile_step.py --model scripts/models/llama-3.2-1b [--cases 1x64 128x64] [--trace FILE]
 
-A case is so many requests with so many tokens of context.
+A case is so many requests with so many tokens of context. With --tensor-parallel-size the other ranks run in
+processes of their own, each with the same scheduler's same plans; rank 0 is profiled.
 
 Runs one worker's runner in this process with two plans in flight, as the engine does, without frontend and
 core. `step` is measured without the profiler. Kernels that are launched early (programmatic dependent launch)
@@ -15,6 +16,9 @@ import argparse
 import gc
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from array import array
 from collections import deque
@@ -36,20 +40,25 @@ class Driver:
     """The core's and the worker's loops in one."""
 
     def __init__(self, args: argparse.Namespace, batch_size: int, context: int) -> None:
+        length = context + args.steps * 3 + 64
+        num_blocks = batch_size * -(-length // 16)  # the same on all ranks
         config = resolve(
             AsyncEngineArgs(
                 model=args.model,
+                tensor_parallel_size=args.tensor_parallel_size,
+                block_size=16,
+                num_gpu_blocks_override=num_blocks,
                 load_format="dummy",
                 skip_tokenizer_init=True,
                 max_num_seqs=max(batch_size, 8),
                 max_num_batched_tokens=16384,
-                max_model_len=context + args.steps * 3 + 64,
+                max_model_len=length,
                 enforce_eager=args.enforce_eager,
                 enable_prefix_caching=False,
             )
         )
-        self.runner = CudaRunner(config, 0, "")
-        num_blocks = self.runner.load(lambda phase: None).num_blocks
+        self.runner = CudaRunner(config, args.rank, f"{args.rendezvous}-{batch_size}-{context}")
+        self.runner.load(lambda phase: None)
         self.runner.allocate(num_blocks, config.max_model_len)
         self.runner.warm_up()
         self._scheduler = Scheduler(config, num_blocks, config.max_model_len)
@@ -114,6 +123,10 @@ def profile_case(args: argparse.Namespace, batch_size: int, context: int) -> dic
     for _ in range(args.steps):
         driver.step()
     wall = (time.perf_counter() - begun) / args.steps
+    if args.rank:
+        for _ in range(args.steps):
+            driver.step()
+        return {}
     host = statistics.median(driver.host)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         for _ in range(args.steps):
@@ -156,13 +169,31 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--trace", metavar="FILE", help="write a trace of the last case for Perfetto")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--rendezvous", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        args.rendezvous = args.rendezvous or f"{folder}/ranks"
+        others = range(1, 1 if args.rank else args.tensor_parallel_size)
+        command = [sys.executable, *sys.argv, "--rendezvous", args.rendezvous, "--rank"]
+        peers = [subprocess.Popen([*command, str(rank)]) for rank in others]
+        try:
+            profile_cases(args)
+        finally:
+            for peer in peers:
+                peer.kill()
+                peer.wait()
+
+
+def profile_cases(args: argparse.Namespace) -> None:
     results = {}
     for batch_size, context in args.cases:
         results[f"{batch_size} x {context}"] = profile_case(args, batch_size, context)
         gc.collect()
         torch.cuda.empty_cache()
-    print(json.dumps({"benchmark": "profile_step", "settings": vars(args), "results": results}))
+    if args.rank == 0:
+        print(json.dumps({"benchmark": "profile_step", "settings": vars(args), "results": results}))
 
 
 main()

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import importlib
 import itertools
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -130,6 +131,7 @@ class StreamingEngine:
 
     def __init__(self, package: str, model: str, engine_args: dict[str, Any]) -> None:
         if package == "vllm":
+            engine_args = _without_multicast(engine_args)
             api = importlib.import_module("vllm")
             self._kind = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
             llm = importlib.import_module("vllm.v1.engine.async_llm").AsyncLLM
@@ -181,6 +183,19 @@ class StreamingEngine:
         if trace.num_tokens != request.output_len:
             raise RuntimeError(f"{trace.num_tokens} tokens came, {request.output_len} were asked for")
         return trace
+
+
+def _without_multicast(engine_args: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's arguments for several GPUs: a fault in NVLink's multicast takes the whole host along."""
+    if engine_args.get("tensor_parallel_size", 1) == 1:
+        return engine_args
+    os.environ.update(
+        NCCL_NVLS_ENABLE="0",
+        TORCH_SYMM_MEM_DISABLE_MULTICAST="1",
+        NVSHMEM_DISABLE_NVLS="1",
+        VLLM_ALLREDUCE_USE_SYMM_MEM="0",
+    )
+    return {**engine_args, "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}}}
 
 
 async def _call(function: Any, *args: Any) -> Any:
