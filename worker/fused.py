@@ -30,6 +30,7 @@ from .models.causal_lm import CausalLM, LayerCache
 from .models.llama import Llama, LlamaLayer
 from .models.opt import NORM_EPS, OPT, POSITION_OFFSET, OPTLayer
 from .models.qwen3 import Qwen3Attention
+from .parallel import TensorParallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,11 @@ class Packed:
     whole: Sequence[tuple[int, int]]
     """(first token in the step, number of tokens) of the rows that `causal_attention` computes."""
 
+
+HALVED_FROM = 2048
+"""Tokens from which a step over several ranks is computed in halves. Their sums are NCCL's, and take about as
+long as a product; half a product of so many tokens takes half of the time.
+"""
 
 Attend: TypeAlias = Callable[[int, Tensor, Heads], Tensor]
 """(layer, qkv [tokens, (heads + 2 * kv_heads) * head_dim], what to do to the heads) to
@@ -200,14 +206,34 @@ def fold_norms(model: CausalLM) -> None:
         model.fold_norms()
 
 
-def _add(linear: RowLinear, x: Tensor, residual: Tensor) -> None:
-    """`residual += linear(x)`, summed over the ranks."""
-    tp = linear.tp
-    if tp.size == 1:
-        linear_add(x, linear.weight, linear.bias, residual)
-    else:
-        partial = norm_linear(x, linear.weight, linear.bias if tp.rank == 0 else None)
-        tp.add_all_reduced(partial, residual)
+class _Part:
+    """Some of a step's tokens, and what is still being added to them."""
+
+    def __init__(self, residual: Tensor) -> None:
+        self._residual = residual
+        self._finish: Callable[[], None] | None = None
+
+    def settled(self) -> Tensor:
+        """The residual stream [tokens, hidden_size] with everything added."""
+        if self._finish is not None:
+            self._finish()
+            self._finish = None
+        return self._residual
+
+    def add(self, linear: RowLinear, x: Tensor) -> None:
+        """`+= linear(x)`, summed over the ranks."""
+        tp, residual = linear.tp, self.settled()
+        if tp.size == 1:
+            linear_add(x, linear.weight, linear.bias, residual)
+        else:
+            partial = norm_linear(x, linear.weight, linear.bias if tp.rank == 0 else None)
+            self._finish = tp.add_all_reduced(partial, residual)
+
+
+def _parts(residual: Tensor, tp: TensorParallel) -> list[_Part]:
+    """All tokens, or two halves: one half's sums are then under way while the other half is computed."""
+    halves = 2 if tp.size > 1 and len(residual) >= HALVED_FROM else 1
+    return [_Part(rows) for rows in residual.chunk(halves)]
 
 
 def _vocab_logits(head: VocabTable, logits: Tensor) -> Tensor:
@@ -227,6 +253,7 @@ def _is_plain_llama(model: Llama) -> bool:
 def _llama(model: Llama, inputs: StepInputs, attend: Attend, late: bool) -> Tensor:
     residual = model.embedding.embed(inputs.input_ids)
     late = late and model.norms_are_folded and len(residual) > small_batch_linear.MAX_TOKENS
+    parts = _parts(residual, model.embedding.tp)
     for number, layer in enumerate(model.layers):
         assert isinstance(layer, LlamaLayer)
         attention, eps = layer.attention, layer.input_norm.eps
@@ -235,23 +262,31 @@ def _llama(model: Llama, inputs: StepInputs, attend: Attend, late: bool) -> Tens
             heads = replace(heads, q_norm=attention.q_norm.weight, k_norm=attention.k_norm.weight)
         if late:
             heads = replace(heads, late=residual, bias=attention.qkv_proj.bias)
-            qkv = F.linear(residual, attention.qkv_proj.weight)
-        else:
-            qkv = norm_linear(
-                residual,
-                attention.qkv_proj.weight,
-                attention.qkv_proj.bias,
-                norm_weight=layer.input_norm.weight,
-                eps=eps,
-            )
-        _add(attention.o_proj, attend(number, qkv, heads), residual)
-        gate_up = layer.mlp.gate_up_proj.weight
-        if late:
-            gated = silu_mul(F.linear(residual, gate_up), residual, eps)
-        else:
-            gated = norm_gate_up_silu(residual, layer.mlp_norm.weight, gate_up, eps)
-        _add(layer.mlp.down_proj, gated, residual)
+        qkv = [_project(layer, part.settled(), late) for part in parts]
+        attended = attend(number, qkv[0] if len(qkv) == 1 else torch.cat(qkv), heads)
+        for part, rows in zip(parts, attended.chunk(len(parts)), strict=True):
+            part.add(attention.o_proj, rows)
+        for part in parts:
+            part.add(layer.mlp.down_proj, _gate(layer, part.settled(), late))
+    for part in parts:
+        part.settled()
     return residual
+
+
+def _project(layer: LlamaLayer, residual: Tensor, late: bool) -> Tensor:
+    """Queries, keys and values."""
+    linear, norm = layer.attention.qkv_proj, layer.input_norm
+    if late:
+        return F.linear(residual, linear.weight)
+    return norm_linear(residual, linear.weight, linear.bias, norm_weight=norm.weight, eps=norm.eps)
+
+
+def _gate(layer: LlamaLayer, residual: Tensor, late: bool) -> Tensor:
+    """The input of the down projection."""
+    weight, norm = layer.mlp.gate_up_proj.weight, layer.mlp_norm
+    if late:
+        return silu_mul(F.linear(residual, weight), residual, norm.eps)
+    return norm_gate_up_silu(residual, norm.weight, weight, norm.eps)
 
 
 def _llama_logits(model: Llama, hidden: Tensor) -> Tensor:
@@ -310,7 +345,9 @@ def _add_unbiased(linear: RowLinear, x: Tensor, residual: Tensor) -> None:
     if _is_wide(linear, residual):
         linear_add(x, linear.weight, None, residual)
     else:
-        _add(linear, x, residual)
+        whole = _Part(residual)
+        whole.add(linear, x)
+        whole.settled()
 
 
 def _opt_logits(model: OPT, hidden: Tensor) -> Tensor:

@@ -144,12 +144,10 @@ def test_tokens_are_transformers_best(name: str, ranks: int, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_a_killed_rank_is_named_and_replaced(ranks: int, tmp_path: Path) -> None:
-    make_model("llama", tmp_path)
+    model, prompt = make_model("llama", tmp_path), make_prompts()[3]
 
-    async def main() -> None:
+    async def main() -> list[int]:
         async with AsyncLLM.from_engine_args(engine_args(tmp_path, ranks)) as engine:
-            prompt = make_prompts()[3]
-            expected = await complete(engine, prompt, 900, **GREEDY)
             task = asyncio.create_task(complete(engine, prompt, 900, **GREEDY))
             await asyncio.sleep(0.2)
             victim = psutil.Process(engine._client.info.pid).children()[-1]
@@ -158,8 +156,10 @@ def test_a_killed_rank_is_named_and_replaced(ranks: int, tmp_path: Path) -> None
             while not unhealthy:  # its peers spin in their kernels, and are ended all the same
                 unhealthy = (await engine._client.call("ping")).unhealthy
             assert f"worker {ranks - 1}, in phase 'serving'" in unhealthy
-            tokens = await task
-            assert len(tokens) == 900
-            assert tokens[:16] == expected[:16]
+            return await task
 
-    asyncio.run(asyncio.wait_for(main(), 120))
+    tokens = asyncio.run(asyncio.wait_for(main(), 120))
+    assert len(tokens) == 900
+    regret = regrets(model, [prompt], [tokens])
+    print(f"{ranks} ranks, one killed: worst regret {regret.max():.4f}")
+    assert regret.max() < 0.5

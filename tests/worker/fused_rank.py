@@ -13,6 +13,7 @@ from headrace.kernels.all_reduce import one_shot_layout, two_shot_layout
 from headrace.kernels.draw_tokens import draw_tokens_triton, winners_layout
 from headrace.kernels.mailbox import Layout, make_mailbox
 from headrace.kernels.slot_table import StepInputs
+from headrace.worker import fused, parallel
 from headrace.worker.fused import Fused, Packed, fuse
 from headrace.worker.models import build_model
 from headrace.worker.parallel import Peers, TensorParallel
@@ -59,12 +60,12 @@ def i32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def steps(fused: Fused) -> list[Tensor]:
+def steps(model: Fused) -> list[Tensor]:
     """Logits of the prompt's first part as one chunk, then token by token; this rank's share of them."""
     chunk = Packed(inputs(0, NUM_PREFILLED), i32(0), i32(0, NUM_PREFILLED), 0, i32(0, 0).view(1, 2), ())
-    first = fused.packed(chunk, i32(NUM_PREFILLED - 1))
+    first = model.packed(chunk, i32(NUM_PREFILLED - 1))
     assert first is not None
-    decodes = [fused.decode(inputs(at, at + 1), i32(0)) for at in range(NUM_PREFILLED, len(PROMPT))]
+    decodes = [model.decode(inputs(at, at + 1), i32(0)) for at in range(NUM_PREFILLED, len(PROMPT))]
     return [first, *decodes]
 
 
@@ -78,23 +79,33 @@ def run(config: EngineConfig, tp: TensorParallel) -> dict[str, Tensor]:
     shape = (blocks, BLOCK, model.num_kv_heads, model.head_dim)
     caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(model.num_layers)]
     heads = config.hf_config["num_attention_heads"] // tp.size
-    fused = fuse(model, caches, torch.arange(blocks, dtype=torch.int32)[None], heads, 1)
-    assert fused is not None
-    logits = steps(fused)
-    share = fused.share
+    steps_of = fuse(model, caches, torch.arange(blocks, dtype=torch.int32)[None], heads, 1)
+    assert steps_of is not None
+    logits = steps(steps_of)
+    share = steps_of.share
     columns = logits[0].shape[1] if share is None else share.columns
     zero = torch.zeros(1)
     drawn = [
-        draw_tokens_triton(each, zero, zero.long(), zero.int(), share=None if share is None else fused.share)
+        draw_tokens_triton(
+            each, zero, zero.long(), zero.int(), share=None if share is None else steps_of.share
+        )
         for each in logits
     ]
     return {"logits": torch.cat(logits)[:, :columns], "drawn": torch.cat(drawn)}
 
 
-def main(rank: str, size: str, folder: str, *configs: str) -> None:
+def main(rank: str, size: str, folder: str, *encoded: str) -> None:
     torch.set_num_threads(1)
-    tp = TensorParallel() if size == "1" else connect(int(rank), int(size), Path(folder))
-    results = [run(msgspec.json.decode(config, type=EngineConfig), tp) for config in configs]
+    configs = [msgspec.json.decode(config, type=EngineConfig) for config in encoded]
+    if size == "1":
+        results = [run(config, TensorParallel()) for config in configs]
+    else:
+        mailboxes = connect(int(rank), int(size), Path(folder))
+        results = [run(config, mailboxes) for config in configs]
+        # Large messages, whose sums go on in the background, over gloo in NCCL's place.
+        fused.HALVED_FROM = NUM_PREFILLED - 1
+        gloo = parallel.connect(int(rank), int(size), CPU, f"{folder}/ranks")
+        results.append(run(configs[0], gloo))
     torch.save(results, Path(folder) / f"{rank}-of-{size}.pt")
 
 

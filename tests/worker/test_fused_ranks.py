@@ -66,7 +66,7 @@ def test_two_ranks_equal_one(tmp_path: Path, make_config: Callable[..., EngineCo
         for rank, size in places
     ]
     try:
-        assert [process.wait(120) for process in ranks] == [0, 0, 0]
+        assert [process.wait(240) for process in ranks] == [0, 0, 0]
     finally:
         for process in ranks:
             process.kill()
@@ -79,3 +79,5 @@ def test_two_ranks_equal_one(tmp_path: Path, make_config: Callable[..., EngineCo
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4, msg=family)
         for each in (alone, *both):
             assert torch.equal(each[number]["drawn"], expected.argmax(-1)), family
+    for each in both:
+        torch.testing.assert_close(each[-1]["logits"], alone[0]["logits"], atol=1e-4, rtol=1e-4)
