@@ -58,6 +58,9 @@ class Workers:
         """In this life."""
         self._num_due = 0
         """Plans without an answer."""
+        self._num_busy = 0
+        """Ranks that have not answered a command: it may take as long as a start."""
+        self._asked_at = 0.0
         self._watch = Watch(config.hang_seconds, computes_on_cpu=config.device == "cpu")
         self._next_look = 0.0
         self._failures: list[WorkerError] = []
@@ -109,6 +112,9 @@ class Workers:
         self._is_stuck = not self._ranks.flush()
         if isinstance(message, StepPlan):
             self._num_due += 1
+        else:
+            self._num_busy = self._config.tensor_parallel_size
+            self._asked_at = time.monotonic()
 
     def recv(self) -> StepResult | CommandResult | None:
         """The next result if it is there. While they do not serve: take the next step towards it."""
@@ -123,6 +129,8 @@ class Workers:
             self._has_answered = True
             self._watch.answered()
             self._num_due -= 1
+        elif isinstance(result, CommandResult):
+            self._num_busy -= 1
         elif result is None:
             self._look()
         return result
@@ -134,8 +142,11 @@ class Workers:
         if now < self._next_look:
             return
         self._next_look = now + LOOK_SECONDS
+        if self._num_busy and now - self._asked_at > START_SECONDS:
+            raise self._ranks.failure(0, "took too long for a command")
+        is_due = self._num_due > 0 and not self._num_busy
         pids = self._ranks.pids()
-        self._watch.look(now, {rank: activity(pid) for rank, pid in pids.items()}, is_due=self._num_due > 0)
+        self._watch.look(now, {rank: activity(pid) for rank, pid in pids.items()}, is_due=is_due)
         if self._watch.has_hung and self._watch.verdict is not None:
             self._show_stacks(pids)
             verdict = self._watch.verdict
@@ -162,7 +173,7 @@ class Workers:
         if self._ranks is not None:
             self._ranks.hang_up()
         self._has_answered = self._is_stuck = False
-        self._num_due = 0
+        self._num_due = self._num_busy = 0
         self.num_restarts += 1
         self._enter(_State.ENDING)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -238,6 +240,37 @@ def test_bad_calls_are_refused_and_disturb_nobody(
         assert caught.value.parameter == parameter
         output = await last(engine.generate([1], params(3)))
         assert output.outputs[0].token_ids == oracle_stream([1], 3, 3, 1000)
+
+    run(main())
+
+
+def test_every_rank_takes_part(oracle_args: Args) -> None:
+    async def main() -> None:
+        async with AsyncLLM(oracle_args(tensor_parallel_size=2)) as engine:
+            assert [answer["rank"] for answer in await engine.collective_rpc("rank")] == [0, 1]
+            tasks = await running(engine)
+            await engine.sleep(2, "keep")
+            assert [held["kv_cache_bytes"] for held in await engine.collective_rpc("memory_stats")] == [0, 0]
+            await engine.wake_up()
+            await check_all(tasks)
+
+    run(main())
+
+
+def test_workers_that_die_in_their_sleep_come_back_and_are_woken(oracle_args: Args) -> None:
+    async def main() -> None:
+        async with AsyncLLM(oracle_args()) as engine:
+            tasks = await running(engine)
+            await engine.sleep(1, "keep")
+            (answer,) = await engine.collective_rpc("rank")
+            os.kill(int(str(answer["pid"])), signal.SIGKILL)
+            while not (await engine.get_stats())[0].num_restarts:
+                pass
+            assert await engine.is_sleeping()
+            (again,) = await engine.collective_rpc("rank")
+            assert again["pid"] != answer["pid"]
+            await engine.wake_up()
+            await check_all(tasks)
 
     run(main())
 
