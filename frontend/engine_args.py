@@ -90,6 +90,8 @@ class AsyncEngineArgs:
     """Prompt tokens of those."""
     max_logprobs: int = 20
     """Most logprobs that a request may ask for; -1: the whole vocabulary."""
+    batch_invariant: bool = False
+    """Logits are the same bits whatever runs beside a request; on CPUs, without tensor parallelism."""
     logprobs_mode: str = "raw_logprobs"
     """"raw_logprobs" or "raw_logits": as the model gives them; "processed_...": as the draw sees them."""
     hang_seconds: float = 8.0
@@ -189,6 +191,7 @@ def resolve(args: AsyncEngineArgs) -> EngineConfig:
         structured_outputs_config=_structured_outputs(args) or StructuredOutputsConfig(),
         max_logprobs=args.max_logprobs,
         logprobs_mode=cast(LogprobsMode, args.logprobs_mode),
+        batch_invariant=_batch_invariant(args, device),
     )
 
 
@@ -253,6 +256,7 @@ _TEXTS = (
 _SAYS_NOTHING = ("disable_fallback", "reasoning_parser", "reasoning_parser_plugin", "enable_in_reasoning")
 _FLAGS = (
     "skip_tokenizer_init",
+    "batch_invariant",
     "enable_prefix_caching",
     "enable_chunked_prefill",
     "enforce_eager",
@@ -384,6 +388,22 @@ def _max_model_len(args: AsyncEngineArgs, hf_config: dict[str, Any]) -> int:
         message = f"max_model_len={args.max_model_len} is beyond the model's max_position_embeddings={limit}"
         raise ConfigError(message, parameter="max_model_len", value=args.max_model_len, limit=limit)
     return args.max_model_len
+
+
+def _batch_invariant(args: AsyncEngineArgs, device: Device) -> bool:
+    if not args.batch_invariant:
+        return False
+    reason = limit = None
+    if device != "cpu":
+        reason, limit = "on GPUs the kernels are chosen by the batch's size; it works on CPUs", "a CPU"
+    elif args.tensor_parallel_size > 1:
+        reason, limit = "the order in which ranks are summed depends on the batch", "tensor_parallel_size=1"
+    elif args.block_size > 128:
+        reason, limit = "it needs block_size <= 128", "block_size <= 128"
+    if reason is not None:
+        message = f"batch_invariant=True is not supported here: {reason}"
+        raise ConfigError(message, parameter="batch_invariant", value=True, limit=limit)
+    return True
 
 
 def _max_num_batched_tokens(args: AsyncEngineArgs, device: Device, max_model_len: int) -> int:

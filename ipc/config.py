@@ -89,6 +89,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Most logprobs beside the chosen token's that a request may ask for; -1: the whole vocabulary."""
     logprobs_mode: LogprobsMode
     """What logprobs tell: the scores before or after all that changes them, and whether normalized."""
+    batch_invariant: bool = False
+    """Logits are the same bits whatever runs beside a request."""
 
     tokenizer_json: str | None = None
     """The tokenizer in a file of the `tokenizers` package, to match grammars with; None: no grammars."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .invariant_attention import InvariantTile, invariant_attention, plan_invariant
 from .paged_prefill import paged_prefill
 
 _WORTH_A_GROUP = 256
@@ -48,9 +49,12 @@ class AttentionMetadata:
     """int32 [rows], each row's entry in `block_tables`; None: they are in order. For the Triton path."""
     tiles: Tensor | None = None
     """int32 [tiles, 2], as `paged_prefill` takes them. For the Triton path."""
+    invariant: bool = False
+    """A token's result must not depend on what is computed beside it. For the torch path."""
 
     _plans: dict[int, _Plan] = field(default_factory=dict, repr=False, compare=False)
     """Block size -> the torch path's plan; made by the first layer of a step, used by all."""
+    _invariant_plans: dict[int, list[InvariantTile]] = field(default_factory=dict, repr=False, compare=False)
 
 
 def paged_attention(
@@ -77,6 +81,8 @@ def paged_attention(
             tiles=meta.tiles,
             scale=scale,
         )
+    if meta.invariant:
+        return invariant_attention(q, k_cache, v_cache, _invariant_plan(meta, k_cache.shape[1]), scale)
     return paged_attention_reference(q, k_cache, v_cache, meta, scale)
 
 
@@ -171,6 +177,15 @@ def _make_plan(meta: AttentionMetadata, block_size: int) -> _Plan:
         prefills.append(_Prefill(slice(start, start + query_len), blocks, seq_len, mask))
         start += query_len
     return _Plan(decodes, prefills, is_one_group=len(decodes) == 1 and not prefills)
+
+
+def _invariant_plan(meta: AttentionMetadata, block_size: int) -> list[InvariantTile]:
+    plan = meta._invariant_plans.get(block_size)
+    if plan is None:
+        tables, lens = meta.block_tables, meta.seq_lens_host
+        plan = plan_invariant(tables, meta.query_lens_host, lens, meta.num_decodes, block_size)
+        meta._invariant_plans[block_size] = plan
+    return plan
 
 
 def _similar_rows(meta: AttentionMetadata) -> list[list[int]]:

@@ -7,7 +7,7 @@ belongs where. It knows no model and no file format.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -17,7 +17,35 @@ from torch import Tensor, nn
 from ..ipc.errors import ConfigError
 from ..kernels.embedding import embed
 from ..kernels.rms_norm import rms_norm
+from ..kernels.silu_mul import silu_mul
 from .parallel import TensorParallel
+
+_THREAD_WORTH = 32768
+"""Torch shares elementwise work out over threads when there are more elements than this."""
+
+
+@dataclass(slots=True)
+class RowWise:
+    """How a model's layers treat the rows that they are given: see `invariance.py`."""
+
+    multiple: int = 1
+    """Linear layers fill up their rows to a multiple of this."""
+    whole_rows: bool = False
+    """No thread gets part of a row: vector code and what does the rest differ in the last digit."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[rows, in] to [rows, out]."""
+        missing = -len(x) % self.multiple
+        if not missing:
+            return F.linear(x, weight, bias)
+        return F.linear(F.pad(x, (0, 0, 0, missing)), weight, bias)[: len(x)]
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[rows, 2 * size] to [rows, size]."""
+        if not self.whole_rows:
+            return silu_mul(gate_up)
+        count = max(1, _THREAD_WORTH // gate_up.shape[1])
+        return torch.cat([silu_mul(part) for part in gate_up.split(count)])
 
 
 @dataclass(frozen=True)
@@ -27,6 +55,7 @@ class Place:
     dtype: torch.dtype
     device: torch.device
     tp: TensorParallel
+    row_wise: RowWise = field(default_factory=RowWise)
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter, to be filled through its `Weight`."""
@@ -78,13 +107,13 @@ class ColumnLinear(nn.Module):
     def __init__(self, in_features: int, outputs: Sequence[Output], bias: bool, place: Place) -> None:
         super().__init__()
         rows = sum(output.size // output.pieces for output in outputs)
-        self.outputs, self.tp = outputs, place.tp
+        self.outputs, self.tp, self.row_wise = outputs, place.tp, place.row_wise
         self.weight = place.parameter(rows, in_features)
         self.bias = place.parameter(rows) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, in_features] to [tokens, this rank's rows], the outputs side by side."""
-        return F.linear(x, self.weight, self.bias)
+        return self.row_wise.linear(x, self.weight, self.bias)
 
     def weights(self, prefix: str) -> Weights:
         """`prefix` ends with a dot."""
@@ -106,14 +135,14 @@ class RowLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool, place: Place) -> None:
         super().__init__()
-        self.in_features, self.tp = in_features, place.tp
+        self.in_features, self.tp, self.row_wise = in_features, place.tp, place.row_wise
         self.weight = place.parameter(out_features, in_features // place.tp.size)
         self.bias = place.parameter(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, this rank's part of in_features] to [tokens, out_features], the same on all ranks."""
         if self.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
+            return self.row_wise.linear(x, self.weight, self.bias)
         out = self.tp.all_reduce(F.linear(x, self.weight))
         return out if self.bias is None else out.add_(self.bias)
 
@@ -133,10 +162,11 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: bool, place: Place) -> None:
         super().__init__()
         self.weight = place.parameter(out_features, in_features)
+        self.row_wise = place.row_wise
         self.bias = place.parameter(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.row_wise.linear(x, self.weight, self.bias)
 
     def weights(self, name: str) -> Weights:
         weights = {f"{name}.weight": Weight(self.weight, tuple(self.weight.shape))}
@@ -150,7 +180,7 @@ class VocabTable(nn.Module):
 
     def __init__(self, vocab_size: int, size: int, place: Place) -> None:
         super().__init__()
-        self.vocab_size, self.tp = vocab_size, place.tp
+        self.vocab_size, self.tp, self.row_wise = vocab_size, place.tp, place.row_wise
         rows = -(-vocab_size // place.tp.size)
         self.start = min(place.tp.rank * rows, vocab_size)
         self.stop = min(self.start + rows, vocab_size)
@@ -165,7 +195,7 @@ class VocabTable(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, size] to float32 [rows, vocab_size], on all ranks."""
-        return self.gather(F.linear(hidden, self.weight)).float()
+        return self.gather(self.row_wise.linear(hidden, self.weight)).float()
 
     def gather(self, logits: Tensor) -> Tensor:
         """[rows, of this rank's ids] to [rows, vocab_size], on all ranks."""

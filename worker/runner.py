@@ -20,6 +20,8 @@ from ..ipc.messages import Admit, Argument, PromptLogprobs, Sampling, StepPlan, 
 from ..kernels.paged_attention import AttentionMetadata
 from .in_order import Executed
 from .kv_cache import POISON, CacheSize, cpu_budget, size_cache
+from .invariance import check_attention, find_row_multiple
+from .layers import RowWise
 from .logprobs import LogprobStage, prompt_to_wire, prompt_wishes, scores_to_show, to_wire
 from .models import build_model
 from .models.causal_lm import CausalLM, LayerCache
@@ -59,6 +61,7 @@ class ModelRunner:
         self._sampler = Sampler(self._device, config.logprobs_mode)
         self._kv_caches: list[LayerCache] = []
         self._tp = TensorParallel()
+        self._row_wise = RowWise()
         self._model: CausalLM
 
     @torch.inference_mode()
@@ -73,6 +76,12 @@ class ModelRunner:
             self._tp = connect(self._rank, config.tensor_parallel_size, self._device, self._rendezvous)
         progress("load weights")
         self._model = self._load_model()
+        if config.batch_invariant:
+            progress("look for batch-invariant kernels")
+            self._row_wise.multiple = find_row_multiple(self._model)
+            self._row_wise.whole_rows = True
+            heads = int(config.hf_config["num_attention_heads"])
+            check_attention(heads, self._model.num_kv_heads, self._model.head_dim, self._dtype)
         progress("size KV cache")
         return size_cache(config, self._block_bytes(), cpu_budget(config))
 
@@ -219,12 +228,19 @@ class ModelRunner:
             max_seq_len=max_seq_len,
             query_lens_host=query_lens.tolist(),
             seq_lens_host=seq_lens.tolist(),
+            invariant=self._config.batch_invariant,
         )
 
     def _load_model(self) -> CausalLM:
         config = self._config
         model = build_model(
-            config.architecture, config.hf_config, self._dtype, self._device, self._tp, config.max_model_len
+            config.architecture,
+            config.hf_config,
+            self._dtype,
+            self._device,
+            self._tp,
+            config.max_model_len,
+            self._row_wise,
         )
         load_weights(model, config, self._device, self._tp)
         return model.eval()

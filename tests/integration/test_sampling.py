@@ -3,60 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-import transformers
 from headrace import LLM, BeamSearchParams, RequestError, RequestOutput, RequestOutputKind, SamplingParams
 from headrace.frontend.logprobs import FlatLogprobs
 from headrace.frontend.repetition import RepetitionDetectionParams
-from tokenizers import decoders, models, pre_tokenizers
 
-VOCAB = 261
+from tests.integration.tiny_llama import VOCAB, save_with_tokenizer, tiny_llama
+
 THINK, END_THINK = 258, 259
 
 
 @pytest.fixture(scope="module")
 def peer() -> Any:
     """The model in transformers."""
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        eos_token_id=257,
-    )
-    torch.manual_seed(3)
-    model = transformers.LlamaForCausalLM(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=2 * parameter.shape[1] ** -0.5)
-    return model
+    return tiny_llama()
 
 
 @pytest.fixture(scope="module")
 def llm(peer: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    """Its tokens are the 256 bytes and a few special ones; steps are small and blocks few."""
+    """Steps are small and blocks few."""
     folder: Path = tmp_path_factory.mktemp("llama")
-    logging.disable(logging.WARNING)
-    peer.save_pretrained(folder)
-    logging.disable(logging.NOTSET)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<s>", "</s>"])
-    backend.add_tokens(["<think>", "</think>", "spare"])
-    backend.save(str(folder / "tokenizer.json"))
+    save_with_tokenizer(peer, folder)
     with LLM(
         str(folder), dtype="float32", max_num_batched_tokens=32, block_size=4, num_gpu_blocks_override=90
     ) as llm:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from ...ipc.errors import ConfigError
-from ..layers import Place
+from ..layers import Place, RowWise
 from ..parallel import TensorParallel
 from .causal_lm import CausalLM
 
@@ -33,6 +33,7 @@ def build_model(
     device: torch.device,
     tp: TensorParallel,
     max_model_len: int,
+    row_wise: RowWise | None = None,
 ) -> CausalLM:
     """This rank's share of a model, its parameters uninitialised.
 
@@ -56,4 +57,4 @@ def build_model(
             limit="unquantized, or GGUF",
         )
     module: _Module = import_module(f".{_MODULES[architecture]}", __name__)
-    return module.build(hf_config, Place(dtype, device, tp), max_model_len)
+    return module.build(hf_config, Place(dtype, device, tp, row_wise or RowWise()), max_model_len)

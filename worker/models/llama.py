@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ...kernels.kv_write import rotate_kv_write
 from ...kernels.paged_attention import AttentionMetadata, paged_attention
-from ...kernels.silu_mul import silu_mul
 from ..layers import ColumnLinear, Output, Place, RMSNorm, RowLinear, VocabTable, Weights, attention_outputs
 from ..rope import rotation_table
 from .causal_lm import CausalLM, LayerCache, refuse_sliding_window, require
@@ -102,7 +101,7 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, hidden_size], both sides."""
-        return self.down_proj(silu_mul(self.gate_up_proj(x)))  # type: ignore[no-any-return]
+        return self.down_proj(self.down_proj.row_wise.silu_mul(self.gate_up_proj(x)))  # type: ignore[no-any-return]
 
     def weights(self, prefix: str) -> Weights:
         return self.gate_up_proj.weights(prefix) | self.down_proj.weights(f"{prefix}down_proj")

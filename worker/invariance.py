@@ -1,0 +1,90 @@
+"""`batch_invariant` on CPUs: a token's logits are the same bits whatever is computed beside it.
+
+Matrix libraries multiply few rows in another order than many. From some number of rows on, or in multiples of
+one, every row's result is the same wherever it stands; which number that is depends on the CPU and the type,
+so it is looked for when the model is loaded, with matrices of the model's shapes. The trials' sums cancel
+nearly, so that another order of summation shows in most results and not in one of a thousand.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ipc.errors import ConfigError
+from ..kernels.invariant_attention import KEYS, invariant_attention, plan_invariant
+
+_MULTIPLES = (1, 2, 4, 16, 32)
+_COUNTS = (1, 2, 3, 5, 7, 8, 9, 11, 12, 16, 17, 31, 33, 48, 64, 65, 97, 300, 512, 1000)
+"""Of rows that are multiplied together in a trial."""
+_TRIALS = 64
+"""Different rows."""
+_LONGEST = 1 << 31
+"""Multiplications in a trial: about a second's."""
+_CUTS = [(0, 101), (100, 101), (101, 130), (510, 513), (KEYS, KEYS + 1), (KEYS, KEYS + 188), (650, 651)]
+"""Of a prompt of 700 tokens."""
+
+
+def find_row_multiple(model: nn.Module) -> int:
+    """The smallest multiple of rows with which matrices of the model's shapes multiply each row alike.
+
+    Raises ConfigError when none does.
+    """
+    shapes = {tuple(p.shape): p.dtype for p in model.parameters() if p.dim() == 2}
+    for multiple in _MULTIPLES:
+        if all(_is_invariant(shape, dtype, multiple) for shape, dtype in shapes.items()):
+            return multiple
+    message = "batch_invariant=True: this CPU's matrix library gives a row other results beside other rows"
+    raise ConfigError(message, parameter="batch_invariant", value=True, limit=False)
+
+
+def check_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Raises ConfigError when attention depends on how a prompt is cut up."""
+    generator = torch.Generator().manual_seed(0)
+    length, size = KEYS + 188, 4
+    blocks = length // size
+    q, keys = _cancelling(length * heads, blocks * size * kv_heads, head_dim, dtype, generator)
+    q, keys = q.view(length, heads, head_dim), keys.view(blocks, size, kv_heads, head_dim)
+    # Neighbours that are equally likely and nearly cancel.
+    keys[:, 1::2] = keys[:, ::2]
+    values = torch.randn(keys.shape, generator=generator).to(dtype)
+    values[:, 1::2] = (values[:, ::2].float() * -1.01).to(dtype)
+    tables = torch.arange(blocks, dtype=torch.int32)[None]
+
+    def attend(begin: int, end: int) -> Tensor:
+        tiles = plan_invariant(tables, [end - begin], [end], int(end - begin == 1), size)
+        return invariant_attention(q[begin:end], keys, values, tiles, head_dim**-0.5)
+
+    whole = attend(0, length)
+    if not all(torch.equal(attend(begin, end), whole[begin:end]) for begin, end in _CUTS):
+        message = "batch_invariant=True: on this CPU attention depends on how a prompt is cut into chunks"
+        raise ConfigError(message, parameter="batch_invariant", value=True, limit=False)
+
+
+def _is_invariant(shape: tuple[int, ...], dtype: torch.dtype, multiple: int) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    rows, matrix = _cancelling(_TRIALS, shape[0], shape[1], dtype, generator)
+    expected = F.linear(rows, matrix)
+    for count in sorted({-(-count // multiple) * multiple for count in _COUNTS}):
+        if count * matrix.numel() > _LONGEST:
+            break
+        chosen = torch.randint(_TRIALS, (count,), generator=generator)
+        if not torch.equal(F.linear(rows[chosen], matrix), expected[chosen]):
+            return False
+    return True
+
+
+def _cancelling(
+    rows: int, others: int, size: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """[rows, size] and [others, size] whose products are small differences of large sums."""
+    half = size // 2
+    right = torch.randn(others, half, generator=generator).to(dtype)
+    left = torch.randn(rows, half, generator=generator).to(dtype)
+    noise = 1 + 2**-8 * torch.randn(rows, half, generator=generator)
+    odd = size - 2 * half
+    return (
+        torch.cat((left, (left * noise).to(dtype), torch.zeros(rows, odd, dtype=dtype)), dim=1),
+        torch.cat((right, -right, torch.zeros(others, odd, dtype=dtype)), dim=1),
+    )
