@@ -19,8 +19,8 @@ from ..ipc.config import EngineConfig
 from ..ipc.messages import Admit, Argument, PromptLogprobs, Sampling, StepPlan, pack
 from ..kernels.paged_attention import AttentionMetadata
 from .in_order import Executed
-from .kv_cache import POISON, CacheSize, cpu_budget, size_cache
 from .invariance import check_attention, find_row_multiple
+from .kv_cache import POISON, CacheSize, cpu_budget, size_cache
 from .layers import RowWise
 from .logprobs import LogprobStage, prompt_to_wire, prompt_wishes, scores_to_show, to_wire
 from .models import build_model
