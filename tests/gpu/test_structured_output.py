@@ -17,7 +17,7 @@ SCHEMA = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "maxLength": 9},
-        "flags": {"items": {"type": "boolean"}, "maxItems": 3},
+        "flags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
     },
     "required": ["name", "flags"],
     "additionalProperties": False,
