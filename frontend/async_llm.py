@@ -28,7 +28,7 @@ from .detokenizer import DecoderFactory
 from .engine_args import AsyncEngineArgs, attach_keys, check_attached, resolve
 from .grammars import Grammars
 from .logprobs import LogprobsAsked, TokenTexts
-from .metrics import AnyMetric, engine_records
+from .metrics import AnyMetric, core_restarts, engine_records
 from .model_files import find_model
 from .prompts import ParsedPrompt, Prompt, check_token_ids, parse_prompt
 from .request_table import RequestTable
@@ -272,7 +272,8 @@ class AsyncLLM(EngineControl):
 
     def own_metrics(self) -> list[AnyMetric]:
         """This frontend's part of `get_metrics`."""
-        return list(self._table.metrics.records(self._labels()))
+        labels = self._labels()
+        return [*self._table.metrics.records(labels), core_restarts(self._client.num_restarts, labels)]
 
     def _labels(self) -> dict[str, str]:
         return {"model_name": self.config.served_model_name, "engine": "0"}

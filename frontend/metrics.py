@@ -200,7 +200,7 @@ class FrontendMetrics:
             self._histograms[name].observe(value)
 
 
-def engine_records(stats: Stats, labels: dict[str, str]) -> Iterator[AnyMetric]:
+def engine_records(stats: Stats, labels: dict[str, str], num_core_restarts: int = 0) -> Iterator[AnyMetric]:
     """What the engine core tells about itself: all its clients together."""
     used = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
     for name, level, text in (
@@ -215,3 +215,8 @@ def engine_records(stats: Stats, labels: dict[str, str]) -> Iterator[AnyMetric]:
         ("prefix_cache_hits", stats.prefix_cache_hits, "Prompt tokens found in the prefix cache."),
     ):
         yield Counter(name=f"vllm:{name}", help=text, labels=labels, value=count)
+    for name, count, text in (
+        ("num_worker_restarts", stats.num_restarts, "Workers started again after a fault, by this core."),
+        ("num_replays", stats.num_replays, "Requests run again after a fault, by this core."),
+    ):
+        yield Counter(name=f"headrace:{name}", help=text, labels=labels, value=count)

@@ -52,6 +52,8 @@ def test_the_names_that_dashboards_know() -> None:
         (Counter, "vllm:num_preemptions"),
         (Counter, "vllm:prefix_cache_queries"),
         (Counter, "vllm:prefix_cache_hits"),
+        (Counter, "headrace:num_worker_restarts"),
+        (Counter, "headrace:num_replays"),
     }
     assert [r.value for r in engine if isinstance(r, Gauge)] == [0, 0, 0.75]
     metrics = FrontendMetrics()

@@ -1,0 +1,23 @@
+"""The long test of faults, in short."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "chaos.py"
+
+
+def test_streams_survive_a_few_seconds_of_faults() -> None:
+    """64 oracle streams; workers and the core are killed at random points."""
+    flags = ["--seconds", "8", "--faults", "kill-worker,kill-core", "--seed", "3"]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=200, check=False
+    )
+    told = json.loads(done.stdout.splitlines()[-1])
+    streams = told["streams"]
+    assert streams["exact"] > 0
+    assert (streams["lost"], streams["doubled"], streams["changed"], streams["lost blocks"]) == (0, 0, 0, 0)
+    assert sum(fault["injected"] for fault in told["faults"].values()) >= 3
