@@ -200,7 +200,13 @@ class FrontendMetrics:
             self._histograms[name].observe(value)
 
 
-def engine_records(stats: Stats, labels: dict[str, str], num_core_restarts: int = 0) -> Iterator[AnyMetric]:
+def core_restarts(count: int, labels: dict[str, str]) -> Counter:
+    """How often this frontend lost its engine core and found it again."""
+    text = "Engine cores that were lost and came back."
+    return Counter(name="headrace:num_core_restarts", help=text, labels=labels, value=count)
+
+
+def engine_records(stats: Stats, labels: dict[str, str]) -> Iterator[AnyMetric]:
     """What the engine core tells about itself: all its clients together."""
     used = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
     for name, level, text in (
