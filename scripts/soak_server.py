@@ -2,8 +2,8 @@
 
     python scripts/soak_server.py [--minutes 10] [--num-clients 16] [--model demo]
 
-Ends with an error when, once all clients have left, a request still runs or a KV block is still in use, when an
-answer was not what its request deserves, or when a process's memory kept growing.
+Ends with an error when, once all clients have left, a request still runs or a KV block is still in use, when
+an answer was not what its request deserves, or when a process's memory kept growing.
 """
 
 from __future__ import annotations
@@ -89,20 +89,16 @@ async def settle(server: Serving) -> None:
     """Wait until nothing is held any more. Raises SystemExit."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
-        metrics = await get(server.port, "/metrics")
-        held = {
-            line.split()[0].partition("{")[0]: float(line.split()[1])
-            for line in metrics.splitlines()
-            if line.startswith(
-                ("vllm:num_requests_running{", "vllm:num_requests_waiting{", "vllm:kv_cache_usage")
-            )
-        }
-        load = json.loads(await get(server.port, "/load"))
-        if len(held) == 3 and not any(held.values()) and load == {"server_load": 0}:
-            print("everything came back:", held)
+        engine = json.loads(await get(server.port, "/stats"))["engine"]
+        load = json.loads(await get(server.port, "/load"))["server_load"]
+        held = engine["num_running"] + engine["num_waiting"] + load
+        free, blocks = engine["num_free_blocks"], engine["num_blocks"]
+        if held == 0 and free == blocks:
+            print(f"{free} of {blocks} blocks are free, no request is left")
             return
         if time.monotonic() > deadline:
-            raise SystemExit(f"after {SETTLE_SECONDS} s still held: {held}, {load}")
+            message = f"after {SETTLE_SECONDS} s {free} of {blocks} blocks are free, {held} requests left"
+            raise SystemExit(message)
         await asyncio.sleep(0.2)
 
 
@@ -126,6 +122,6 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="demo")
     parser.add_argument("--seed", type=int, default=0)
     parsed = parser.parse_args()
-    with serving([parsed.model, "--max-model-len", "1024", "--num-gpu-blocks-override", "512"]) as running:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(soak(running, parsed))
+    words = [parsed.model, "--max-model-len", "1024", "--num-gpu-blocks-override", "512"]
+    with serving(words) as running, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(soak(running, parsed))
