@@ -122,6 +122,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="demo")
     parser.add_argument("--seed", type=int, default=0)
     parsed = parser.parse_args()
-    words = [parsed.model, "--max-model-len", "1024", "--num-gpu-blocks-override", "512"]
+    # So few blocks that all of them have been written to before memory is looked at.
+    words = [parsed.model, "--max-model-len", "1024", "--num-gpu-blocks-override", "128"]
     with serving(words) as running, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(soak(running, parsed))

@@ -108,7 +108,10 @@ class _Server(uvicorn.Server):
         await self.serve(sockets=[listener])
         if engine.errored:
             return ExitCode.FAULT
-        return ExitCode.CUT_OFF if self._service.gate.num_inside else ExitCode.DONE
+        if self._service.gate.num_inside == 0:
+            return ExitCode.DONE
+        logging.getLogger("uvicorn.error").disabled = True  # a traceback for each would say nothing new
+        return ExitCode.CUT_OFF
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

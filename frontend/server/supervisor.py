@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ...ipc import process
+from ...ipc.config import EngineConfig
 from ...ipc.exit_codes import ExitCode
-from ..core_process import CoreProcess
+from ..core_process import START_DEADLINE_SECONDS, CoreProcess
 from ..engine_args import AsyncEngineArgs, resolve
 from . import server
 from .board import Board, make_place
@@ -90,6 +91,8 @@ class Supervisor:
         self._args = args
         self._keys = keys
         self._core: CoreProcess | None = None
+        self._config: EngineConfig | None = None
+        """Of our core, once it has served."""
         self._servers: dict[int, _Server] = {}
         """By pidfd."""
         self._due: list[float] = []
@@ -127,15 +130,27 @@ class Supervisor:
     def _start_core(self, folder: Path | None = None) -> None:
         if self._args.engine_core_address is not None:
             return
-        core = CoreProcess(resolve(self._args), folder)
-        core.wait_until_ready()
+        config = self._config or resolve(self._args)
+        core = CoreProcess(config, folder)
+        info = core.wait_until_ready()
+        # The next one must have room for whatever this one has accepted.
+        self._config = msgspec.structs.replace(
+            config,
+            num_gpu_blocks_override=info.num_blocks,
+            max_model_len=info.max_model_len,
+            max_model_len_is_explicit=True,
+        )
         self._core = core
         self._selector.register(core.status_fd, selectors.EVENT_READ)
 
     def _start_server(self) -> None:
         args = self._args
         if self._core is not None:
-            args = AsyncEngineArgs(engine_core_address=self._core.address, tokenizer=args.tokenizer)
+            args = AsyncEngineArgs(
+                engine_core_address=self._core.address,
+                engine_core_reconnect_seconds=START_DEADLINE_SECONDS,
+                tokenizer=args.tokenizer,
+            )
         taken = {one.place for one in self._servers.values()}
         place = next(place for place in self._places if place not in taken)
         listener, ready, places = self._listener.fileno(), self._ready_write, self._places

@@ -80,6 +80,7 @@ def test_a_second_signal_forces(serve: Serve) -> None:
         wait_until(lambda: client.get("/health/ready").status_code == 503)
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(SECONDS) == 3
+    assert "Traceback" not in server.process.stderr.read()
 
 
 def test_a_drain_does_not_last_for_ever(serve: Serve) -> None:
