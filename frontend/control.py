@@ -18,18 +18,32 @@ _TAGS = ("weights", "kv_cache", "scheduling")
 Result = TypeVar("Result")
 
 
+def _refusal(name: str, why: str) -> RequestError:
+    return RequestError(f"{name} is not supported: {why}", parameter=name)
+
+
 def _refused(name: str, why: str) -> Callable[..., Coroutine[Any, Any, NoReturn]]:
-    """A method of vLLM's for something that is not here."""
+    """A coroutine method of vLLM's for something that is not here."""
 
     async def method(self: object, *args: Any, **kwargs: Any) -> NoReturn:
-        raise RequestError(f"{name} is not supported: {why}", parameter=name)
+        raise _refusal(name, why)
 
-    method.__name__ = method.__qualname__ = name
-    method.__doc__ = f"Not supported: {why}. Raises RequestError."
+    method.__doc__ = f"Not supported: {why}."
+    return method
+
+
+def _refused_at_once(name: str, why: str) -> Callable[..., NoReturn]:
+    """The same for a method that is not awaited."""
+
+    def method(self: object, *args: Any, **kwargs: Any) -> NoReturn:
+        raise _refusal(name, why)
+
+    method.__doc__ = f"Not supported: {why}."
     return method
 
 
 _NO_LORA = "there are no LoRA adapters yet"
+_NO_POOLING = "there are no pooling models"
 _NO_TRANSFER = "weights come from files only; sleep(level=2) and wake_up() read them again"
 
 
@@ -145,6 +159,11 @@ class EngineControl:
         results = (await self._client.call("stop_profile")).results
         return [str(result["path"]) for result in results]
 
+    @property
+    def world_size(self) -> int:
+        """How many workers there are."""
+        return self._client.config.tensor_parallel_size
+
     async def get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
 
@@ -155,7 +174,7 @@ class EngineControl:
     add_lora = _refused("add_lora", _NO_LORA)
     remove_lora = _refused("remove_lora", _NO_LORA)
     pin_lora = _refused("pin_lora", _NO_LORA)
-    encode = _refused("encode", "there are no pooling models")
+    encode = _refused("encode", _NO_POOLING)
     scale_elastic_ep = _refused("scale_elastic_ep", "there is no expert parallelism")
     init_weight_transfer_engine = _refused("init_weight_transfer_engine", _NO_TRANSFER)
     start_weight_update = _refused("start_weight_update", _NO_TRANSFER)
@@ -192,6 +211,10 @@ class BlockingControl:
         """See `AsyncLLM.reset_prefix_cache`."""
         return self._run(self._engine.reset_prefix_cache(reset_running_requests, reset_connector))
 
+    def get_world_size(self, include_dp: bool = True) -> int:
+        """How many workers there are; `include_dp` changes nothing, for nothing is replicated."""
+        return self._engine.world_size
+
     def reset_mm_cache(self) -> None:
         self._run(self._engine.reset_mm_cache())
 
@@ -213,32 +236,17 @@ class BlockingControl:
         """See `AsyncLLM.stop_profile`."""
         return self._run(self._engine.stop_profile())
 
-    def encode(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._run(self._engine.encode())
-
-    def embed(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._run(self._engine.encode())
-
-    def classify(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._run(self._engine.encode())
-
-    def score(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._run(self._engine.encode())
-
-    def init_weight_transfer_engine(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._run(self._engine.init_weight_transfer_engine())
-
-    def start_weight_update(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._run(self._engine.start_weight_update())
-
-    def start_draft_weight_update(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._run(self._engine.start_draft_weight_update())
-
-    def update_weights(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._run(self._engine.update_weights())
-
-    def finish_weight_update(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._run(self._engine.finish_weight_update())
+    apply_model = _refused_at_once("apply_model", "no code is sent to the workers; see collective_rpc")
+    encode = _refused_at_once("encode", _NO_POOLING)
+    embed = _refused_at_once("embed", _NO_POOLING)
+    classify = _refused_at_once("classify", _NO_POOLING)
+    reward = _refused_at_once("reward", _NO_POOLING)
+    score = _refused_at_once("score", _NO_POOLING)
+    init_weight_transfer_engine = _refused_at_once("init_weight_transfer_engine", _NO_TRANSFER)
+    start_weight_update = _refused_at_once("start_weight_update", _NO_TRANSFER)
+    start_draft_weight_update = _refused_at_once("start_draft_weight_update", _NO_TRANSFER)
+    update_weights = _refused_at_once("update_weights", _NO_TRANSFER)
+    finish_weight_update = _refused_at_once("finish_weight_update", _NO_TRANSFER)
 
 
 def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -275,6 +275,28 @@ def test_workers_that_die_in_their_sleep_come_back_and_are_woken(oracle_args: Ar
     run(main())
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "apply_model",
+        "encode",
+        "embed",
+        "classify",
+        "reward",
+        "score",
+        "init_weight_transfer_engine",
+        "start_weight_update",
+        "start_draft_weight_update",
+        "update_weights",
+        "finish_weight_update",
+    ],
+)
+def test_what_llm_does_not_have_is_refused(name: str) -> None:
+    llm = LLM.__new__(LLM)  # it needs no engine to say so
+    with pytest.raises(RequestError, match=f"{name} is not supported: "):
+        getattr(llm, name)("anything", more=1)
+
+
 # --- with weights -----------------------------------------------------------------------------------------
 
 
@@ -320,6 +342,7 @@ def answers(llm: LLM) -> list[list[int]]:
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_model_says_the_same_after_its_sleep(model: LLM, level: int) -> None:
     before = answers(model)
+    assert model.get_world_size() == 1
     (checksum,) = model.collective_rpc("weights_checksum")
     (awake,) = model.collective_rpc("memory_stats")
     model.sleep(level)
