@@ -6,7 +6,8 @@ or a lost token changes the stream exactly as it would with a network. Needs no 
 
 It can be told to fail, so that recovery can be tested with real processes: `oracle_faults` in the model's
 config.json maps "raise", "exit", "hang" and "garbage" to token ids. A prompt that holds such a token makes
-the worker do that when it is computed.
+the worker do that when it is computed. And it can be told to take its time: a step lasts at least
+`oracle_step_seconds`, so that the engine can be measured under a model of any speed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class OracleBackend:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._faults: dict[str, int] = config.hf_config.get("oracle_faults", {})
+        self._step_seconds = float(config.hf_config.get("oracle_step_seconds", 0.0))
         self._states = np.zeros((0, config.block_size), np.uint64)  # [num_blocks, block_size]
         # BASE**i and BASE**-i, as far as the longest chunk
         self._powers = _powers(_BASE, config.max_num_batched_tokens + 1)
@@ -70,6 +72,7 @@ class OracleBackend:
 
     def execute(self, slots: Slots, batch: Batch) -> Executed:
         """The tokens of the batch's sampling rows."""
+        began = time.monotonic()
         states = np.zeros(len(batch.slots), np.uint64)  # after each row's last token
         if batch.one_each and not batch.admitted:
             self._decode(slots, batch.slots, batch.starts, states, None)
@@ -83,7 +86,9 @@ class OracleBackend:
         for fault, token in self._faults.items():
             if any(token in slots.tokens[slot, : slots.num_prompt[slot]] for slot in batch.admitted):
                 tokens += _fail(fault, self._config.vocab_size)
-        return Executed(tokens, self._logprobs(slots, batch, tokens), self._prompt_logprobs(slots, batch))
+        executed = Executed(tokens, self._logprobs(slots, batch, tokens), self._prompt_logprobs(slots, batch))
+        time.sleep(max(0.0, began + self._step_seconds - time.monotonic()))
+        return executed
 
     def _logprobs(self, slots: Slots, batch: Batch, tokens: I32) -> Logprobs | None:
         wishes = slots.sampling.wishes
