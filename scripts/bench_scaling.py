@@ -109,7 +109,7 @@ def make_model(folder: Path, step_seconds: float) -> str:
 def output_len(count: int, step_ms: float) -> int:
     """Tokens of each stream, for some seconds of measurement."""
     steps = 4000 if not step_ms else round(4000 / step_ms)
-    return max(200, min(_CONTEXT - 100, steps, 1_000_000 // count))
+    return max(500, min(_CONTEXT - 100, steps, 1_000_000 // count))
 
 
 def spread(engine: AsyncLLM, count: int, length: int, frontends: int) -> Figures:
@@ -122,7 +122,7 @@ def spread(engine: AsyncLLM, count: int, length: int, frontends: int) -> Figures
     told = [json.loads(child.communicate()[0].splitlines()[-1])["results"] for child in children]
     after, seconds = cpu_seconds(), time.perf_counter() - began
     parts: list[Figures] = [next(iter(results.values())) for results in told]
-    figures = {"tokens/s": sum(part["tokens/s"] for part in parts)}
+    figures: Figures = {}
     for name in ("frontend CPU per token, us", "ITL p50, ms", "ITL p99, ms"):
         figures[f"{name} (the worst)"] = max(part[name] for part in parts)
     tokens = frontends * (count // frontends) * length
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--streams", default="1,4,16,64,256,1024", metavar="N,N,...")
     parser.add_argument("--output-len", type=int, help="of each stream (by number and speed of the streams)")
     parser.add_argument("--frontends", type=int, default=1)
+    parser.add_argument("--no-detokenize", action="store_true", help="token ids only")
     parser.add_argument("--attach", metavar="ADDRESS", help=argparse.SUPPRESS)
     args = parser.parse_args()
     counts = [int(count) for count in args.streams.split(",")]
@@ -161,7 +162,8 @@ def main() -> None:
             if args.attach
             else AsyncEngineArgs(
                 model=make_model(Path(folder), args.step_ms / 1000),
-                tokenizer="demo",
+                tokenizer=None if args.no_detokenize else "demo",
+                skip_tokenizer_init=args.no_detokenize,
                 load_format="oracle",
                 max_num_seqs=_SLOTS,
                 max_num_batched_tokens=4 * _SLOTS,

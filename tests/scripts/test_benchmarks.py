@@ -108,6 +108,15 @@ def test_an_unknown_engine_is_refused_at_once(flags: list[str], complaint: str) 
     assert complaint in refused.stderr
 
 
+def test_scaling_over_frontends() -> None:
+    done = bench("scaling", "--streams", "4", "--frontends", "2", "--output-len", "200", "--no-detokenize")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    figures = told["results"]["4"]
+    assert figures["ITL p50, ms (the worst)"] > 0
+    assert figures["core CPU per token, us"] > 0
+
+
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is not None, reason="matplotlib is installed")
 def test_a_plot_without_matplotlib_is_refused_before_anything_runs(tmp_path: Path) -> None:
     refused = bench("latency", "--plot", str(tmp_path / "plot.png"))
