@@ -18,8 +18,9 @@ under way while the last one finishes; then it loads x. The scale of an RMS norm
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,14 @@ from .layer_norm import layer_norm
 from .pdl import allow_next, pdl_options, wait_previous
 from .rms_norm import rms_norm
 from .silu_mul import silu_mul
+
+Activation: TypeAlias = Literal["none", "relu", "gelu"]
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+}
+"""GELU is the exact one, by the error function."""
 
 MAX_TOKENS = 1
 """Largest batch of this file's kernel, in which each token costs one pass over the weights in registers. More
@@ -45,7 +54,7 @@ def norm_linear(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
-    relu: bool = False,
+    activation: Activation = "none",
 ) -> Tensor:
     """`act(norm(x) @ weight.T + bias)`.
 
@@ -56,19 +65,18 @@ def norm_linear(
     """
     if x.is_cuda and len(x) <= MAX_TOKENS:
         return norm_linear_triton(
-            x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, relu=relu
+            x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, activation=activation
         )
-    if small_batch.serves(x, weight):
+    if activation != "gelu" and small_batch.serves(x, weight):
         if norm_bias is not None:
             x, norm_weight = _norm(x, norm_weight, norm_bias, eps), None
         return small_batch.small_batch_linear(
-            x, weight, norm_weight=norm_weight, eps=eps, bias=bias, relu=relu
+            x, weight, norm_weight=norm_weight, eps=eps, bias=bias, relu=activation == "relu"
         )
     x = _norm(x, norm_weight, norm_bias, eps)
-    if relu and bias is not None and x.is_cuda:
+    if activation == "relu" and bias is not None and x.is_cuda:
         return torch.ops.aten._addmm_activation(bias, x, weight.t(), use_gelu=False)  # type: ignore[no-any-return]
-    y = F.linear(x, weight, bias)
-    return F.relu_(y) if relu else y
+    return ACTIVATIONS[activation](F.linear(x, weight, bias))
 
 
 def norm_gate_up_silu(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -259,7 +267,7 @@ def _finish(
     out_ptr,
     N: tl.constexpr,
     GATED: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
@@ -267,8 +275,10 @@ def _finish(
     inside = row < N
     if HAS_BIAS:
         sums += tl.load(bias_ptr + row, mask=inside, other=0.0).to(tl.float32)
-    if RELU:
+    if ACTIVATION == "relu":
         sums = tl.maximum(sums, 0.0)
+    elif ACTIVATION == "gelu":
+        sums = 0.5 * sums * (1.0 + tl.erf(sums * 0.7071067811865476))
     if GATED:
         sums = sums / (1.0 + tl.exp(-sums)) * up_sums
     if HAS_RESIDUAL:
@@ -291,7 +301,7 @@ def _fused_linear_kernel(
     K: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -339,7 +349,7 @@ def _fused_linear_kernel(
                 out_ptr,
                 N,
                 GATED,
-                RELU,
+                ACTIVATION,
                 HAS_BIAS,
                 HAS_RESIDUAL,
             )
@@ -360,7 +370,7 @@ def _fused_linear_kernel(
                 out_ptr + token * N,
                 N,
                 GATED,
-                RELU,
+                ACTIVATION,
                 HAS_BIAS,
                 HAS_RESIDUAL,
             )
@@ -376,7 +386,7 @@ def _launch(
     eps: float = 0.0,
     bias: Tensor | None = None,
     gated: bool = False,
-    relu: bool = False,
+    activation: Activation = "none",
     residual: Tensor | None = None,
     tiles: Tiling | None = None,
 ) -> Tensor:
@@ -400,7 +410,7 @@ def _launch(
         K=in_features,
         NORM=norm,
         GATED=gated,
-        RELU=relu,
+        ACTIVATION=activation,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         ROWS=chosen.rows,
@@ -421,7 +431,7 @@ def norm_linear_triton(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
-    relu: bool = False,
+    activation: Activation = "none",
     tiles: Tiling | None = None,
 ) -> Tensor:
     """`norm_linear` in one kernel, for few tokens. x, weight and the vectors are contiguous."""
@@ -434,7 +444,7 @@ def norm_linear_triton(
         norm_bias=norm_bias,
         eps=eps,
         bias=bias,
-        relu=relu,
+        activation=activation,
         tiles=tiles,
     )
 
@@ -465,15 +475,14 @@ def norm_linear_reference(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
-    relu: bool = False,
+    activation: Activation = "none",
 ) -> Tensor:
     """`norm_linear` in torch, in the precision of its arguments."""
     if norm_weight is not None and norm_bias is not None:
         x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
     elif norm_weight is not None:
         x = F.rms_norm(x, norm_weight.shape, norm_weight, eps)
-    y = F.linear(x, weight, bias)
-    return F.relu(y) if relu else y
+    return ACTIVATIONS[activation](F.linear(x, weight, bias))
 
 
 def norm_gate_up_silu_reference(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:

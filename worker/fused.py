@@ -19,7 +19,7 @@ from ..kernels.causal_attention import causal_attention, padded_length
 from ..kernels.decode_attention import decode_attention
 from ..kernels.decode_plan import DecodePlan, plan_decode
 from ..kernels.draw_tokens import Share
-from ..kernels.fused_linear import linear_add, norm_gate_up_silu, norm_linear
+from ..kernels.fused_linear import Activation, linear_add, norm_gate_up_silu, norm_linear
 from ..kernels.kv_write import finish_heads
 from ..kernels.layer_norm import layer_norm
 from ..kernels.paged_prefill import paged_prefill
@@ -312,7 +312,7 @@ def _opt(model: OPT, inputs: StepInputs, attend: Attend) -> Tensor:
         qkv = _norm_linear(layer.attention_norm, attention.qkv_proj, residual, attention.out_proj)
         attended = attend(number, qkv, Heads(attention.head_dim**-0.5))
         _add_unbiased(attention.out_proj, attended, residual)
-        hidden = _norm_linear(layer.ffn_norm, layer.fc1, residual, layer.fc2, relu=True)
+        hidden = _norm_linear(layer.ffn_norm, layer.fc1, residual, layer.fc2, model.activation)
         _add_unbiased(layer.fc2, hidden, residual)
     return residual
 
@@ -323,12 +323,16 @@ def _is_wide(linear: RowLinear, residual: Tensor) -> bool:
 
 
 def _norm_linear(
-    norm: LayerNorm, linear: ColumnLinear, residual: Tensor, following: RowLinear, relu: bool = False
+    norm: LayerNorm,
+    linear: ColumnLinear,
+    residual: Tensor,
+    following: RowLinear,
+    activation: Activation = "none",
 ) -> Tensor:
     """`linear(norm(residual))`; of many rows also `residual += following.bias`."""
     if _is_wide(following, residual):
         normed = layer_norm(residual, norm.weight, norm.bias, NORM_EPS, following.bias)
-        return norm_linear(normed, linear.weight, linear.bias, relu=relu)
+        return norm_linear(normed, linear.weight, linear.bias, activation=activation)
     return norm_linear(
         residual,
         linear.weight,
@@ -336,7 +340,7 @@ def _norm_linear(
         norm_weight=norm.weight,
         norm_bias=norm.bias,
         eps=NORM_EPS,
-        relu=relu,
+        activation=activation,
     )
 
 

@@ -169,7 +169,7 @@ class DecodeChain:
         linear_add(attended, w.out, w.out_bias, x)
         if self.shape.is_opt:
             up = norm_linear(
-                x, w.up, w.up_bias, norm_weight=w.norms[1], norm_bias=w.norm_biases[1], relu=True
+                x, w.up, w.up_bias, norm_weight=w.norms[1], norm_bias=w.norm_biases[1], activation="relu"
             )
         else:
             up = norm_gate_up_silu(x, w.norms[1], w.up, 1e-5)

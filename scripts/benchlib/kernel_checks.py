@@ -52,8 +52,8 @@ def linear_errors(shape: Shape, weights: Weights, tokens: int) -> dict[str, floa
         )
     if shape.is_opt:
         errors["up"] = error(
-            fused_linear.norm_linear(x, w.up, w.up_bias, **norms, relu=True),
-            fused_linear.norm_linear_reference(*wide(x, w.up, w.up_bias), **wide_norms, relu=True),
+            fused_linear.norm_linear(x, w.up, w.up_bias, **norms, activation="relu"),
+            fused_linear.norm_linear_reference(*wide(x, w.up, w.up_bias), **wide_norms, activation="relu"),
         )
     else:
         errors["up"] = error(

@@ -54,7 +54,7 @@ def linear_calls(shape: Shape, weights: Weights, tokens: int) -> dict[str, tuple
     def up(w: LayerWeights) -> Tensor:
         if shape.is_opt:
             return fused_linear.norm_linear(
-                x, w.up, w.up_bias, norm_weight=w.norms[1], norm_bias=w.norm_biases[1], relu=True
+                x, w.up, w.up_bias, norm_weight=w.norms[1], norm_bias=w.norm_biases[1], activation="relu"
             )
         return fused_linear.norm_gate_up_silu(x, w.norms[1], w.up, 1e-5)
 

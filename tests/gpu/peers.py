@@ -53,6 +53,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {k: v for k, v in BASE.items() if k != "head_dim"}),
     "qwen3": ("Qwen3", BASE | {"head_dim": 128}),
     "opt": ("OPT", OPT),
+    "opt-gelu": ("OPT", OPT | {"activation_function": "gelu"}),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from headrace.kernels.fused_linear import (
+    Activation,
     Tiling,
     linear_add,
     linear_add_reference,
@@ -54,12 +55,13 @@ def test_norm_linear(device: torch.device, tokens: int, n: int, k: int, norm: st
 
 
 @pytest.mark.parametrize("programs", [None, 3])
-def test_relu_without_bias(device: torch.device, programs: int | None) -> None:
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_activation_without_bias(device: torch.device, programs: int | None, activation: Activation) -> None:
     x, weight = random(device, 1, 96), random(device, 50, 96, scale=0.1)
-    out = norm_linear_triton(x, weight, relu=True, tiles=Tiling(4, 32, 4, programs))
-    expected = norm_linear_reference(x.double(), weight.double(), relu=True)
+    out = norm_linear_triton(x, weight, activation=activation, tiles=Tiling(4, 32, 4, programs))
+    expected = norm_linear_reference(x.double(), weight.double(), activation=activation)
     assert_close(out, expected)
-    assert (out == 0).any()
+    assert activation == "gelu" or (out == 0).any()
 
 
 @pytest.mark.parametrize("tokens", [1, 2])

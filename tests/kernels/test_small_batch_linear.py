@@ -41,7 +41,7 @@ def test_norm_linear(device: torch.device, tokens: int, n: int, k: int) -> None:
         bias.double(),
         norm_weight=norm_weight.double(),
         eps=1e-5,
-        relu=True,
+        activation="relu",
     )
     assert_close(out, expected)
 

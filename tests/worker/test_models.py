@@ -75,6 +75,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPT", OPT),
     "opt-norm-after-projected": ("OPT", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     "opt-untied-no-biases": ("OPT", OPT | {"tie_word_embeddings": False, "enable_bias": False}),
+    "opt-gelu": ("OPT", OPT | {"activation_function": "gelu"}),
 }
 
 
@@ -258,7 +259,7 @@ def test_bfloat16_stays_close(tmp_path: Path, make_config: MakeConfig) -> None:
         ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ("LlamaForCausalLM", {"quantization_config": {"quant_method": "awq"}}, r"quantized \(awq\)"),
         ("OPTForCausalLM", {"ffn_dim": 80, "max_position_embeddings": 63}, "max_model_len 64 exceeds .* 63"),
-        ("OPTForCausalLM", {"ffn_dim": 80, "activation_function": "gelu"}, "activation_function 'gelu'"),
+        ("OPTForCausalLM", {"ffn_dim": 80, "activation_function": "tanh"}, "activation_function 'tanh'"),
     ],
 )
 def test_unsupported_models_are_refused(architecture: str, options: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ipc.errors import ConfigError
+from ...kernels.fused_linear import ACTIVATIONS, Activation
 from ...kernels.kv_write import kv_write
 from ...kernels.paged_attention import AttentionMetadata, paged_attention
 from ..layers import (
@@ -51,11 +52,13 @@ class OPTConfig:
     final_norm: bool
     bias: bool
     tie_embeddings: bool
+    activation: Activation
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], max_model_len: int) -> OPTConfig:
         """Raises ConfigError for what is not supported."""
-        require(hf, activation_function="relu", layer_norm_elementwise_affine=True)
+        activation: Activation = "gelu" if hf.get("activation_function") == "gelu" else "relu"
+        require(hf, activation_function=activation, layer_norm_elementwise_affine=True)
         num_positions = hf["max_position_embeddings"]
         if max_model_len > num_positions:
             message = f"max_model_len {max_model_len} exceeds the model's {num_positions} positions"
@@ -73,6 +76,7 @@ class OPTConfig:
             final_norm=norm_before and not hf.get("_remove_final_layer_norm", False),
             bias=hf.get("enable_bias", True),
             tie_embeddings=hf.get("tie_word_embeddings", True),
+            activation=activation,
         )
 
 
@@ -104,7 +108,7 @@ class OPTLayer(nn.Module):
         super().__init__()
         size, ranks = config.hidden_size, place.tp.size
         place.check_divides(config.ffn_size, "ffn_dim")
-        self.norm_before = config.norm_before
+        self.norm_before, self.activate = config.norm_before, ACTIVATIONS[config.activation]
         self.attention = OPTAttention(config, place)
         self.attention_norm = LayerNorm(size, NORM_EPS, place)
         self.fc1 = ColumnLinear(size, [Output("fc1", config.ffn_size, ranks)], config.bias, place)
@@ -120,7 +124,7 @@ class OPTLayer(nn.Module):
         return self.ffn_norm(x + self._feed_forward(x))  # type: ignore[no-any-return]
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.relu(self.fc1(x)))  # type: ignore[no-any-return]
+        return self.fc2(self.activate(self.fc1(x)))  # type: ignore[no-any-return]
 
     def weights(self, prefix: str) -> Weights:
         return (
@@ -140,7 +144,7 @@ class OPT(CausalLM):
         size, embedding_size = config.hidden_size, config.embedding_size
         self.num_layers, self.head_dim = config.num_layers, size // config.num_heads
         self.num_kv_heads = config.num_heads // place.tp.size
-        self.vocab_size = config.vocab_size
+        self.vocab_size, self.activation = config.vocab_size, config.activation
         self.embedding = VocabTable(config.vocab_size, embedding_size, place)
         self.positions = Linear(size, config.num_positions + POSITION_OFFSET, False, place)
         self.project_in = self.project_out = None
