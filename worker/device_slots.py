@@ -201,7 +201,7 @@ class DeviceSlots:
         changed = plan.slots is not None or bool(plan.admitted) or bool(plan.released)
         self._work = self._run(rows, starts, num_scheduled, continuing, samples, changed)
         # The row's next step writes at `ends`; its sampled token has its place already.
-        self._room = int(min(room.min(initial=0), self._length - 1 - ends.max(initial=0)))
+        self._room = int(min(room.min(initial=self._length), self._length - 1 - ends.max(initial=0)))
         return self._work
 
     def _run(

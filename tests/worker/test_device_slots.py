@@ -1,0 +1,54 @@
+"""The slot table on the device: what a plan that changes nothing costs, and what follows it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from headrace.ipc.messages import Admit, Sampling, StepPlan, pack
+from headrace.worker.constraints import Constraints
+from headrace.worker.device_slots import DeviceSlots, Work
+
+BLOCK, PROMPT = 4, 6
+SAME = StepPlan(2, b"", [], b"", None, None)
+
+
+def decoding(rows: int, blocks_each: int) -> tuple[DeviceSlots, Work]:
+    """So many requests that have generated one token and compute it now."""
+    constraints = Constraints(lambda sampling, prompt: [])
+    slots = DeviceSlots(torch.device("cpu"), rows, 64, BLOCK, rows * blocks_each, constraints)
+    admitted = [
+        Admit(
+            slot,
+            pack([1] * PROMPT),
+            PROMPT,
+            0,
+            pack(range(slot * blocks_each, (slot + 1) * blocks_each)),
+            Sampling(),
+        )
+        for slot in range(rows)
+    ]
+    slots.apply(StepPlan(0, b"", admitted, b"", pack(range(rows)), pack([PROMPT] * rows)))
+    return slots, slots.apply(StepPlan(1, b"", [], b"", None, pack([1] * rows)))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_plan_that_changes_nothing_is_not_looked_into(rows: int) -> None:
+    slots, work = decoding(rows, blocks_each=4)
+    lengths = slots.num_computed
+    for _ in range(4 * BLOCK - PROMPT - 1):
+        assert slots.apply(SAME) is work
+        assert (slots.num_computed == lengths).all()  # nothing was counted, for any number of rows
+    with pytest.raises(AssertionError, match="past the blocks"):
+        slots.apply(SAME)
+
+
+def test_what_was_not_counted_is_made_up_for() -> None:
+    slots, _ = decoding(3, blocks_each=4)
+    for _ in range(3):
+        slots.apply(SAME)
+    work = slots.apply(StepPlan(5, pack([1]), [], b"", pack([2, 0]), pack([1, 1])))
+    assert work.starts.tolist() == [PROMPT + 4] * 2
+    assert slots.num_tokens[[0, 2]].tolist() == [PROMPT + 6] * 2
+    assert slots.apply(SAME) is work
+    work = slots.apply(StepPlan(7, b"", [], pack([0, 4]), None, None))
+    assert work.starts.tolist() == [PROMPT + 6] * 2
