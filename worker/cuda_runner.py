@@ -29,7 +29,7 @@ from .logprobs import prompt_to_wire, to_wire
 from .models import build_model
 from .models.causal_lm import CausalLM, LayerCache
 from .packed_graphs import MAX_TOKENS, PackedGraphs, Shape
-from .parallel import TensorParallel, connect, open_mailboxes
+from .parallel import TensorParallel, check_devices, connect, open_mailboxes
 from .rules import PromptRow
 from .slots import I32, I64, new_blocks
 from .weights import load_weights, weights_bytes, weights_checksum
@@ -96,6 +96,7 @@ class CudaRunner:
     def load(self, progress: Callable[[str], None]) -> CacheSize:
         """Bring the weights onto the device. Raises ConfigError for files that are not as they must be."""
         config = self._config
+        check_devices(config.tensor_parallel_size, torch.cuda.device_count())
         torch.cuda.set_device(self._device)
         if config.tensor_parallel_size > 1:
             progress("connect ranks")

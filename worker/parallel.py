@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ipc.errors import ConfigError
 from ..kernels.all_reduce import all_reduce_triton, one_shot_layout, two_shot_layout
 from ..kernels.draw_tokens import Share, winners_layout
 from ..kernels.mailbox import Layout, Mailbox, empty, make_mailbox
@@ -116,6 +117,17 @@ class TensorParallel:
 
 def _nothing() -> None:
     """It is done."""
+
+
+def check_devices(size: int, found: int) -> None:
+    """Raise ConfigError when there are more ranks than GPUs: each needs one to itself."""
+    if size > found:
+        raise ConfigError(
+            f"tensor_parallel_size {size} asks for more GPUs than the {found} that this machine shows",
+            parameter="tensor_parallel_size",
+            value=size,
+            limit=f"<= {found}",
+        )
 
 
 def connect(rank: int, size: int, device: torch.device, rendezvous: str) -> TensorParallel:

@@ -15,7 +15,7 @@ from headrace.ipc.config import EngineConfig
 from headrace.ipc.errors import ConfigError
 from headrace.kernels.paged_attention import AttentionMetadata
 from headrace.worker.models import build_model
-from headrace.worker.parallel import TensorParallel, connect
+from headrace.worker.parallel import TensorParallel, check_devices, connect
 from headrace.worker.weights import load_weights
 from torch import Tensor
 
@@ -140,6 +140,12 @@ def test_sizes_that_do_not_divide_are_refused(changes: dict[str, int], words: st
     with pytest.raises(ConfigError, match=words) as caught:
         build_model("LlamaForCausalLM", hf, torch.float32, CPU, TensorParallel(1, 4), max_model_len=16)
     assert caught.value.parameter == "tensor_parallel_size"
+
+
+def test_every_rank_needs_a_gpu_to_itself() -> None:
+    check_devices(4, 4)
+    with pytest.raises(ConfigError, match="tensor_parallel_size 4 asks for more GPUs than the 2"):
+        check_devices(4, 2)
 
 
 def test_a_broadcast_comes_from_its_source(tmp_path: Path) -> None:
