@@ -102,6 +102,8 @@ class Constraints:
         self._rules: dict[int, list[Constraint]] = {}
         self._errors: dict[int, ErrorInfo] = {}
         self._unheard: deque[_Unheard] = deque()
+        self._masks = np.empty((0, 0), np.int32)
+        """Of the latest step; kept, so that a step takes no fresh memory for them."""
 
     def admit(self, admit: Admit) -> bool:
         """Build a slot's rules; True when it has some."""
@@ -134,17 +136,21 @@ class Constraints:
                 self._unheard.append(_Unheard(tokens, rows))
 
     def masks(self, slots: NDArray[np.int64], vocab_size: int) -> Masks | None:
-        """What may come next in the rows of `slots`; None: everything. Waits for the steps before."""
+        """What may come next in the rows of `slots`; None: everything. Waits for the steps before.
+
+        The next call overwrites what this one returns.
+        """
         if not self._rules:
             return None
         self._hear()
+        words = -(-vocab_size // 32)
+        if len(slots) > len(self._masks) or words != self._masks.shape[1]:
+            self._masks = np.empty((2 * len(slots), words), np.int32)
         rows: list[int] = []
-        allowed: list[Mask] = []
         for row, slot in enumerate(slots.tolist()):
-            if slot in self._rules and (mask := self._fill(slot, vocab_size)) is not None:
+            if slot in self._rules and self._fill(slot, self._masks[len(rows)]):
                 rows.append(row)
-                allowed.append(mask)
-        return Masks(np.array(rows, np.int64), np.stack(allowed)) if rows else None
+        return Masks(np.array(rows, np.int64), self._masks[: len(rows)]) if rows else None
 
     def failed(self, slots: NDArray[np.int64]) -> list[FailedRow]:
         """Which of these rows belong to requests that cannot go on."""
@@ -169,16 +175,17 @@ class Constraints:
             for token in tokens:
                 rule.accept(token)
 
-    def _fill(self, slot: int, vocab_size: int) -> Mask | None:
-        mask = np.full(-(-vocab_size // 32), -1, np.int32)
+    def _fill(self, slot: int, mask: Mask) -> bool:
+        """Write what may come next in a slot; False: everything, or the request has failed."""
+        mask.fill(-1)
         try:
             filled = [rule.fill(mask) for rule in self._rules[slot]]
             if not mask.any():
                 raise RequestError("what one parameter allows to come next, others forbid")
-            return mask if any(filled) else None
+            return any(filled)
         except Exception as error:
             self._fail(slot, error)
-            return None
+            return False
 
     def _fail(self, slot: int, error: Exception) -> None:
         """The request ends with its next token; until then it goes on without rules."""

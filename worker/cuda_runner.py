@@ -24,6 +24,7 @@ from .device_slots import DeviceSlots, Work
 from .device_step import MORE_RESULTS, RESULTS, DeviceStep, Logits, Shown
 from .fused import fold_norms
 from .graphs import Graphs, Recorder, graph_sizes, most_useful
+from .host_memory import keep_freed_memory
 from .kv_cache import CacheSize, cuda_budget, size_cache
 from .logprobs import prompt_to_wire, to_wire
 from .models import build_model
@@ -98,6 +99,7 @@ class CudaRunner:
         config = self._config
         check_devices(config.tensor_parallel_size, torch.cuda.device_count())
         torch.cuda.set_device(self._device)
+        keep_freed_memory()
         if config.tensor_parallel_size > 1:
             progress("connect ranks")
             self._tp = self._connect()

@@ -30,6 +30,7 @@ class Grammars:
         self._ends = frozenset(config.eos_token_ids)
         self._thread = ThreadPoolExecutor(1, "grammar")
         self._vocabulary = self._thread.submit(grammars.read_vocabulary, config)
+        self._scratch = np.zeros(-(-config.vocab_size // 32), np.int32)
         self._built: OrderedDict[str, Future[llguidance.LLMatcher]] = OrderedDict()
 
     def start(self, sampling: Sampling) -> Grammar:
@@ -43,7 +44,7 @@ class Grammars:
         stops = sampling.stop_token_ids
         if sampling.eos_token_id is not None:
             stops = [sampling.eos_token_id, *stops]
-        return Grammar(built, self._ends, sampling.min_tokens, stops)
+        return Grammar(built, self._ends, sampling.min_tokens, stops, self._scratch)
 
     def _build(self, grammar: str) -> llguidance.LLMatcher:
         return grammars.new_matcher(self._vocabulary.result(), grammar)
@@ -62,8 +63,11 @@ class Grammar:
         ends: Container[int],
         min_tokens: int,
         stops: Sequence[int],
+        scratch: NDArray[np.int32],
     ) -> None:
+        """`scratch`: a mask's room, which nobody else uses during `fill`."""
         self._built = built
+        self._scratch = scratch
         self._ends = ends
         self._matcher: llguidance.LLMatcher | None = None
         self._unmatched: list[int] = []
@@ -83,7 +87,7 @@ class Grammar:
             if not (self._matcher.is_stopped() and token in self._ends):
                 self._matcher.consume_token(token)
         self._unmatched = []
-        allowed = np.zeros_like(mask)
+        allowed = self._scratch
         grammars.fill_mask(self._matcher, allowed)
         if self._num_held_back > 0:
             allowed = self._held_back(allowed)

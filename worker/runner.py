@@ -6,7 +6,6 @@ of array operations, whatever the number of rows. GPUs have `cuda_runner`.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from ..ipc.config import EngineConfig
 from ..ipc.messages import Admit, Argument, PromptLogprobs, Sampling, StepPlan, pack
 from ..kernels.paged_attention import AttentionMetadata
+from .host_memory import keep_freed_memory, return_freed_memory
 from .in_order import Executed
 from .invariance import check_attention, find_row_multiple
 from .kv_cache import POISON, CacheSize, cpu_budget, size_cache
@@ -70,7 +70,7 @@ class ModelRunner:
         config = self._config
         # The ranks share the cores that this process may use.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.tensor_parallel_size))
-        _keep_freed_memory()
+        keep_freed_memory()
         if config.tensor_parallel_size > 1:
             progress("connect ranks")
             self._tp = connect(self._rank, config.tensor_parallel_size, self._device, self._rendezvous)
@@ -103,7 +103,7 @@ class ModelRunner:
         self._kv_caches = []
         if not keep_weights:
             del self._model
-        _return_freed_memory()
+        return_freed_memory()
 
     @torch.inference_mode()
     def restore_weights(self) -> None:
@@ -273,23 +273,3 @@ class ModelRunner:
         for plan in (first, StepPlan(1, b"", [], b"", None, None)):
             batch = slots.apply(plan)
             slots.commit(batch, self.execute(slots, batch).tokens)
-
-
-def _keep_freed_memory() -> None:
-    """Ask the C library to keep what a step frees for the next step.
-
-    By default glibc returns the logits of a few rows to the system after every step, and faults them in
-    again: sampling 8 rows of 49152 tokens took 1.6 to 6 ms instead of 0.7.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # musl has none
-        mallopt(mmap_threshold, 32 << 20)  # the most that glibc takes
-        mallopt(trim_threshold, 1 << 30)
-
-
-def _return_freed_memory() -> None:
-    """Give the system back what the C library keeps."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None:
-        malloc_trim(0)

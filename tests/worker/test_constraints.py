@@ -118,3 +118,12 @@ def test_rules_that_leave_no_token_end_the_request(make_config: Callable[..., En
     (failed,) = constraints.failed(np.arange(2))
     assert (failed.row, failed.error.kind) == (1, "request")
     assert "others forbid" in failed.error.message
+
+
+def test_masks_are_written_into_the_same_memory_every_step(table: Slots) -> None:
+    step(table, admit(0, [1, 2], seed=1), admit(1, [7], seed=1))
+    first = table.constraints.masks(np.arange(2), VOCAB)
+    again = table.constraints.masks(np.arange(2), VOCAB)
+    assert first is not None
+    assert again is not None
+    assert np.shares_memory(first.allowed, again.allowed)
