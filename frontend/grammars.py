@@ -76,10 +76,9 @@ class Grammars:
 
     def close(self) -> None:
         """End the process; checks under way and to come are refused. Idempotent."""
-        if not self._checker.is_closed:
-            self._checker.close()
-            self._thread.submit(self._checker.end)
-            self._thread.shutdown()
+        self._checker.close()
+        self._thread.shutdown()  # at once: nothing that is asked of a closed checker takes time
+        self._checker.end()
 
 
 class _CheckerFailedError(Exception):

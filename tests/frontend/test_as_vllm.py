@@ -67,7 +67,7 @@ def test_every_offered_name_can_be_imported(runs: Runs) -> None:
     [
         ("import vllm.lora.request", "ModuleNotFoundError", "vllm.v1.engine.async_llm"),
         ("from vllm import LoRARequest", "ModuleNotFoundError", "vllm has LLM, AsyncEngineArgs"),
-        ("from vllm.sampling_params import BeamSearchParams", "ModuleNotFoundError", "RequestOutputKind"),
+        ("from vllm.sampling_params import SamplingType", "ModuleNotFoundError", "RequestOutputKind"),
         ("import vllm; vllm.envs", "AttributeError", "does not offer 'vllm.envs'"),
         (
             "import importlib; importlib.import_module('vllm.platforms')",

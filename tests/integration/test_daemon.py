@@ -360,8 +360,10 @@ def test_status(daemon: Start, connect: Connect) -> None:
     core.worker().suspend()
     for request in range(3):
         client.add(request, 1900)
-    while (stats := client.stats()).num_running + stats.num_waiting < 3:
-        pass
+    before, stats = None, client.stats()
+    while stats != before or stats.num_running + stats.num_waiting < 3:  # the plans that go ahead are out
+        time.sleep(0.1)
+        before, stats = stats, client.stats()
     shown = status(address, "--once", "--interval", "0.1")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert ": serving\n" in shown.stdout
