@@ -74,7 +74,7 @@ class Run:
                 # Clients may repeat their ids; the engine's are unique.
                 request_id=f"{self.id}-{secrets.token_hex(4)}",
                 priority=body.priority or 0,
-                timeout=body.timeout,
+                timeout=_least(body.timeout, service.options.request_timeout),
             )
             for prompt in prompts
         ]
@@ -125,6 +125,10 @@ class Run:
             usage.completion_tokens += len(part.token_ids)
             if part.finish_reason is not None:
                 self._ends.append(part.finish_reason)
+
+
+def _least(one: float | None, other: float | None) -> float | None:
+    return min((value for value in (one, other) if value is not None), default=None)
 
 
 async def _merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, RequestOutput], None]:

@@ -32,7 +32,9 @@ class ServerOptions(msgspec.Struct, kw_only=True):
     max_body_bytes: int = 16 << 20
     """Longer request bodies are refused."""
     body_timeout: float = 30.0
-    """Seconds that a client may take to send a request's body."""
+    """Seconds that a client may take to send a request's head, and as long for its body."""
+    request_timeout: float | None = None
+    """Seconds that an answer may take; then its finish_reason is "timeout". Requests may ask for less."""
     stall_timeout: float = 60.0
     """Seconds that a client may leave its answer unread before its connection is cut."""
     drain_timeout: float = 120.0
@@ -64,9 +66,9 @@ def check_options(options: ServerOptions) -> None:
         value = getattr(options, name)
         if not least <= value <= most:
             raise _refusal(name, value, f"an integer from {least} to {most}")
-    for name in ("body_timeout", "stall_timeout", "drain_timeout"):
+    for name in ("body_timeout", "request_timeout", "stall_timeout", "drain_timeout"):
         value = getattr(options, name)
-        if not 0 < value <= 86400:
+        if value is not None and not 0 < value <= 86400:
             raise _refusal(name, value, "a number of seconds in (0, 86400]")
     for name, choices in (
         ("tool_call_parser", ("auto", "hermes", "llama3_json", "none")),

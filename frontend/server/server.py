@@ -25,6 +25,7 @@ from ..async_llm import AsyncLLM
 from ..engine_args import AsyncEngineArgs
 from .app import make_app
 from .board import Board
+from .connections import protocol
 from .listener import announce
 from .options import ServerOptions, read_chat_template
 from .service import Service
@@ -78,7 +79,7 @@ class _Server(uvicorn.Server):
         options = service.options
         config = uvicorn.Config(
             make_app(service, keys),
-            http="httptools",
+            http=protocol(options.body_timeout),
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -261,3 +261,21 @@ def test_responses_that_are_refused_or_parsed(client: openai.OpenAI) -> None:
         with pytest.raises(openai.BadRequestError) as bad:
             client.responses.create(**more, input="Hello", **refused)
         assert bad.value.param == next(iter(refused))
+
+
+def test_hanging_up_stops_the_engine(demo: Any) -> None:
+    """Within two steps, and those that were under way; here with room for a machine that is busy."""
+
+    def engine() -> Any:
+        return httpx.get(f"{demo.url}/stats", timeout=60).json()["engine"]
+
+    before = engine()["generation_tokens"]
+    body = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{demo.url}/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        for _ in range(6):
+            next(lines)
+    while (now := engine())["num_running"]:
+        pass
+    assert now["generation_tokens"] - before < 40
+    assert now["num_free_blocks"] == now["num_blocks"]

@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def guarded(serve: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
     file.write_text(f"sk-other\n\n {KEY} \n")
     words = ["--api-key-file", str(file), "--allowed-origins", "https://one.example, https://two.example"]
     words += ["--max-body-bytes", "100000", "--body-timeout", "0.5", "--stall-timeout", str(STALL_SECONDS)]
+    words += ["--request-timeout", "1"]
     return serve(*words, HEADRACE_API_KEY="sk-environment")
 
 
@@ -107,6 +109,24 @@ def test_slow_bodies_are_refused(guarded: Any) -> None:
         _read_to_end(sock)  # it is closed
 
 
+@pytest.mark.parametrize("said", [b"", b"GET /health HTTP/1.1\r\nhost:", b"GET /ping HTTP/1.1\r\n\r\nGET "])
+def test_a_client_that_says_nothing_is_cut_off(guarded: Any, said: bytes) -> None:
+    """Or begins to and does not go on, be it after a request before."""
+    with socket.create_connection(_address(guarded), timeout=SECONDS) as sock:
+        sock.sendall(said)
+        began = time.monotonic()
+        _read_to_end(sock)
+        assert 0.3 < time.monotonic() - began < 50
+
+
+def test_an_answer_may_have_a_limit(guarded: Any) -> None:
+    body = {"prompt": "a", "ignore_eos": True, "n": 64, "max_tokens": 8000}
+    with guarded.client(headers=bearer(KEY)) as client:
+        for timeout in (None, 0.01, 50):
+            choices = client.post("/v1/completions", json={**body, "timeout": timeout}).json()["choices"]
+            assert {choice["finish_reason"] for choice in choices} == {"timeout"}
+
+
 def test_a_client_that_goes_away_ends_its_request(oracle: Any) -> None:
     """Whether it streams or waits for the whole answer."""
     body: dict[str, Any] = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "n": 64}
@@ -136,6 +156,22 @@ def test_a_client_that_does_not_read_is_cut_off(guarded: Any) -> None:
         assert time.monotonic() - began >= STALL_SECONDS
         with pytest.raises(ConnectionError):
             _read_to_end(sock)
+
+
+def test_a_full_queue_says_when_to_come_back(serve: Callable[..., Any]) -> None:
+    server = serve("--max-num-seqs", "1", "--max-queued-requests", "1")
+    body: dict[str, Any] = {"prompt": "a", "max_tokens": 8000, "ignore_eos": True, "stream": True}
+    with server.client() as client, ExitStack() as stack:
+        for _ in range(2):  # one runs, one waits
+            sock = stack.enter_context(socket.create_connection(_address(server), timeout=SECONDS))
+            _post(sock, body)
+        wait_until(lambda: client.get("/stats").json()["engine"]["num_waiting"] == 1)
+        for stream in (True, False):
+            refused = client.post("/v1/completions", json={**body, "stream": stream})
+            assert refused.status_code == 429
+            assert refused.json()["error"]["type"] == "rate_limit_error"
+            assert int(refused.headers["retry-after"]) >= 1
+        assert client.get("/health/ready").status_code == 200  # busy is not ill
 
 
 def test_https(serve: Callable[..., Any], tmp_path: Path) -> None:
