@@ -28,6 +28,7 @@ from .outputs import RequestOutput
 from .prompts import Prompt
 from .sampling_params import RequestOutputKind, SamplingParams
 from .streams import RequestStream
+from .timeouts import RequestTimeouts
 from .tokenizer import Tokenizer
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -61,14 +62,16 @@ class LLM(BlockingControl):
         *,
         use_tqdm: bool | Callable[..., Any] = True,
         priority: Sequence[int] | None = None,
+        timeout: float | RequestTimeouts | None = None,
         **unsupported: Any,
     ) -> list[RequestOutput]:
         """Complete one prompt or many; the outputs are in the order of the prompts.
 
-        `sampling_params` are for all, one for each, or None for the model's defaults. Raises RequestError
-        for the first prompt that cannot be served; then nothing goes on.
+        `sampling_params` are for all, one for each, or None for the model's defaults; `timeout` (seconds,
+        or more exactly) is for each. Raises RequestError for the first prompt that cannot be served; then
+        nothing goes on.
         """
-        streams = self._start_requests(prompts, sampling_params, priority, unsupported)
+        streams = self._start_requests(prompts, sampling_params, priority, timeout, unsupported)
         return self._finish(streams, use_tqdm)
 
     def enqueue(
@@ -77,13 +80,14 @@ class LLM(BlockingControl):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: Sequence[int] | None = None,
+        timeout: float | RequestTimeouts | None = None,
         **unsupported: Any,
     ) -> list[str]:
         """Start requests, as `generate` does, and return their ids at once; they run meanwhile.
 
         Raises RequestError for the first prompt that cannot be served; then none of these goes on.
         """
-        streams = self._start_requests(prompts, sampling_params, priority, unsupported)
+        streams = self._start_requests(prompts, sampling_params, priority, timeout, unsupported)
         self._enqueued += streams
         return [stream.request_id for stream in streams]
 
@@ -209,6 +213,7 @@ class LLM(BlockingControl):
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
+        timeout: float | RequestTimeouts | None,
         unsupported: dict[str, Any],
     ) -> list[RequestStream]:
         refuse_set(unsupported)
@@ -216,20 +221,23 @@ class LLM(BlockingControl):
         params = _for_each(sampling_params, len(several), "sampling_params")
         priorities = [0] * len(several) if priority is None else list(priority)
         _check_length("priority", priorities, len(several))
-        return self._run(self._add_all(several, params, priorities))
+        return self._run(self._add_all(several, params, priorities, timeout))
 
     async def _add_all(
         self,
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams | None],
         priorities: Sequence[int],
+        limit: float | RequestTimeouts | None,
     ) -> list[RequestStream]:
         streams: list[RequestStream] = []
         try:
             for prompt, wanted, priority in zip(prompts, params, priorities, strict=True):
                 final = self.get_default_sampling_params() if wanted is None else copy.copy(wanted)
                 final.output_kind = RequestOutputKind.FINAL_ONLY
-                streams.append(await self._engine.add_request(None, prompt, final, priority=priority))
+                streams.append(
+                    await self._engine.add_request(None, prompt, final, priority=priority, timeout=limit)
+                )
         except BaseException:
             await self._engine.abort([stream.request_id for stream in streams])
             raise

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 from headrace import (
+    LLM,
     AsyncEngineArgs,
     AsyncLLM,
     OverloadedError,
@@ -134,6 +136,14 @@ def test_a_timeout_ends_what_waits(oracle_args: Args, timeout: RequestTimeouts) 
             assert (await running).outputs[0].token_ids == oracle([1], 20)
 
     run(main())
+
+
+def test_timeouts_of_a_batch(oracle_folder: Path) -> None:
+    with LLM(str(oracle_folder), load_format="oracle", skip_tokenizer_init=True, max_num_seqs=1) as llm:
+        outputs = llm.generate([[1], [2]], params(10), timeout=0, use_tqdm=False)
+        assert [output.outputs[0].finish_reason for output in outputs] == ["timeout", "timeout"]
+        outputs = llm.generate([[1], [2]], params(10), timeout=RequestTimeouts(total=50), use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == [oracle([1], 10), oracle([2], 10)]
 
 
 def test_no_timeout_strikes_what_is_in_time(engine: AsyncLLM) -> None:
