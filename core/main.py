@@ -128,7 +128,11 @@ class Core:
         self._report(ready)
 
     def _tell(self, error: Exception) -> None:
-        """Report the cause of the end once to everyone who waits for this core."""
+        """Report the cause of the end once to everyone who waits for this core.
+
+        Clients hear of it when another core would be of no use, for the workers do not come back. A fault of
+        the core itself ends this one only: its clients look for the next.
+        """
         fatal = (
             error.fatal if isinstance(error, WorkerError) else Fatal(None, self._phase, ErrorInfo.of(error))
         )
@@ -136,7 +140,7 @@ class Core:
             LOGGER.error("a fault of the core itself", exc_info=error)
         elif self._start.status_fd is None or self._serving is not None:
             LOGGER.error("cannot go on", extra=fields(error=str(error), phase=fatal.phase, rank=fatal.rank))
-        if self._serving is not None:
+        if self._serving is not None and isinstance(error, WorkerError):
             self._serving.announce_death(
                 msgspec.structs.replace(fatal.error, kind="dead", message=str(error))
             )

@@ -68,6 +68,8 @@ class Record:
     injected: Counter[str] = field(default_factory=Counter)
     recoveries: dict[str, list[float]] = field(default_factory=dict)
     num_tokens: int = 0
+    is_over: bool = False
+    """No more faults; readers come to their ends."""
 
     @property
     def is_good(self) -> bool:
@@ -110,7 +112,7 @@ async def read(engine: AsyncLLM, task: Task, length: int, record: Record) -> lis
 
 async def keep_reading(engine: AsyncLLM, tasks: Sequence[Task], rng: random.Random, record: Record) -> None:
     """One reader: a random request, from its first token to a random last one, again and again."""
-    while True:
+    while not record.is_over:
         task = rng.choice(tasks)
         length = rng.randint(len(task.right) // 4, len(task.right))
         try:
@@ -162,14 +164,12 @@ async def recovered(engine: AsyncLLM, before: tuple[float, float], record: Recor
         await asyncio.sleep(0.002)
 
 
-async def torment(
-    engine: AsyncLLM, faults: Sequence[str], seconds: float, rng: random.Random, record: Record
-) -> None:
+async def torment(engine: AsyncLLM, args: argparse.Namespace, rng: random.Random, record: Record) -> None:
     """One fault after the other, at random moments."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + args.seconds
     while time.monotonic() < end:
-        await asyncio.sleep(rng.uniform(0.05, 1.0))
-        fault = rng.choice(faults)
+        await asyncio.sleep(rng.uniform(0.05, args.pause))
+        fault = rng.choice(args.faults)
         before = await restarts(engine)
         began = time.monotonic()
         if not inject(fault, rng):
@@ -182,6 +182,7 @@ async def torment(
         await recovered(engine, before, record)
         record.recoveries.setdefault(fault, []).append(record.last_token_at - began)
         await until_healthy(engine)
+    record.is_over = True
 
 
 async def until_healthy(engine: AsyncLLM) -> None:
@@ -216,14 +217,7 @@ async def run(args: argparse.Namespace, engine: AsyncLLM) -> Record:
         asyncio.create_task(keep_reading(engine, tasks, random.Random(rng.random()), record))
         for _ in range(args.streams)
     ]
-    tormentor = asyncio.create_task(torment(engine, args.faults, args.seconds, rng, record))
-    # A reader ends only by an error, which is the end of everything.
-    await asyncio.wait([tormentor, *readers], return_when=asyncio.FIRST_COMPLETED)
-    for each in (tormentor, *readers):
-        if each.done():
-            each.result()
-        each.cancel()
-    await asyncio.gather(*readers, return_exceptions=True)
+    await asyncio.gather(torment(engine, args, rng, record), *readers)
     stats, _ = await engine.get_stats()
     record.verdicts["lost blocks"] = stats.num_blocks - stats.num_free_blocks
     return record
@@ -258,6 +252,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--pause", type=float, default=None, help="longest time between two faults, seconds")
     parser.add_argument("--streams", type=int, default=64, help="readers at once (64)")
     parser.add_argument("--output-len", type=int, default=None, help="longest stream, tokens")
     parser.add_argument("--seed", type=int, default=0)
@@ -268,8 +263,9 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if unknown := set(args.faults) - set(FAULTS):
         parser.error(f"--faults: {min(unknown)!r} is not one of {', '.join(FAULTS)}")
-    if args.output_len is None:
-        args.output_len = 2000 if args.model == "oracle" else 64
+    is_oracle = args.model == "oracle"
+    args.output_len = args.output_len or (2000 if is_oracle else 64)
+    args.pause = args.pause or (1.0 if is_oracle else 15.0)
     return args
 
 
