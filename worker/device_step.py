@@ -27,6 +27,7 @@ from .fused import Fused, Packed, fuse
 from .kv_cache import POISON
 from .logprobs import Entries, LogprobStage, prompt_wishes, scores_to_show
 from .models.causal_lm import CausalLM, LayerCache
+from .parallel import TensorParallel
 from .rules import PromptRow
 from .sampler import Requests, Sampler
 from .slots import I64, Batch, SamplingColumns
@@ -112,10 +113,12 @@ class DeviceStep:
         slots: DeviceSlots,
         num_heads: int,
         logprobs_mode: LogprobsMode = "raw_logprobs",
+        tp: TensorParallel | None = None,
     ) -> None:
         self.num_heads = num_heads
         self.slots = slots
         self._model, self._caches = model, caches
+        self._tp = tp or TensorParallel()
         device, on_gpu = slots.device, slots.device.type == "cuda"
         self._fused: Fused | None = None
         if on_gpu:
@@ -203,6 +206,8 @@ class DeviceStep:
         )
         logits = self._of_all_tokens(drawn.logits[:count])
         tokens, shown = self._sampler.sample(logits, requests, batch)
+        # The stages' sums over a row may round differently from GPU to GPU; the ranks may not part.
+        self._tp.broadcast(tokens)
         self._append(tokens, Logits(drawn.logits, drawn.slots[:count], drawn.ends[:count]))
         return Shown([entries.send_home() for entries in shown], prompts)
 

@@ -6,6 +6,8 @@ import random
 from array import array
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from headrace.core.request import Request
 from headrace.core.scheduler import Scheduler
 from headrace.ipc.config import EngineConfig
-from headrace.ipc.messages import Sampling, StepPlan, StepResult, ThinkingBudget, pack, unpack
+from headrace.ipc.messages import Admit, Sampling, StepPlan, StepResult, ThinkingBudget, pack, unpack
 from headrace.worker.constraints import ConstraintBuilder, Constraints
 from headrace.worker.cuda_runner import run_packed
 from headrace.worker.device_slots import DeviceSlots
@@ -23,7 +25,7 @@ from headrace.worker.in_order import InOrder
 from headrace.worker.logprobs import prompt_to_wire, to_wire
 from headrace.worker.models import build_model
 from headrace.worker.models.causal_lm import CausalLM
-from headrace.worker.parallel import TensorParallel
+from headrace.worker.parallel import TensorParallel, connect
 from headrace.worker.runner import ModelRunner
 from headrace.worker.weights import load_weights
 
@@ -58,11 +60,11 @@ KINDS = (
 class OnDevice:
     """`CudaRunner` without what needs a GPU: no graphs, no events."""
 
-    def __init__(self, model: CausalLM, config: EngineConfig) -> None:
+    def __init__(self, model: CausalLM, config: EngineConfig, tp: TensorParallel | None = None) -> None:
         slots = DeviceSlots(CPU, SLOTS, MAX_LEN, BLOCK, BLOCKS, Constraints(ConstraintBuilder(config)))
         shape = (BLOCKS + 1, BLOCK, model.num_kv_heads, model.head_dim)
         caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(model.num_layers)]
-        self.step = DeviceStep(model, caches, slots, MODEL["num_attention_heads"])
+        self.step = DeviceStep(model, caches, slots, MODEL["num_attention_heads"], tp=tp)
         self._num_results = 0
 
     @torch.inference_mode()
@@ -153,3 +155,24 @@ def test_both_tables_bring_the_same_tokens(seed: int, make_config: Any) -> None:
     assert scheduler.stats().num_running == scheduler.stats().num_waiting == 0
     assert preempted
     assert steady
+
+
+def test_ranks_take_the_first_ones_tokens(make_config: Any, tmp_path: Path) -> None:
+    """Where sampling has many stages. The ranks' models differ here as their roundings may."""
+
+    def run(rank: int) -> list[bytes]:
+        config = make_config(
+            hf_config=MODEL, architecture="LlamaForCausalLM", load_format="dummy", seed=rank, vocab_size=VOCAB
+        )
+        model = build_model("LlamaForCausalLM", MODEL, torch.float32, CPU, TensorParallel(), MAX_LEN)
+        load_weights(model, config, CPU, TensorParallel())
+        device = OnDevice(model, config, connect(rank, 2, CPU, str(tmp_path / "ranks")))
+        admit = Admit(0, pack([1, 2, 3]), 3, 0, pack(range(8)), KINDS[2])
+        plans = [StepPlan(0, b"", [admit], b"", pack([0]), pack([3]))]
+        plans += [StepPlan(step, b"", [], b"", None, pack([1])) for step in range(1, 9)]
+        return [device.submit(plan).tokens for plan in plans]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, range(2))
+    assert first == second
+    assert len(set(first)) > 1
