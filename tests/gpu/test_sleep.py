@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from headrace import LLM, SamplingParams
 
 LLAMA = {
@@ -32,8 +33,13 @@ def answers(llm: LLM) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
 
 
-@pytest.mark.parametrize("eager", [False, True])
-def test_sleep_and_wake_up(tmp_path: Path, eager: bool) -> None:
+@pytest.mark.parametrize(
+    ("eager", "ranks"),
+    [(False, 1), (True, 1), pytest.param(False, 2, marks=pytest.mark.multi_gpu)],
+)
+def test_sleep_and_wake_up(tmp_path: Path, eager: bool, ranks: int) -> None:
+    if ranks > torch.cuda.device_count():
+        pytest.skip("needs two CUDA devices")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     with LLM(
         str(tmp_path),
@@ -42,19 +48,21 @@ def test_sleep_and_wake_up(tmp_path: Path, eager: bool) -> None:
         max_num_seqs=16,
         num_gpu_blocks_override=20_000,
         enforce_eager=eager,
+        tensor_parallel_size=ranks,
         poison_blocks=True,
     ) as llm:
         before = answers(llm)
-        (checksum,) = llm.collective_rpc("weights_checksum")
-        (awake,) = llm.collective_rpc("memory_stats")
+        checksums = llm.collective_rpc("weights_checksum")
+        awake = llm.collective_rpc("memory_stats")[0]
         for level in (1, 2, 1):
             llm.sleep(level)
-            (asleep,) = llm.collective_rpc("memory_stats")
+            asleep = llm.collective_rpc("memory_stats")[0]
             # cuBLAS keeps a workspace for each stream.
             assert int(str(asleep["reserved_bytes"])) < (100 << 20)
-            assert int(str(asleep["free_bytes"])) > int(str(awake["free_bytes"])) + (1 << 30)
+            freed = int(str(asleep["free_bytes"])) - int(str(awake["free_bytes"]))
+            assert freed > (1 << 30) // ranks
             llm.wake_up()
-            assert llm.collective_rpc("weights_checksum") == [checksum]
+            assert llm.collective_rpc("weights_checksum") == checksums
             assert answers(llm) == before
             time.sleep(3)  # graphs are recorded again meanwhile
             assert answers(llm) == before
