@@ -57,6 +57,7 @@ _ROUND_SECONDS = 1.0
 """How often clients that get no output are looked after: one that is gone shows only when sent something."""
 _RETRY_MS = 20
 """How soon a client that did not read is tried again."""
+_ABOUT_TO_END = "the engine core is about to end"
 _RETRY_AFTER_DRAIN = 5.0
 """Seconds: what a client may assume that a restart takes."""
 _STRANGERS_SECONDS = 10.0
@@ -215,6 +216,10 @@ class Engine:
             return patience
         return min(patience, max(0, int(1000 * (deadline - time.monotonic())) + 1))
 
+    def _trouble(self) -> str:
+        """Why new requests would make no progress; empty when they would."""
+        return self._workers.trouble or ("" if self._drain_until is None else _ABOUT_TO_END)
+
     def _is_drained(self) -> bool:
         if self._drain_until is None:
             return False
@@ -287,7 +292,7 @@ class Engine:
         requests: list[Request] = []
         try:
             if self._drain_until is not None:
-                raise OverloadedError("the engine core is about to end", retry_after=_RETRY_AFTER_DRAIN)
+                raise OverloadedError(_ABOUT_TO_END, retry_after=_RETRY_AFTER_DRAIN)
             for request in make_requests(identity, message, self._config, time.monotonic()):
                 if request.number in client.requests:
                     text = f"request {request.number} is in use"
@@ -311,7 +316,7 @@ class Engine:
         """Reply to a call now, or leave it to `_control`."""
         match call.method:
             case "ping":
-                self._send(identity, Reply(call.call, unhealthy=self._workers.trouble))
+                self._send(identity, Reply(call.call, unhealthy=self._trouble()))
             case "stats":
                 self._send(identity, self._stats(call))
             case "is_paused":

@@ -83,7 +83,7 @@ class StatusConnection:
             address=self._address,
             model=self._welcome.config.served_model_name,
             pid=self._welcome.info.pid,
-            state=now.trouble or ("draining" if stats.draining else "serving"),
+            state="draining" if stats.draining else now.trouble or "serving",
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
             num_blocks=stats.num_blocks,

@@ -180,6 +180,7 @@ def test_sigterm_drains(daemon: Start, connect: Connect) -> None:
     core.process.send_signal(signal.SIGTERM)
     while not client.stats().draining:
         pass
+    assert client.call("ping").unhealthy == "the engine core is about to end"
     late = connect(core.address)  # may look, but not ask for more
     late.add(1, 5)
     while 1 not in late.finished:
