@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,14 +10,17 @@ from headrace import RequestError, SamplingParams, StructuredOutputsConfig, Stru
 from headrace.frontend.json_schemas import prepared
 from headrace.frontend.structured_outputs import MAX_CHOICES, MAX_TEXT
 from headrace.ipc.messages import CheckGrammar
+from hypothesis import given
+from hypothesis import strategies as st
 
 DEFAULTS = StructuredOutputsConfig()
+FIELDS = [field.name for field in dataclasses.fields(StructuredOutputsParams)]
 CYCLE: list[Any] = []
 CYCLE.append(CYCLE)
 
 
 @pytest.mark.parametrize(
-    ("given", "parameter"),
+    ("fields", "parameter"),
     [
         ({}, "structured_outputs"),
         ({"regex": "a", "json_object": True}, "structured_outputs"),
@@ -47,9 +51,9 @@ CYCLE.append(CYCLE)
         ({"jsn": {}}, "jsn"),
     ],
 )
-def test_bad_constraints_are_refused(given: dict[str, Any], parameter: str) -> None:
+def test_bad_constraints_are_refused(fields: dict[str, Any], parameter: str) -> None:
     with pytest.raises(RequestError) as caught:
-        StructuredOutputsParams(**given)
+        StructuredOutputsParams(**fields)
     assert caught.value.parameter == parameter
 
 
@@ -137,3 +141,29 @@ def test_whitespace_options_go_into_the_schema() -> None:
     assert prepared(True, ask()) == {}
     with pytest.raises(ValueError, match="a JSON schema is"):
         prepared(7, ask())
+
+
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.binary(max_size=3),
+    st.lists(st.text(max_size=3) | st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers() | st.floats(), max_size=2),
+)
+
+
+@given(st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, ANYTHING)))
+def test_whatever_is_given_is_taken_or_refused_by_name(given_fields: dict[str, Any]) -> None:
+    refused: RequestError | None = None
+    try:
+        asked = StructuredOutputsParams(**given_fields).to_check(DEFAULTS)
+    except RequestError as error:
+        refused = error
+    if refused is not None:
+        assert refused.parameter in (*FIELDS, "structured_outputs")
+    else:
+        assert 1 <= len(asked.text) <= MAX_TEXT
+        assert sum(given_fields.get(kind) is not None for kind in FIELDS[:6]) == 1

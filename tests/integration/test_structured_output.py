@@ -273,3 +273,37 @@ def test_the_engine_s_defaults(text_model: Path) -> None:
             return (await complete(engine, 0, structured_outputs=params)).outputs[0].text
 
     assert asyncio.run(go()) in ('{"a":1}', '{"a":2}')
+
+
+DEMO: list[tuple[str, dict[str, Any], Callable[[str], bool]]] = [
+    ("A person as JSON: ", {"json": PERSON} | TIGHT, is_json(PERSON)),
+    ("The capital of France is ", {"choice": ["London", "Paris", "Rome"]}, lambda text: text == "Paris"),
+    ("My address is ", {"regex": r"[0-9]{1,3}(\.[0-9]{1,3}){3}"}, matches(r"\d{1,3}(\.\d{1,3}){3}")),
+    ("1+1=2, 2+3=", {"grammar": 'root ::= n ("+" n){2}\nn ::= [0-9]{1,2}\n'}, matches(r"\d+(\+\d+){2}")),
+    ("Settings: ", {"json_object": True, "whitespace_pattern": " ?"}, is_json({"type": "object"})),
+    (
+        "Call: ",
+        {"structural_tag": {"type": "structural_tag", "format": TAGS}} | TIGHT,
+        matches(r"<f>\[.*\]</f>"),
+    ),
+]
+
+
+def test_the_demo_model() -> None:
+    """A real vocabulary, of a GGUF file, and a model that means something by what it writes."""
+
+    async def go() -> list[RequestOutput]:
+        args = AsyncEngineArgs(model="demo", max_model_len=256, num_gpu_blocks_override=200)
+        async with AsyncLLM.from_engine_args(args) as engine:
+            return await asyncio.gather(*(ask(engine, prompt, given) for prompt, given, _ in DEMO))
+
+    async def ask(engine: AsyncLLM, prompt: str, given: dict[str, Any]) -> RequestOutput:
+        wanted = StructuredOutputsParams(**given)
+        params = SamplingParams(temperature=0, max_tokens=100, structured_outputs=wanted)
+        *_, last = [output async for output in engine.generate(prompt, params)]
+        return last
+
+    for output, (_, _, check) in zip(asyncio.run(go()), DEMO, strict=True):
+        (part,) = output.outputs
+        assert part.finish_reason == "stop", part
+        assert check(part.text), part
