@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from ...ipc.errors import EngineDeadError, OverloadedError, RefusedError, RequestError
+from ...ipc.errors import EngineDeadError, OverloadedError, RefusedError, RequestCrashedError, RequestError
 from ..names import nearest
 
 logger = logging.getLogger("headrace")
@@ -75,6 +75,8 @@ def as_api_error(error: Exception) -> ApiError:
             return error
         case OverloadedError():
             return unavailable(str(error), error.retry_after, 429)
+        case RequestCrashedError():
+            return ApiError(500, str(error))
         case RequestError():
             return bad_request(str(error), error.parameter)
         case EngineDeadError() | RefusedError():
