@@ -104,7 +104,7 @@ async def settle(server: Serving) -> None:
 
 def check_memory(samples: Sequence[tuple[float, dict[str, float]]]) -> None:
     """The last third of the time against the first. Raises SystemExit."""
-    third = len(samples) // 3
+    third = max(len(samples) // 3, 1)
     for role in samples[0][1]:
         first = statistics.median(sizes[role] for _, sizes in samples[:third])
         last = statistics.median(sizes[role] for _, sizes in samples[-third:])

@@ -95,6 +95,14 @@ def test_oracle_names_each_process(oracle: list[str]) -> None:
     assert figures["wall per step, ms"] > 0
 
 
+def test_clients_of_the_server_get_exact_streams() -> None:
+    """The script itself compares every token, over HTTP and without."""
+    small = ["--num-clients", "30", "--output-len", "20", "--compare", "server,async_llm", "--rounds", "1"]
+    told = results(bench("server", *small))["results"]
+    assert set(told) == {"server", "async_llm"}
+    assert all(figures["requests/s"] > 0 for figures in told.values())
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [

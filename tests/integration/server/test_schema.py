@@ -50,7 +50,7 @@ def test_nothing_is_answered_by_5xx(api: Any, path: str, mode: GenerationMode) -
             continue  # every string is a good name
 
         @hypothesis.settings(
-            max_examples=40,
+            max_examples=25,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(hypothesis.HealthCheck),
