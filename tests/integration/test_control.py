@@ -326,6 +326,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
         dtype="float32",
         skip_tokenizer_init=True,
         num_gpu_blocks_override=64,
+        poison_blocks=True,
         torch_profiler_dir=str(folder / "traces"),
     )
     yield llm
