@@ -139,10 +139,6 @@ class ServerSocket:
                 del self._outboxes[client]
         return gone
 
-    def forget(self, client: bytes) -> None:
-        """Drop what is kept for a client that has left."""
-        self._outboxes.pop(client, None)
-
     def reload_keys(self) -> None:
         """Read again which clients may connect; those that are connected stay. Raises ConfigError."""
         if self._door is not None:

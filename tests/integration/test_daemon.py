@@ -18,7 +18,14 @@ from typing import Any
 
 import psutil
 import pytest
-from headrace import AsyncEngineArgs, AsyncLLM, ConfigError, OverloadedError, SamplingParams
+from headrace import (
+    AsyncEngineArgs,
+    AsyncLLM,
+    ConfigError,
+    EngineUnhealthyError,
+    OverloadedError,
+    SamplingParams,
+)
 from headrace.ipc.curve import ClientKeys, make_pair, read_secret
 from headrace.ipc.messages import (
     PROTOCOL_VERSION,
@@ -195,6 +202,47 @@ def test_sigterm_drains(daemon: Start, connect: Connect) -> None:
     assert core.process.wait(TIMEOUT) == 0
     assert not Path(core.address.removeprefix("ipc://")).exists()
     assert "draining signal=SIGTERM requests=32" in core.log()
+
+
+def test_a_frontend_through_a_drain_and_a_new_core(daemon: Start) -> None:
+    """What a program sees when its core is replaced: its stream ends as it should, the next one waits."""
+    core = daemon()
+    address = core.wait_ready()
+
+    async def read(engine: AsyncLLM, request_id: str, seed: int) -> list[int]:
+        params = SamplingParams(max_tokens=1500, seed=seed, ignore_eos=True)
+        prompt: Any = {"prompt_token_ids": [seed, 2]}
+        outputs = [output async for output in engine.generate(prompt, params, request_id)]
+        return list(outputs[-1].outputs[0].token_ids)
+
+    async def look_until_unhealthy(engine: AsyncLLM) -> None:
+        while True:
+            await engine.check_health()
+
+    async def run(engine: AsyncLLM) -> None:
+        worker = core.worker()
+        worker.suspend()
+        first = asyncio.create_task(read(engine, "first", 1))
+        while (await engine._client.call("stats")).clients[0].num_running == 0:
+            pass
+        core.process.send_signal(signal.SIGTERM)
+        with pytest.raises(EngineUnhealthyError, match="about to end"):
+            await look_until_unhealthy(engine)
+        with pytest.raises(OverloadedError) as caught:
+            await read(engine, "refused", 2)
+        assert caught.value.retry_after > 0
+        worker.resume()
+        assert await first == oracle_stream([1, 2], 1, 1500, VOCAB_SIZE)
+        assert await asyncio.to_thread(core.process.wait, TIMEOUT) == 0
+        waiting = asyncio.create_task(read(engine, "second", 3))
+        await asyncio.to_thread(daemon("--listen", address).wait_ready)
+        assert await waiting == oracle_stream([3, 2], 3, 1500, VOCAB_SIZE)
+        await engine.check_health()
+
+    with asyncio.Runner() as runner:
+        engine = AsyncLLM(AsyncEngineArgs(engine_core_address=address))
+        runner.run(asyncio.wait_for(run(engine), 3 * TIMEOUT))
+        engine.shutdown()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
