@@ -25,7 +25,7 @@ _PREFILL_TOKENS = 65536
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", default=",".join(_CASES), help="which of " + ", ".join(_CASES))
-    parser.add_argument("--settle-seconds", type=float, default=5.0, help="wait after the first token (5)")
+    parser.add_argument("--settle-seconds", type=float, default=10.0, help="wait after the first token (10)")
     parser.set_defaults(max_num_seqs=256, max_num_batched_tokens=16384, max_model_len=4352)
 
 
