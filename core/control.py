@@ -90,6 +90,7 @@ class Control:
         self._can_ask = can_ask
         self._abort_all = abort_all
         self._asleep: set[str] = set()
+        self._level = 0
         self._turns: deque[_Turn] = deque()
         self._condition: Callable[[], bool] | None = None
         """What the first of `_turns` waits for; None: it has not begun."""
@@ -104,8 +105,11 @@ class Control:
         return self._scheduler.paused is not Pause.NOTHING
 
     @property
-    def is_sleeping(self) -> bool:
-        return bool(self._asleep)
+    def sleep_level(self) -> int | None:
+        """None: awake; 1, 2: the weights are on the host, or nowhere; 0: it only takes no work."""
+        if not self._asleep:
+            return None
+        return self._level if "weights" in self._asleep else 0
 
     # --- calls in, replies out ----------------------------------------------------------------------
 
@@ -221,6 +225,7 @@ class Control:
             self._scheduler.forget_cache()
             yield from self._ask("sleep", level=wanted.level)
             self._asleep |= _MEMORY
+            self._level = wanted.level
         return []
 
     def _wake_up(self, wanted: _WakeUp) -> Work:

@@ -322,7 +322,7 @@ class Engine:
             case "is_paused":
                 self._send(identity, Reply(call.call, ok=self._control.is_paused))
             case "is_sleeping":
-                self._send(identity, Reply(call.call, ok=self._control.is_sleeping))
+                self._send(identity, Reply(call.call, ok=self._control.sleep_level is not None))
             case _:
                 try:
                     self._control.call(identity, call)
@@ -336,6 +336,7 @@ class Engine:
             self._scheduler.stats(),
             draining=self._drain_until is not None,
             num_restarts=self._workers.num_restarts,
+            sleep_level=self._control.sleep_level,
         )
         return Reply(call.call, stats=stats, clients=shares)
 

@@ -16,6 +16,7 @@ row may share a prefix block that an earlier row of the same plan fills.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum, auto
@@ -23,7 +24,7 @@ from itertools import compress
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, RequestCrashedError
-from ..ipc.messages import FinishReason, Stats, StepPlan, StepResult, pack, unpack
+from ..ipc.messages import STEP_TOKENS, FinishReason, Stats, StepPlan, StepResult, pack, unpack
 from .blame import Blame
 from .deadlines import DeadlineQueue
 from .displacement import choose_victims
@@ -87,6 +88,8 @@ class Scheduler:
         self._immovable: tuple[Request, int] | None = None
         self._last_wait = 0.0  # seconds that the last to start had waited
         self._num_steps = 0
+        self._step_tokens = 0
+        self._steps_by_tokens = [0] * (len(STEP_TOKENS) + 1)
         self._num_preemptions = 0
         self._num_replays = 0
         self._prompt_tokens = 0
@@ -172,6 +175,8 @@ class Scheduler:
             prefix_cache_queries=self._cache_queries,
             prefix_cache_hits=self._cache_hits,
             num_replays=self._num_replays,
+            step_tokens=self._step_tokens,
+            steps_by_tokens=self._steps_by_tokens.copy(),
         )
 
     # --- plans --------------------------------------------------------------------------------------
@@ -385,6 +390,9 @@ class Scheduler:
             self._num_draining += 1
         self._in_flight.append(step)
         self._num_steps += 1
+        num_step_tokens = self._budget - step.budget
+        self._step_tokens += num_step_tokens
+        self._steps_by_tokens[bisect_left(STEP_TOKENS, num_step_tokens)] += 1
         return plan
 
     def _compose(self, step: Step) -> tuple[bytes | None, bytes | None]:

@@ -267,8 +267,7 @@ class AsyncLLM(EngineControl):
 
     async def get_engine_metrics(self) -> list[AnyMetric]:
         """The engine's own part of `get_metrics`, the same for all its frontends."""
-        stats, _ = await self.get_stats()
-        return list(engine_records(stats, self._labels()))
+        return list(engine_records(self.config, *await self.get_stats(), self._labels()))
 
     def own_metrics(self) -> list[AnyMetric]:
         """This frontend's part of `get_metrics`."""

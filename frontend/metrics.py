@@ -14,7 +14,8 @@ from typing import TypeAlias
 
 import msgspec
 
-from ..ipc.messages import Stats
+from ..ipc.config import EngineConfig
+from ..ipc.messages import STEP_TOKENS, ClientStats, Stats
 
 # vLLM's bounds with finer ones below 10 ms, where a fast model's tokens are.
 _FIRST_TOKEN = (
@@ -185,15 +186,7 @@ class FrontendMetrics:
                 value=count,
             )
         for name, buckets in self._histograms.items():
-            bounds = [*(f"{bound:g}" for bound in buckets.bounds), "+Inf"]
-            yield Histogram(
-                name=f"vllm:{name}",
-                help=_HISTOGRAMS[name][1],
-                labels=labels,
-                count=sum(buckets.counts),
-                sum=buckets.sum,
-                buckets=dict(zip(bounds, accumulate(buckets.counts), strict=True)),
-            )
+            yield _histogram(name, _HISTOGRAMS[name][1], labels, buckets.bounds, buckets.counts, buckets.sum)
 
     def _observe(self, **values: float) -> None:
         for name, value in values.items():
@@ -206,23 +199,87 @@ def core_restarts(count: int, labels: dict[str, str]) -> Counter:
     return Counter(name="headrace:num_core_restarts", help=text, labels=labels, value=count)
 
 
-def engine_records(stats: Stats, labels: dict[str, str]) -> Iterator[AnyMetric]:
-    """What the engine core tells about itself: all its clients together."""
+def engine_records(
+    config: EngineConfig, stats: Stats, clients: Sequence[ClientStats], labels: dict[str, str]
+) -> Iterator[AnyMetric]:
+    """What the engine core tells about itself: all its clients together, then each."""
     used = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
-    for name, level, text in (
+    for name, amount, text in (
         ("num_requests_running", stats.num_running, "Requests that hold a slot."),
         ("num_requests_waiting", stats.num_waiting, "Requests in the queue."),
         ("kv_cache_usage_perc", used, "Share of KV blocks in use, 0 to 1."),
     ):
-        yield Gauge(name=f"vllm:{name}", help=text, labels=labels, value=level)
+        yield Gauge(name=f"vllm:{name}", help=text, labels=labels, value=amount)
+    for state, level in (("awake", None), ("weights_offloaded", 1), ("discard_all", 2)):
+        yield Gauge(
+            name="vllm:engine_sleep_state",
+            help="1 for the state that it is in.",
+            labels=labels | {"sleep_state": state},
+            value=stats.sleep_level == level,
+        )
+    yield _cache_config(config, stats, labels)
     for name, count, text in (
         ("num_preemptions", stats.num_preemptions, "Requests put back into the queue for their blocks."),
         ("prefix_cache_queries", stats.prefix_cache_queries, "Prompt tokens looked up in the prefix cache."),
         ("prefix_cache_hits", stats.prefix_cache_hits, "Prompt tokens found in the prefix cache."),
     ):
         yield Counter(name=f"vllm:{name}", help=text, labels=labels, value=count)
+    yield _histogram(
+        "iteration_tokens_total",
+        "Tokens of a step.",
+        labels,
+        STEP_TOKENS,
+        stats.steps_by_tokens,
+        stats.step_tokens,
+    )
     for name, count, text in (
         ("num_worker_restarts", stats.num_restarts, "Workers started again after a fault, by this core."),
         ("num_replays", stats.num_replays, "Requests run again after a fault, by this core."),
     ):
         yield Counter(name=f"headrace:{name}", help=text, labels=labels, value=count)
+    for client in clients:
+        yield from _client_records(client, labels | {"client": client.name, "client_id": str(client.id)})
+
+
+def _cache_config(config: EngineConfig, stats: Stats, labels: dict[str, str]) -> Gauge:
+    facts = {
+        "block_size": config.block_size,
+        "cache_dtype": config.dtype,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
+        "num_gpu_blocks": stats.num_blocks,
+        "num_gpu_blocks_override": config.num_gpu_blocks_override,
+    }
+    about = labels | {name: str(value) for name, value in facts.items()}
+    return Gauge(name="vllm:cache_config_info", help="The KV cache, in the labels.", labels=about, value=1)
+
+
+def _client_records(client: ClientStats, labels: dict[str, str]) -> Iterator[AnyMetric]:
+    for name, level, text in (
+        ("client_requests_running", client.num_running, "A client's requests that hold a slot."),
+        ("client_requests_waiting", client.num_waiting, "A client's requests in the queue."),
+        ("client_kv_blocks", client.num_blocks, "KV blocks of a client's requests."),
+    ):
+        yield Gauge(name=f"headrace:{name}", help=text, labels=labels, value=level)
+    yield Counter(
+        name="headrace:client_generation_tokens",
+        help="Tokens generated for a client.",
+        labels=labels,
+        value=client.generation_tokens,
+    )
+
+
+def _histogram(
+    name: str, text: str, labels: dict[str, str], bounds: Sequence[float], counts: Sequence[int], total: float
+) -> Histogram:
+    """`counts`: of values up to each bound and beyond the one before; the last beyond all."""
+    names = [*(f"{bound:.12g}" for bound in bounds), "+Inf"]
+    return Histogram(
+        name=f"vllm:{name}",
+        help=text,
+        labels=labels,
+        count=sum(counts),
+        sum=total,
+        buckets=dict(zip(names, accumulate(counts), strict=True)),
+    )

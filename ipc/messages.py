@@ -234,6 +234,10 @@ class Finished(Record, frozen=True):
     error: ErrorInfo | None = None
 
 
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Bounds for counting steps by their tokens, vLLM's."""
+
+
 class Stats(Record, frozen=True):
     """The engine at one moment; counters run from its start."""
 
@@ -255,6 +259,12 @@ class Stats(Record, frozen=True):
     """Of the workers, after they had died or hung."""
     num_replays: int = 0
     """Requests that were run again after that."""
+    sleep_level: int | None = None
+    """None: awake; 1, 2: the weights are on the host, or nowhere; 0: it only takes no work."""
+    step_tokens: int = 0
+    """Tokens of all steps."""
+    steps_by_tokens: list[int] = []
+    """How many steps had at most `STEP_TOKENS[i]` tokens, and more than the bound before; the last, more."""
 
 
 class ClientStats(Record, frozen=True):

@@ -83,13 +83,13 @@ def test_what_the_workers_were_asked_when_they_failed_is_an_error(rig: Rig) -> N
     assert "failed during sleep" in reply.error.message
     rig.control.hear(CommandResult(0, old.number))  # from the old ones
     # What came up is awake, but the engine stays paused until somebody wakes it.
-    assert rig.control.is_sleeping
+    assert rig.control.sleep_level == 0
     assert rig.paused() is Pause.EVERYTHING
     rig.call("wake_up")
     ((_, reply),) = rig.replies()
     assert reply.ok
     assert rig.paused() is Pause.NOTHING
-    assert not rig.control.is_sleeping
+    assert rig.control.sleep_level is None
 
 
 def test_nothing_is_asked_of_workers_that_start(rig: Rig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from headrace.frontend.metrics import Counter, FrontendMetrics, Gauge, Histogram
 from headrace.frontend.request_table import RequestTable
 from headrace.frontend.requests import Request
 from headrace.frontend.sampling_params import RequestOutputKind
+from headrace.ipc.config import EngineConfig
 from headrace.ipc.errors import EngineDeadError, ErrorInfo
-from headrace.ipc.messages import Finished, FinishReason, Started, Stats, StepOutputs, pack
+from headrace.ipc.messages import ClientStats, Finished, FinishReason, Started, Stats, StepOutputs, pack
 
 LABELS = {"model_name": "m", "engine": "0"}
 
@@ -43,8 +45,9 @@ def step(table: RequestTable, numbers: list[int], started: int | None = None, *e
     table.apply(StepOutputs(pack(numbers), pack(numbers), news, list(ends)))
 
 
-def test_the_names_that_dashboards_know() -> None:
-    engine = list(engine_records(Stats(num_blocks=4, num_free_blocks=1), LABELS))
+def test_the_names_that_dashboards_know(make_config: Callable[..., EngineConfig]) -> None:
+    stats = Stats(num_blocks=4, num_free_blocks=1, steps_by_tokens=[0] * 14)
+    engine = list(engine_records(make_config(), stats, [ClientStats("c")], LABELS))
     assert {(type(record), record.name) for record in engine} == {
         (Gauge, "vllm:num_requests_running"),
         (Gauge, "vllm:num_requests_waiting"),
@@ -54,8 +57,15 @@ def test_the_names_that_dashboards_know() -> None:
         (Counter, "vllm:prefix_cache_hits"),
         (Counter, "headrace:num_worker_restarts"),
         (Counter, "headrace:num_replays"),
+        (Gauge, "vllm:engine_sleep_state"),
+        (Gauge, "vllm:cache_config_info"),
+        (Histogram, "vllm:iteration_tokens_total"),
+        (Gauge, "headrace:client_requests_running"),
+        (Gauge, "headrace:client_requests_waiting"),
+        (Gauge, "headrace:client_kv_blocks"),
+        (Counter, "headrace:client_generation_tokens"),
     }
-    assert [r.value for r in engine if isinstance(r, Gauge)] == [0, 0, 0.75]
+    assert [r.value for r in engine if isinstance(r, Gauge)][:3] == [0, 0, 0.75]
     metrics = FrontendMetrics()
     metrics.completed("stop")
     assert {record.name.removeprefix("vllm:") for record in metrics.records(LABELS)} == {
@@ -143,12 +153,24 @@ def test_buckets_are_cumulative_and_bounds_belong_to_them() -> None:
     assert found.sum == pytest.approx(1000.0022)
 
 
-def test_the_dashboard_asks_for_metrics_that_exist() -> None:
+@pytest.mark.parametrize(("level", "state"), [(None, "awake"), (1, "weights_offloaded"), (2, "discard_all")])
+def test_sleep(make_config: Callable[..., EngineConfig], level: int | None, state: str) -> None:
+    stats = Stats(sleep_level=level, steps_by_tokens=[0] * 14)
+    found = {
+        record.labels["sleep_state"]: record.value
+        for record in engine_records(make_config(), stats, [], LABELS)
+        if isinstance(record, Gauge) and record.name == "vllm:engine_sleep_state"
+    }
+    assert found == {name: name == state for name in ("awake", "weights_offloaded", "discard_all")}
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(make_config: Callable[..., EngineConfig]) -> None:
+    stats = Stats(steps_by_tokens=[0] * 14)
     dashboard = Path(__file__).parents[2] / "examples" / "deploy" / "grafana-dashboard.json"
     metrics = FrontendMetrics()
     metrics.completed("stop")
     known: set[str] = set()
-    for record in [*metrics.records(LABELS), *engine_records(Stats(), LABELS)]:
+    for record in [*metrics.records(LABELS), *engine_records(make_config(), stats, [], LABELS)]:
         suffixes = {Counter: ["_total"], Gauge: [""], Histogram: ["_bucket"]}[type(record)]
         known |= {record.name + suffix for suffix in suffixes}
     asked = set(re.findall(r"vllm:\w+", dashboard.read_text()))

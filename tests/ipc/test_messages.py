@@ -120,7 +120,7 @@ FROM_CORE: list[FromCore] = [
     Reply(
         3,
         True,
-        Stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, True, 11, 12),
+        Stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, True, 11, 12, 1, 13, [14, 15]),
         None,
         [{"rank": 0}],
         [ClientStats("doc", 1, 2, 3, 4, 0.5, 6)],
