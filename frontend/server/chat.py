@@ -48,7 +48,7 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
     parsers = [service.parsers.answer(text, use, is_constrained) for _ in range(params.n)]
     answer = _Answer(service, body, run, parsers)
     if body.stream:
-        return EventStream(answer.events())
+        return EventStream(answer.events(), run.id)
     return await unless_gone(request, answer.whole())
 
 
@@ -92,7 +92,7 @@ class _Answer:
             choices = [self._choice("message", part, _message) for part in output.outputs]
             about_prompt = self._about_prompt(output)
         answer = {**self._head, "choices": choices, "usage": self._run.usage.body(), **about_prompt}
-        return json_response(answer)
+        return json_response(answer, self._run.id)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         options = self._body.stream_options

@@ -30,9 +30,10 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     prompts = [await _prompt(service, body, prompt) for prompt in _several(body.prompt)]
-    answer = _Answer(service, body, Run(service, request, "cmpl", body, prompts, params), params.n)
+    run = Run(service, request, "cmpl", body, prompts, params)
+    answer = _Answer(service, body, run, params.n)
     if body.stream:
-        return EventStream(answer.events())
+        return EventStream(answer.events(), run.id)
     return await unless_gone(request, answer.whole())
 
 
@@ -63,7 +64,8 @@ class _Answer:
         async for index, output in self._run.outputs():
             choices += [self._choice(index, output, part) for part in output.outputs]
         choices.sort(key=lambda choice: choice["index"])
-        return json_response({**self._head, "choices": choices, "usage": self._run.usage.body()})
+        answer = {**self._head, "choices": choices, "usage": self._run.usage.body()}
+        return json_response(answer, self._run.id)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         options = self._body.stream_options

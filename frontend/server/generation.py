@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from .service import Service
 
 LONG_TEXT = 2048
 """Characters, about 1 ms of tokenizing; longer ones are tokenized on a thread."""
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+"""It stands in headers and logs."""
 MAX_CHOICES = 1024
 """Of one HTTP request."""
 
@@ -59,6 +62,10 @@ class Run:
         if params.n * len(prompts) > MAX_CHOICES:
             message = f"n={params.n} for {len(prompts)} prompts is more than {MAX_CHOICES} choices"
             raise RequestError(message, parameter="n", value=params.n, limit=MAX_CHOICES)
+        if body.request_id is not None and not _ID.fullmatch(body.request_id):
+            limit = "1 to 128 letters, digits and ._:-"
+            message = f"request_id must be {limit}, got {body.request_id!r:.200}"
+            raise RequestError(message, parameter="request_id", value=body.request_id, limit=limit)
         self.id = f"{prefix}-{body.request_id or secrets.token_hex(12)}"
         self.usage = Usage()
         self.prompts = [prompt.get("prompt") or prompt["prompt_token_ids"] for prompt in prompts]

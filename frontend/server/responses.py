@@ -45,7 +45,7 @@ async def respond(service: Service, request: Request, body: ResponsesRequest) ->
         service, body, run, params, service.parsers.answer(text, _NO_TOOLS, structure is not None)
     )
     if body.stream:
-        return EventStream(answer.events(), on_error=answer.error, end=b"")
+        return EventStream(answer.events(), run.id, on_error=answer.error, end=b"")
     return await unless_gone(request, answer.whole())
 
 
@@ -96,7 +96,7 @@ class _Answer:
         async for _, output in self._run.outputs():
             for _event in self._advance(output.outputs[0]):
                 pass
-        return json_response(self._response)
+        return json_response(self._response, self._run.id)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         begun = False

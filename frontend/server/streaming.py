@@ -16,8 +16,9 @@ from .errors import CLIENT_GONE, ApiError, as_api_error
 _encoder = msgspec.json.Encoder()
 
 
-def json_response(content: object) -> Response:
-    return Response(_encoder.encode(content), media_type="application/json")
+def json_response(content: object, request_id: str | None = None) -> Response:
+    headers = None if request_id is None else {"x-request-id": request_id}
+    return Response(_encoder.encode(content), headers=headers, media_type="application/json")
 
 
 def event(data: object, name: str | None = None) -> bytes:
@@ -37,11 +38,13 @@ class EventStream(Response):
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
+        request_id: str,
         *,
         on_error: Callable[[ApiError], bytes] = lambda error: event(error.body()),
         end: bytes = b"data: [DONE]\n\n",
     ) -> None:
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        headers = {"cache-control": "no-cache", "x-request-id": request_id}
+        super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
         self._events = events
         self._on_error = on_error

@@ -127,6 +127,20 @@ def test_an_answer_may_fill_the_context(http: httpx.Client) -> None:
     assert whole["choices"][0]["finish_reason"] == "length"
 
 
+def test_an_id_of_ones_own(http: httpx.Client) -> None:
+    """As often as one likes; without it each request has a new one. It is also a header."""
+    seen = set()
+    for given in ("mine", "mine", None, None):
+        for stream in (False, True):
+            body = {"prompt": "Hi", "max_tokens": 1, "stream": stream, "request_id": given}
+            response = http.post("/v1/completions", json=body)
+            found = response.headers["x-request-id"]
+            assert (events(response)[0] if stream else response.json())["id"] == found
+            assert given is None or found == f"cmpl-{given}"
+            seen.add(found)
+    assert len(seen) == 1 + 4
+
+
 def test_stop_string_ends_the_text(http: httpx.Client) -> None:
     body = {"prompt": "abc", "max_tokens": 30, "seed": 2, "ignore_eos": True}
     text = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
@@ -183,6 +197,10 @@ BAD = [  # (change to a good request, parameter named)
     ({"suffix": "!"}, "suffix"),
     ({"tempratur": 1}, "tempratur"),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ({"request_id": "a\nb"}, "request_id"),
+    ({"timeout": -1}, "timeout"),
+    ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+    ({"repetition_detection": {"max_pattern_size": 3}}, "repetition_detection"),
 ]
 
 
