@@ -131,8 +131,10 @@ class Ranks:
         return [pipe.fileno() for pipe in self._pipes]
 
     def laggard(self) -> WorkerError:
-        """Blames the first rank that does not serve yet: it took too long."""
-        rank = next(rank for rank in range(len(self._workers)) if rank not in self._ready)
+        """Blames the first rank that the others wait for: it took too long."""
+        count = len(self._workers)
+        done = self._loaded.keys() if len(self._loaded) < count else self._ready
+        rank = next(rank for rank in range(count) if rank not in done)
         return self.failure(rank, "took too long to start")
 
     def pids(self) -> dict[int, int]:

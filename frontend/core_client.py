@@ -288,8 +288,8 @@ class CoreClient:
                 self._die(error.message)
             case Refused():
                 cause = f"the engine core refused this client: {message.message}"
-                if self._outage is None and self._connection.core is None:
-                    self._lose(cause)  # it may have given up one that did not read: come back as a new one
+                if self._outage is None:  # it may have given us up for not reading
+                    self._lose(cause, is_alive=True)
                 else:
                     self._die(cause)
             case Welcome():
@@ -326,8 +326,8 @@ class CoreClient:
             self._lose(cause)
         loop.call_later(_LOOK_SECONDS, _call, weakref.WeakMethod(self._look), loop)
 
-    def _lose(self, cause: str) -> None:
-        """The core is gone: get another one."""
+    def _lose(self, cause: str, *, is_alive: bool = False) -> None:
+        """The core is gone, or knows us no more: get another one, or greet it anew."""
         if self._outage is None or self._connection.core is not None:
             self._losses.append(cause)
         if len(self._losses) > MAX_LOSSES:
@@ -339,10 +339,14 @@ class CoreClient:
             self._outage = _Outage(cause, now, now + self._patience)
             self._requests.lose_core(self.config.max_replays)
         core = self._connection.core
-        if core is not None:
-            core.kill()  # it may be alive, but of no use
-        self._connection.use(None, None)
-        if core is not None:
+        if is_alive:
+            self._connection.use(None, core)
+            self._say_hello()
+        elif core is None:
+            self._connection.use(None, None)
+        else:
+            core.kill()  # it may be there, but is of no use
+            self._connection.use(None, None)
             self._restart_core()
         self._arm_timers()
 

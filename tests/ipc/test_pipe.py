@@ -41,6 +41,38 @@ def test_messages_arrive_whole_and_in_order(ends: Ends) -> None:
     assert worker.recv(0) is None
 
 
+def test_posting_never_waits(ends: Ends) -> None:
+    core, worker = ends
+    messages = [plan(number, 1 << 20) for number in range(20)]
+    for message in messages:
+        core.post_frame(frame(msgspec.msgpack.encode(message)))
+    assert not core.flush()  # 20 MB fit into no socket
+    received: list[ToWorker] = []
+    while len(received) < len(messages):
+        if (arrived := worker.recv(0)) is None:
+            core.flush()
+        else:
+            received.append(arrived)
+    assert received == messages
+    assert core.flush()
+    worker.close()
+    with pytest.raises(PipeClosedError):
+        core.post_frame(frame(msgspec.msgpack.encode(messages[0])))
+
+
+def test_a_frame_beyond_the_limit_is_refused() -> None:
+    ours, theirs = socket_pair()
+    core: Pipe[ToWorker, FromWorker] = Pipe(ours, FromWorker, 64)
+    theirs.sendall(frame(msgspec.msgpack.encode(Progress(0, "x"))))
+    assert core.recv(1) == Progress(0, "x")
+    theirs.sendall(b"\x41\0\0\0")
+    assert poll_pipes([core], 1) == [0]
+    with pytest.raises(msgspec.DecodeError, match="65 bytes"):
+        core.recv(1)
+    core.close()
+    theirs.close()
+
+
 def test_frames_torn_anywhere() -> None:
     ours, theirs = socket_pair()
     worker: Pipe[FromWorker, ToWorker] = Pipe(theirs, ToWorker)
