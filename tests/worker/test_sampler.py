@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -18,7 +20,7 @@ from headrace.worker.constraints import Constraint, Constraints, Tokens
 from headrace.worker.nucleus import Nucleus, keep_likeliest, keep_of_all
 from headrace.worker.rules import BadWords
 from headrace.worker.sampler import Sampler
-from headrace.worker.slots import Slots
+from headrace.worker.slots import Batch, Slots
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,18 +34,23 @@ def build(sampling: Sampling, prompt: Tokens) -> list[Constraint]:
     return [BadWords(words)] if words else []
 
 
-def sample(logits: Tensor, requests: Sequence[Prompt]) -> list[int]:
-    """One step of a fresh sampler over requests that were admitted through a plan."""
+def admitted(requests: Sequence[Prompt]) -> tuple[Slots, Batch]:
+    """A slot table with these requests, and the batch that samples for each."""
     longest = max(len(prompt) + len(output) for prompt, output, _ in requests)
     slots = Slots(len(requests), longest + 1, 16, 1000, Constraints(build))
     blocks = pack(range(longest // 16 + 1))
     lengths = [len(prompt) + len(output) for prompt, output, _ in requests]
-    admitted = [
+    admits = [
         Admit(slot, pack(prompt + output), len(prompt), 0, blocks, sampling)
         for slot, (prompt, output, sampling) in enumerate(requests)
     ]
-    plan = StepPlan(0, b"", admitted, b"", pack(range(len(requests))), pack(lengths))
-    return Sampler(CPU).sample(logits.clone(), slots, slots.apply(plan)).tokens.tolist()
+    plan = StepPlan(0, b"", admits, b"", pack(range(len(requests))), pack(lengths))
+    return slots, slots.apply(plan)
+
+
+def sample(logits: Tensor, requests: Sequence[Prompt]) -> list[int]:
+    """One step of a fresh sampler."""
+    return Sampler(CPU).sample(logits.clone(), *admitted(requests)).tokens.tolist()
 
 
 def survivors(logits: NDArray[np.float64], request: Prompt) -> NDArray[np.float64]:
@@ -156,26 +163,55 @@ def test_a_row_samples_the_same_alone_and_in_any_batch() -> None:
     assert [together[i] for i in order] == shuffled
 
 
-@pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(top_k=6), Sampling(top_p=0.8), Sampling(min_p=0.1, temperature=1.5)]
-)
-def test_draws_follow_the_filtered_softmax(sampling: Sampling) -> None:
+COMBINATIONS = [
+    Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+    )
+    for temperature, top_k, top_p, min_p, (repetition, presence, frequency) in itertools.product(
+        (0.6, 1.0, 1.6), (0, 6), (1.0, 0.8), (0.0, 0.05), ((1.0, 0.0, 0.0), (1.4, 0.5, -0.3), (0.8, 0.0, 0.7))
+    )
+]
+
+
+def test_draws_follow_the_reference_for_every_combination() -> None:
+    """Chi-square over 20,000 draws of each, all combinations in one batch."""
     torch.manual_seed(4)
-    draws, row = 8000, torch.randn(1, 25) * 2
-    seeded = [
-        Sampling(sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, i)
-        for i in range(draws)
+    vocab, seeds, positions = 25, 200, 100
+    row = torch.randn(vocab) * 2
+    prompt, output = [3, 8, 8, 11], [8, 20, 20, 20, 4]
+    requests = [
+        (prompt, output, msgspec.structs.replace(sampling, seed=1000 * i + seed))
+        for i, sampling in enumerate(COMBINATIONS)
+        for seed in range(seeds)
     ]
-    tokens = sample(row.expand(draws, -1), [([1], [], each) for each in seeded])
-    scores = survivors(row[0].double().numpy(), ([1], [], sampling))
-    wanted = np.exp(scores - scores.max())
-    expected = draws * wanted / wanted.sum()
-    counts = np.bincount(tokens, minlength=25)
-    inside = expected > 0
-    assert counts[~inside].sum() == 0
-    statistic = ((counts - expected)[inside] ** 2 / expected[inside]).sum()
-    freedom = max(inside.sum() - 1, 1)
-    assert (statistic - freedom) / np.sqrt(2 * freedom) < 5
+    slots, batch = admitted(requests)
+    sampler, logits = Sampler(CPU), row.expand(len(requests), -1)
+    counts = np.zeros((len(COMBINATIONS), vocab), np.int64)
+    which = np.repeat(np.arange(len(COMBINATIONS)), seeds)
+    for position in range(positions):
+        # The noise of another position; what was generated so far stays the same.
+        there = replace(batch, ends=batch.ends + position, changed=position == 0)
+        tokens = sampler.sample(logits.clone(), slots, there).tokens.numpy()
+        np.add.at(counts, (which, tokens), 1)
+    for sampling, found in zip(COMBINATIONS, counts, strict=True):
+        scores = survivors(row.double().numpy(), (prompt, output, sampling))
+        wanted = np.exp(scores - scores.max())
+        expected = seeds * positions * wanted / wanted.sum()
+        assert found[expected == 0].sum() == 0, sampling
+        # Of cells with few draws the distribution is another one.
+        large = expected >= 5
+        found_cells = np.append(found[large], found[~large].sum())
+        cells = np.append(expected[large], expected[~large].sum())
+        kept = cells > 0
+        statistic = ((found_cells - cells)[kept] ** 2 / cells[kept]).sum()
+        freedom = max(kept.sum() - 1, 1)
+        assert statistic < freedom + 5 * (2 * freedom) ** 0.5, (sampling, statistic, freedom)
 
 
 def kept(scores: list[float], top_k: int = 0, top_p: float = 1.0, repeat: int = 1) -> list[int]:
