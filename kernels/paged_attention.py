@@ -82,7 +82,8 @@ def paged_attention(
             scale=scale,
         )
     if meta.invariant:
-        return invariant_attention(q, k_cache, v_cache, _invariant_plan(meta, k_cache.shape[1]), scale)
+        plan = _invariant_plan(meta, k_cache.shape[1], q.shape[1] // k_cache.shape[2])
+        return invariant_attention(q, k_cache, v_cache, plan, scale)
     return paged_attention_reference(q, k_cache, v_cache, meta, scale)
 
 
@@ -179,11 +180,11 @@ def _make_plan(meta: AttentionMetadata, block_size: int) -> _Plan:
     return _Plan(decodes, prefills, is_one_group=len(decodes) == 1 and not prefills)
 
 
-def _invariant_plan(meta: AttentionMetadata, block_size: int) -> list[InvariantTile]:
+def _invariant_plan(meta: AttentionMetadata, block_size: int, group: int) -> list[InvariantTile]:
     plan = meta._invariant_plans.get(block_size)
     if plan is None:
         tables, lens = meta.block_tables, meta.seq_lens_host
-        plan = plan_invariant(tables, meta.query_lens_host, lens, meta.num_decodes, block_size)
+        plan = plan_invariant(tables, meta.query_lens_host, lens, meta.num_decodes, block_size, group)
         meta._invariant_plans[block_size] = plan
     return plan
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ipc.errors import ConfigError
-from ..kernels.invariant_attention import KEYS, invariant_attention, plan_invariant
+from ..kernels.invariant_attention import LONG, invariant_attention, plan_invariant
 
 _MULTIPLES = (1, 2, 4, 16, 32)
 _COUNTS = (1, 2, 3, 5, 7, 8, 9, 11, 12, 16, 17, 31, 33, 48, 64, 65, 97, 300, 512, 1000)
@@ -22,7 +22,7 @@ _TRIALS = 64
 """Different rows."""
 _LONGEST = 1 << 31
 """Multiplications in a trial: about a second's."""
-_CUTS = [(0, 101), (100, 101), (101, 130), (510, 513), (KEYS, KEYS + 1), (KEYS, KEYS + 188), (650, 651)]
+_CUTS = [(0, 101), (100, 101), (101, 130), (255, 257), (510, 513), (512, 513), (512, 700), (650, 651)]
 """Of a prompt of 700 tokens."""
 
 
@@ -42,7 +42,7 @@ def find_row_multiple(model: nn.Module) -> int:
 def check_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     """Raises ConfigError when attention depends on how a prompt is cut up."""
     generator = torch.Generator().manual_seed(0)
-    length, size = KEYS + 188, 4
+    length, size = LONG + 188, 4
     blocks = length // size
     q, keys = _cancelling(length * heads, blocks * size * kv_heads, head_dim, dtype, generator)
     q, keys = q.view(length, heads, head_dim), keys.view(blocks, size, kv_heads, head_dim)
@@ -53,7 +53,8 @@ def check_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
     tables = torch.arange(blocks, dtype=torch.int32)[None]
 
     def attend(begin: int, end: int) -> Tensor:
-        tiles = plan_invariant(tables, [end - begin], [end], int(end - begin == 1), size)
+        decodes = int(end - begin == 1)
+        tiles = plan_invariant(tables, [end - begin], [end], decodes, size, heads // kv_heads)
         return invariant_attention(q[begin:end], keys, values, tiles, head_dim**-0.5)
 
     whole = attend(0, length)
