@@ -118,7 +118,11 @@ def test_one_bad_prompt_takes_its_call_s_requests_with_it(llm: LLM) -> None:
 
 def test_metrics(llm: LLM) -> None:
     def generated() -> list[int]:
-        return [m.value for m in llm.get_metrics() if isinstance(m, Counter) and "generation" in m.name]
+        return [
+            metric.value
+            for metric in llm.get_metrics()
+            if isinstance(metric, Counter) and metric.name == "vllm:generation_tokens"
+        ]
 
     before = generated()
     llm.generate(["a", "b"], params(1), use_tqdm=False)
