@@ -12,9 +12,10 @@ import torch
 from headrace.ipc.config import EngineConfig
 from headrace.ipc.errors import RequestError
 from headrace.ipc.messages import Admit, Sampling, StepPlan, ThinkingBudget, pack
-from headrace.worker.constraints import Constraint, ConstraintBuilder, Constraints, Mask, Tokens
-from headrace.worker.sampler import Sampler
+from headrace.worker.constraints import Constraint, ConstraintBuilder, Constraints, Mask, Masks, Tokens
+from headrace.worker.sampler import Sampler, forbidden_on_device
 from headrace.worker.slots import Slots
+from headrace.worker.staging import Staging
 
 VOCAB = 70
 
@@ -127,3 +128,14 @@ def test_masks_are_written_into_the_same_memory_every_step(table: Slots) -> None
     assert first is not None
     assert again is not None
     assert np.shares_memory(first.allowed, again.allowed)
+
+
+@pytest.mark.parametrize("vocab", [64, 70])
+def test_masks_mean_the_same_on_a_device(vocab: int) -> None:
+    rng = np.random.default_rng(3)
+    words = rng.integers(-(2**31), 2**31, (5, -(-vocab // 32)), np.int64).astype(np.int32)
+    masks = Masks(np.array([0, 2, 3, 5, 6]), words)
+    forbidden, rows = forbidden_on_device(masks, vocab, Staging(torch.device("cpu")))
+    assert rows.tolist() == [0, 2, 3, 5, 6]
+    for row, mask in zip(forbidden.tolist(), words.view(np.uint32).tolist(), strict=True):
+        assert row == [not mask[token // 32] >> token % 32 & 1 for token in range(vocab)]
