@@ -20,8 +20,8 @@ from .service import Service
 
 LONG_TEXT = 2048
 """Characters, about 1 ms of tokenizing; longer ones are tokenized on a thread."""
-_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-"""It stands in headers and logs."""
+_ID = re.compile("[ -~]{1,128}")
+"""It stands in a header."""
 MAX_CHOICES = 1024
 """Of one HTTP request."""
 
@@ -63,7 +63,7 @@ class Run:
             message = f"n={params.n} for {len(prompts)} prompts is more than {MAX_CHOICES} choices"
             raise RequestError(message, parameter="n", value=params.n, limit=MAX_CHOICES)
         if body.request_id is not None and not _ID.fullmatch(body.request_id):
-            limit = "1 to 128 letters, digits and ._:-"
+            limit = "1 to 128 printable ASCII characters"
             message = f"request_id must be {limit}, got {body.request_id!r:.200}"
             raise RequestError(message, parameter="request_id", value=body.request_id, limit=limit)
         self.id = f"{prefix}-{body.request_id or secrets.token_hex(12)}"
