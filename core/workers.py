@@ -32,6 +32,8 @@ _GRACE = 0.2
 """Seconds that a worker gets to end by itself: it may have something to say, but nothing to save."""
 _STEADY_SECONDS = 60.0
 """Workers that served this long did not fail to start, even if nothing was asked of them."""
+_BACKOFF = 1.0
+"""Seconds by which the wait before a start grows with each failure in a row, from none after the first."""
 _ENDING_MS, _STUCK_MS = 5, 1
 
 
@@ -187,8 +189,10 @@ class Workers:
         assert ranks is not None
         if self._state is _State.ENDING:
             if ranks.is_gone():
-                ranks.close()
-                self._start_again()
+                # What failed at once may take a moment to pass: memory that another process still holds.
+                if seconds >= (len(self._failures) - 1) * _BACKOFF:
+                    ranks.close()
+                    self._start_again()
             elif seconds > START_SECONDS:
                 raise ranks.failure(0, "cannot be killed")
             elif seconds > _GRACE:

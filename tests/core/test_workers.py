@@ -130,7 +130,10 @@ def test_babble(
         answer(crew)
 
 
-def test_failures_in_a_row_end_with_the_first_cause(bring_up: Callable[..., Workers]) -> None:
+def test_failures_in_a_row_end_with_the_first_cause(
+    bring_up: Callable[..., Workers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_BACKOFF", 0.1)
     crew = bring_up()
     causes = [crew._ranks.failure(0, f"cause {number}") for number in range(MAX_RESTARTS + 1) if crew._ranks]
     for cause in causes[:-1]:

@@ -143,7 +143,6 @@ def test_a_stopped_worker_turns_health_false(
 
     async def main(engine: AsyncLLM) -> None:
         (victim,) = workers(engine)
-        await asyncio.sleep(1.5)  # so that time is not counted from the start
         good = [asyncio.create_task(stream(engine, number, 1900)) for number in range(8 if busy else 0)]
         await asyncio.sleep(0.05)
         await engine.check_health()
@@ -156,7 +155,7 @@ def test_a_stopped_worker_turns_health_false(
         assert await stream(engine, 99, 10) == right(99, 10)
         await engine.check_health()
 
-    engine = AsyncLLM(oracle_args(hang_seconds=4))
+    engine = AsyncLLM(oracle_args(hang_seconds=3))
     asyncio.run(asyncio.wait_for(main(engine), 60))
     engine.shutdown()
     log = capfd.readouterr().err
@@ -293,7 +292,7 @@ def test_a_stopped_core_turns_health_false_and_is_replaced(
         assert await asyncio.gather(*good) == [right(number, 1900) for number in range(8)]
         await engine.check_health()
 
-    engine = AsyncLLM(oracle_args(hang_seconds=4))
+    engine = AsyncLLM(oracle_args(hang_seconds=5))
     asyncio.run(asyncio.wait_for(main(engine), 60))
     assert engine._client.num_restarts == 1
     engine.shutdown()
