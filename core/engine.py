@@ -237,6 +237,8 @@ class Engine:
             return
         self._next_round = now + _ROUND_SECONDS
         self._attend()
+        if (address := self._server.take_refused()) is not None:
+            LOGGER.warning("refused an unknown key", extra=fields(address=address))
         for identity in list(self._clients):
             self._send(identity, StepOutputs(b"", b""))
 

@@ -139,6 +139,13 @@ class ServerSocket:
                 del self._outboxes[client]
         return gone
 
+    def take_refused(self) -> str | None:
+        """Whence somebody last tried a key that is not known, if anybody has since the last time."""
+        if self._door is None:
+            return None
+        address, self._door.refused = self._door.refused, None
+        return address
+
     def reload_keys(self) -> None:
         """Read again which clients may connect; those that are connected stay. Raises ConfigError."""
         if self._door is not None:
@@ -271,6 +278,8 @@ class _Door:
         self._keys = keys
         self._allowed = read_allowed(keys.client_keys, "curve_client_keys")
         secret = read_secret(keys.secret_key, "curve_secret_key")
+        self.refused: str | None = None
+        """The address of the last one whose key was not known."""
         self.socket = context.socket(zmq.REP)
         self.socket.bind(_ZAP)
         guarded.setsockopt(zmq.ZAP_DOMAIN, b"headrace")
@@ -281,10 +290,14 @@ class _Door:
         """Answer what has been asked."""
         while True:
             try:
-                version, number, _, _, _, mechanism, *credentials = self.socket.recv_multipart(zmq.NOBLOCK)
+                version, number, _, address, _, mechanism, *credentials = self.socket.recv_multipart(
+                    zmq.NOBLOCK
+                )
             except zmq.Again:
                 return
             welcome = mechanism == b"CURVE" and credentials[0] in self._allowed
+            if not welcome:
+                self.refused = address.decode("ascii", "replace")
             status = (b"200", b"OK") if welcome else (b"400", b"unknown key")
             self.socket.send_multipart((version, number, *status, b"", b""))
 

@@ -75,7 +75,10 @@ def test_a_known_key_gets_through(server: ServerSocket, join: Join) -> None:
 )
 def test_nobody_else_does(server: ServerSocket, join: Join, who: dict[str, str | None]) -> None:
     assert not greets(server, join(**who))
+    refused = server.take_refused()
+    assert (refused is not None and refused.endswith("127.0.0.1")) == (who == {"secret": "stranger"})
     assert greets(server, join())
+    assert server.take_refused() is None
 
 
 def test_keys_are_read_again(server: ServerSocket, join: Join, keys: Path) -> None:
