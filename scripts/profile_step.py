@@ -49,7 +49,7 @@ class Driver:
                 block_size=16,
                 num_gpu_blocks_override=num_blocks,
                 load_format="dummy",
-                skip_tokenizer_init=True,
+                skip_tokenizer_init=args.grammar is None,
                 max_num_seqs=max(batch_size, 8),
                 max_num_batched_tokens=16384,
                 max_model_len=length,
@@ -62,7 +62,7 @@ class Driver:
         self.runner.allocate(num_blocks, config.max_model_len)
         self.runner.warm_up()
         self._scheduler = Scheduler(config, num_blocks, config.max_model_len)
-        sampling = Sampling(temperature=args.temperature)
+        sampling = Sampling(temperature=args.temperature, top_p=args.top_p, grammar=args.grammar)
         for number in range(batch_size):
             prompt = array("i", (i % 1000 for i in range(number, number + context)))
             self._scheduler.add(Request(b"", number, prompt, sampling, args.steps * 3 + 32))
@@ -167,6 +167,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", type=case, default=[(1, 64)], metavar="BATCHxCONTEXT")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0, help="below 1: with all stages of the sampler")
+    parser.add_argument("--grammar", metavar="LARK", help="that texts follow; the model needs a tokenizer")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--trace", metavar="FILE", help="write a trace of the last case for Perfetto")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
