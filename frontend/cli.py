@@ -202,6 +202,7 @@ def _serve(parser: _Parser, words: Sequence[str]) -> Action:
         args["model"] = model
     engine_args = {name: args.pop(name) for name in FIELDS if name in args}
     options = server.ServerOptions(**args)
+    server.check_installed()
     server.check_options(options)
     keys = server.read_api_keys(options, os.environ)
     engine = AsyncEngineArgs(**engine_args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import MutableMapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ import msgspec
 from ...ipc.errors import ConfigError
 from ...ipc.messages import LogFormat
 
+_LIBRARIES = ("httptools", "prometheus_client", "starlette", "uvicorn")
 KEY_VARIABLES = ("HEADRACE_API_KEY", "VLLM_API_KEY")
 
 
@@ -58,6 +60,14 @@ class ServerOptions(msgspec.Struct, kw_only=True):
     ssl_keyfile: str | None = None
     ssl_ca_certs: str | None = None
     """Accept only clients with a certificate signed by one of these."""
+
+
+def check_installed() -> None:
+    """Raises ConfigError when the libraries of the extra are not there."""
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        message = f"the server needs {', '.join(missing)}: pip install 'headrace[server]'"
+        raise ConfigError(message, parameter="server", value=missing, limit="headrace[server]")
 
 
 def check_options(options: ServerOptions) -> None:
