@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 import weakref
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from .. import __version__
 from ..ipc.addresses import check_address, check_listening
 from ..ipc.config import EngineConfig
 from ..ipc.curve import ClientKeys
@@ -48,16 +46,14 @@ from ..ipc.messages import (
 from ..ipc.sockets import ClientSocket
 from .connection import Connection
 from .core_process import START_DEADLINE_SECONDS, CoreProcess
+from .handshake import client_name, connect
 
 logger = logging.getLogger("headrace")
 
-HANDSHAKE_SECONDS = 10.0
 MAX_LOSSES = 3
 """Cores lost in a row without a token from them; the next one is the engine's end."""
 _LOOK_SECONDS = 1.0
 _SUSPICIOUS_SECONDS = 3.0
-_HANDSHAKE_LOOK_SECONDS = 0.1
-"""How often the handshake looks whether the core has hung up."""
 _RETRY_SECONDS = 0.2
 """Between two connections to a core that is coming back."""
 _DYING_SECONDS = 0.5
@@ -150,7 +146,7 @@ class CoreClient:
     def embed(cls, core: CoreProcess, requests: Requests) -> CoreClient:
         """Connect to a core of our own that is ready; it ends with the client."""
         try:
-            sock, welcome = connect(core.address, _name())
+            sock, welcome = connect(core.address, client_name())
         except BaseException:
             core.stop()
             raise
@@ -164,7 +160,7 @@ class CoreClient:
         """
         check_address(address, "engine_core_address", has_keys=keys is not None)
         check_listening(address, "engine_core_address")
-        sock, welcome = connect(address, _name(), keys)
+        sock, welcome = connect(address, client_name(), keys)
         return cls(Connection(sock, None), welcome, requests, address, keys, patience)
 
     @property
@@ -386,7 +382,7 @@ class CoreClient:
         except ConfigError as error:
             self._die(str(error))
             return
-        sock.send(Hello(PROTOCOL_VERSION, _name()))
+        sock.send(Hello(PROTOCOL_VERSION, client_name()))
         self._connection.use(sock, self._connection.core)
         self._drain_soon()
 
@@ -465,43 +461,3 @@ def _call(reference: weakref.WeakMethod[Callable[..., None]], *arguments: object
     method = reference()
     if method is not None:
         method(*arguments)
-
-
-def _name() -> str:
-    return f"headrace {__version__}, pid {os.getpid()}"
-
-
-def connect(address: str, name: str, keys: ClientKeys | None = None) -> tuple[ClientSocket, Welcome]:
-    """Shake hands with the core there, as `name`. Raises ConfigError."""
-    sock = ClientSocket(address, keys)
-    try:
-        sock.send(Hello(PROTOCOL_VERSION, name))
-        return sock, _await_welcome(sock, address)
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _await_welcome(sock: ClientSocket, address: str) -> Welcome:
-    deadline = time.monotonic() + HANDSHAKE_SECONDS
-    reason = f"no answer within {HANDSHAKE_SECONDS:g} s"
-    try:
-        while (left := deadline - time.monotonic()) > 0:
-            message = sock.recv(min(left, _HANDSHAKE_LOOK_SECONDS))
-            if message is None and sock.lost_connection():
-                reason = "it hung up: does it use CURVE keys, and are these the right ones?"
-                break
-            if isinstance(message, Welcome):
-                if message.protocol == PROTOCOL_VERSION:
-                    return message
-                reason = f"it speaks protocol {message.protocol}, this is protocol {PROTOCOL_VERSION}"
-                break
-            if isinstance(message, Refused):
-                reason = message.message
-                break
-    except msgspec.DecodeError as error:
-        reason = f"its answer cannot be read, perhaps it is of another version: {error}"
-    message_text = f"engine_core_address: cannot use the engine core at {address!r}: {reason}"
-    raise ConfigError(
-        message_text, parameter="engine_core_address", value=address, limit=f"protocol {PROTOCOL_VERSION}"
-    )

@@ -14,7 +14,7 @@ from ..ipc.addresses import check_address, check_listening
 from ..ipc.curve import ClientKeys
 from ..ipc.errors import EngineDeadError
 from ..ipc.messages import Bye, Call, CallMethod, ClientStats, Reply, Stats
-from .core_client import connect
+from .handshake import connect
 
 _ANSWER_SECONDS = 10.0
 _CLEAR = "\x1b[H\x1b[2J"

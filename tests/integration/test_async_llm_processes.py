@@ -20,7 +20,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 from headrace import AsyncEngineArgs, AsyncLLM, ConfigError, EngineDeadError, SamplingParams
-from headrace.frontend import core_client, core_process
+from headrace.frontend import core_process, handshake
 from headrace.frontend.core_process import CoreProcess
 from headrace.frontend.engine_args import resolve
 from headrace.ipc import process
@@ -344,7 +344,7 @@ def test_an_attached_core_that_does_not_come_back(standalone: Standalone, how: s
 def test_a_core_that_does_not_fit(
     answer: FromCore | None, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core_client, "HANDSHAKE_SECONDS", 0.3)
+    monkeypatch.setattr(handshake, "HANDSHAKE_SECONDS", 0.3)
     (tmp_path / "s").mkdir(mode=0o700)
     server = ServerSocket(f"ipc://{tmp_path / 's' / 'core'}")
 
