@@ -1,9 +1,9 @@
 """Attention on CPUs whose result for a token is the same bits whatever else is computed beside it.
 
 Torch's fused attention sums in an order that depends on how many keys and query rows it is given. So the keys
-of a token are always padded to a number that its position alone decides, and query rows to a multiple of 4:
-then each row goes the same way through the same multiplications, in a chunk of a prompt or alone. Masked keys
-add exact zeros. `worker/invariance.py` checks that this holds for the CPU at hand.
+of a token are always padded to a number that its position alone decides, and query rows to a multiple: then
+each row goes the same way through the same multiplications, in a chunk of a prompt or alone. Masked keys add
+exact zeros. `worker/invariance.py` finds the multiple for the CPU at hand.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SHORT = (128, 256, 512)
+_SHORT = (64, 128, 192, 256)
 LONG = 512
-"""Longer sequences are padded to a multiple of it: as many keys as torch's kernel takes at a time."""
-_ROWS = 4
+"""Sequences longer than this are padded to a multiple of it: torch's kernel takes so many keys at a time."""
 _TILE = 128
 """Query tokens of one call at most, so that little is computed which causality then takes away."""
 
@@ -45,15 +44,17 @@ def plan_invariant(
     num_decodes: int,
     block_size: int,
     group: int,
+    multiple: int,
 ) -> list[InvariantTile]:
     """The calls that one step needs, the same for all layers.
 
     Args:
-        block_size: divides 128.
+        block_size: divides 64.
         group: query heads that share a key head.
+        multiple: of the query rows of a key head, that is of tokens times `group`.
     """
 
-    multiple = _ROWS // gcd(_ROWS, group)
+    multiple //= gcd(multiple, group)
 
     def tile(rows: list[int], places: list[list[int]], lengths: list[list[int]]) -> InvariantTile:
         keys, missing = _padded(lengths[0][0]), -len(places[0]) % multiple

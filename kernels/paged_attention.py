@@ -49,8 +49,9 @@ class AttentionMetadata:
     """int32 [rows], each row's entry in `block_tables`; None: they are in order. For the Triton path."""
     tiles: Tensor | None = None
     """int32 [tiles, 2], as `paged_prefill` takes them. For the Triton path."""
-    invariant: bool = False
-    """A token's result must not depend on what is computed beside it. For the torch path."""
+    invariant: int = 0
+    """Not 0: a token's result must not depend on what is computed beside it; query rows are filled up to a
+    multiple of this. For the torch path."""
 
     _plans: dict[int, _Plan] = field(default_factory=dict, repr=False, compare=False)
     """Block size -> the torch path's plan; made by the first layer of a step, used by all."""
@@ -184,7 +185,9 @@ def _invariant_plan(meta: AttentionMetadata, block_size: int, group: int) -> lis
     plan = meta._invariant_plans.get(block_size)
     if plan is None:
         tables, lens = meta.block_tables, meta.seq_lens_host
-        plan = plan_invariant(tables, meta.query_lens_host, lens, meta.num_decodes, block_size, group)
+        plan = plan_invariant(
+            tables, meta.query_lens_host, lens, meta.num_decodes, block_size, group, meta.invariant
+        )
         meta._invariant_plans[block_size] = plan
     return plan
 

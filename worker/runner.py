@@ -19,7 +19,7 @@ from ..ipc.messages import Admit, Argument, PromptLogprobs, Sampling, StepPlan, 
 from ..kernels.paged_attention import AttentionMetadata
 from .host_memory import keep_freed_memory, return_freed_memory
 from .in_order import Executed
-from .invariance import check_attention, find_row_multiple
+from .invariance import find_query_multiple, find_row_multiple
 from .kv_cache import POISON, CacheSize, cpu_budget, size_cache
 from .layers import RowWise
 from .logprobs import LogprobStage, prompt_to_wire, prompt_wishes, scores_to_show, to_wire
@@ -62,6 +62,7 @@ class ModelRunner:
         self._kv_caches: list[LayerCache] = []
         self._tp = TensorParallel()
         self._row_wise = RowWise()
+        self._query_multiple = 0
         self._model: CausalLM
 
     @torch.inference_mode()
@@ -78,10 +79,11 @@ class ModelRunner:
         self._model = self._load_model()
         if config.batch_invariant:
             progress("look for batch-invariant kernels")
-            self._row_wise.multiple = find_row_multiple(self._model)
+            model = self._model
+            self._row_wise.multiple = find_row_multiple(model)
             self._row_wise.whole_rows = True
             heads = int(config.hf_config["num_attention_heads"])
-            check_attention(heads, self._model.num_kv_heads, self._model.head_dim, self._dtype)
+            self._query_multiple = find_query_multiple(heads, model.num_kv_heads, model.head_dim, self._dtype)
         progress("size KV cache")
         return size_cache(config, self._block_bytes(), cpu_budget(config))
 
@@ -228,7 +230,7 @@ class ModelRunner:
             max_seq_len=max_seq_len,
             query_lens_host=query_lens.tolist(),
             seq_lens_host=seq_lens.tolist(),
-            invariant=self._config.batch_invariant,
+            invariant=self._query_multiple,
         )
 
     def _load_model(self) -> CausalLM:
