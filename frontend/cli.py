@@ -33,6 +33,7 @@ _BENCHMARKS = {
     "latency": "bench_latency.py",
     "throughput": "bench_throughput.py",
     "serve": "bench_serving.py",
+    "server": "bench_server.py",
     "startup": "bench_startup.py",
 }
 _SAMPLING_FLAGS: dict[str, Callable[[str], float | int]] = {
@@ -354,7 +355,7 @@ _COMMANDS: dict[str, tuple[Callable[[_Parser, Sequence[str]], Action], str]] = {
     "chat": (_chat, "talk to a model in the terminal"),
     "serve": (_serve, "serve a model over HTTP, as OpenAI's API does"),
     "models": (_models, "list the models on this machine"),
-    "bench": (_bench, "measure latency, throughput, serving or the start"),
+    "bench": (_bench, "measure latency, throughput, serving, the HTTP server or the start"),
     "engine-core": (_engine_core, "start an engine core that AsyncLLM can attach to"),
     "status": (_status, "show what an engine core is doing, and for whom"),
     "keygen": (_keygen, "make the CURVE keys that a core needs to serve beyond this machine"),

@@ -311,6 +311,7 @@ _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)} - {"str
 _FIXED_RESPONSES: dict[str, tuple[object, ...]] = {
     "background": (False,),
     "previous_response_id": (),
+    "stream_options": (),  # the last event has the usage anyway
     "tools": ([],),
     "tool_choice": ("auto", "none"),
     "truncation": ("disabled",),

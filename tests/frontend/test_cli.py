@@ -152,7 +152,7 @@ def test_nothing_is_left_in_the_working_directory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["latency", "throughput", "serve", "startup"])
+@pytest.mark.parametrize("kind", ["latency", "throughput", "serve", "server", "startup"])
 def test_benchmarks_come_with_the_package(kind: str) -> None:
     done = headrace("bench", kind, "--help")
     assert (done.returncode, done.stderr) == (0, "")
