@@ -136,6 +136,7 @@ class CoreClient:
         self._silence = 0.0
         """Seconds without a message: a core sends at least one a second."""
         self._last_look = 0.0
+        self._num_refusals = 0
         self._losses: list[str] = []
         """Their causes, since a core brought tokens."""
         self._connection = connection
@@ -284,7 +285,9 @@ class CoreClient:
                 self._die(error.message)
             case Refused():
                 cause = f"the engine core refused this client: {message.message}"
-                if self._outage is None:  # it may have given us up for not reading
+                self._num_refusals += 1  # not for ever: a core can refuse as often as it says welcome
+                if self._outage is None and self._num_refusals <= MAX_LOSSES:
+                    # It may have given us up for not reading.
                     self._lose(cause, is_alive=True)
                 else:
                     self._die(cause)

@@ -155,6 +155,8 @@ def daemon(oracle_folder: Path, tmp_path: Path) -> Iterator[Callable[..., Daemon
     yield make
     for each in daemons:
         if each.process.poll() is None:
+            for worker in psutil.Process(each.process.pid).children():
+                worker.kill()  # one that a test has stopped does not notice its core's end
             each.process.kill()
             each.process.wait()
         if each.ready_fd >= 0:
