@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from headrace.ipc.config import LogprobsMode
 from headrace.ipc.messages import Admit, Sampling, StepPlan, pack
 from headrace.kernels.sampling import exponential_noise, noise_keys
 from headrace.worker.constraints import Constraint, Constraints, Tokens
@@ -301,3 +302,30 @@ def test_steps_in_a_row_need_no_new_description() -> None:
         for output, token in zip(outputs, expected, strict=True):
             output.append(token)
         plan = StepPlan(step + 1, b"", [], b"", None, None)
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"])
+def test_logprobs_are_of_the_scores_that_the_mode_names(mode: LogprobsMode) -> None:
+    rng = random.Random(9)
+    torch.manual_seed(9)
+    requests = [random_request(rng, 60) for _ in range(40)]
+    requests = [
+        (prompt, output, msgspec.structs.replace(sampling, logprobs=rng.choice([None, 0, 60])))
+        for prompt, output, sampling in requests
+    ]
+    logits = torch.randn(len(requests), 60) * 2
+    sampled = Sampler(CPU, mode).sample(logits.clone(), *admitted(requests))
+    seen: dict[int, dict[int, float]] = {}
+    for part in sampled.logprobs:
+        for row, tokens, values in zip(part.rows, part.token_ids, part.values, strict=True):
+            assert int(tokens[0]) == int(sampled.tokens[row])
+            seen[int(row)] = dict(zip(tokens.tolist(), values.tolist(), strict=True))
+    assert set(seen) == {row for row, each in enumerate(requests) if each[2].logprobs is not None}
+    for row, found in seen.items():
+        scores = logits[row].double().numpy()
+        if mode.startswith("processed"):
+            scores = survivors(scores, requests[row])
+        if mode.endswith("logprobs"):
+            scores = scores - np.log(np.exp(scores - scores.max()).sum()) - scores.max()
+        expected = [scores[token] for token in found]
+        np.testing.assert_allclose(list(found.values()), expected, atol=1e-4)
