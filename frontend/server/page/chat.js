@@ -48,7 +48,7 @@ async function say(text) {
       const thought = choice.delta?.reasoning_content ?? choice.delta?.reasoning ?? "";
       if (!clock.first && (delta || thought)) clock.first = performance.now();
       told.content += delta;
-      follow(() => add(shown.text, thought + delta, choice.logprobs));
+      follow(() => add(shown.text, thought + delta, choice));
       follow(() => figures(shown.figures, clock));
     }
   } catch (error) {
@@ -98,8 +98,10 @@ function show(role) {
   return { box, text, figures };
 }
 
-function add(place, delta, logprobs) {
+function add(place, delta, { logprobs, finish_reason }) {
   const tokens = alternatives(logprobs);
+  // The token that ended the answer has a probability, but no text in it.
+  if (finish_reason === "stop" && tokens.length && !delta.endsWith(tokens.at(-1).token)) tokens.pop();
   if (!tokens.length) {
     place.append(delta);
     return;

@@ -171,7 +171,9 @@ def answer_with_logprobs(route: Route) -> None:
         {"token": t, "logprob": p, "top_logprobs": [{"token": t, "logprob": p} for t, p in top]}
         for t, p, top in tokens
     ]
-    chunk = {"choices": [{"index": 0, "delta": {"content": "The mill"}, "logprobs": {"content": content}}]}
+    content.append({"token": "<end>", "logprob": -0.5, "top_logprobs": []})  # told, but not shown
+    choice = {"index": 0, "delta": {"content": "The mill"}, "finish_reason": "stop"}
+    chunk = {"choices": [choice | {"logprobs": {"content": content}}]}
     usage = {"choices": [], "usage": {"completion_tokens": 2}}
     body = "".join(f"data: {json.dumps(event)}\n\n" for event in (chunk, usage)) + "data: [DONE]\n\n"
     route.fulfill(body=body, content_type="text/event-stream")
