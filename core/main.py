@@ -17,7 +17,8 @@ from ..ipc import logs
 from ..ipc.errors import ConfigError, ErrorInfo, HeadraceError
 from ..ipc.exit_codes import ExitCode
 from ..ipc.logs import fields
-from ..ipc.messages import CoreStart, Daemon, EngineInfo, Fatal, FromStarting, Progress, Ready
+from ..ipc.messages import EngineInfo, Fatal, FromStarting, Progress, Ready
+from ..ipc.payloads import CoreStart, Daemon
 from ..ipc.sockets import ServerSocket
 from .cache_size import size_cache
 from .engine import Engine

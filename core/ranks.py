@@ -29,8 +29,8 @@ from ..ipc.messages import (
     ToWorker,
     UsePrepared,
     WorkerReady,
-    WorkerStart,
 )
+from ..ipc.payloads import WorkerStart
 from ..ipc.pipe import Pipe, PipeClosedError, frame, poll_pipes, socket_pair
 from ..ipc.process import Child, spawn
 

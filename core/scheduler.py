@@ -16,16 +16,17 @@ row may share a prefix block that an earlier row of the same plan fills.
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict
 from enum import Enum, auto
 from itertools import compress
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, RequestCrashedError
-from ..ipc.messages import STEP_TOKENS, FinishReason, Stats, StepPlan, StepResult, pack, unpack
+from ..ipc.messages import FinishReason, Stats, StepPlan, StepResult, pack, unpack
 from .blame import Blame
+from .counters import Counters
 from .deadlines import DeadlineQueue
 from .displacement import choose_victims
 from .limits import Limits
@@ -87,15 +88,7 @@ class Scheduler:
         self._stuck: tuple[Request, int, int] | None = None
         self._immovable: tuple[Request, int] | None = None
         self._last_wait = 0.0  # seconds that the last to start had waited
-        self._num_steps = 0
-        self._step_tokens = 0
-        self._steps_by_tokens = [0] * (len(STEP_TOKENS) + 1)
-        self._num_preemptions = 0
-        self._num_replays = 0
-        self._prompt_tokens = 0
-        self._generation_tokens = 0
-        self._cache_queries = 0
-        self._cache_hits = 0
+        self._counters = Counters()
 
     @property
     def num_in_flight(self) -> int:
@@ -107,7 +100,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError when it can never run."""
         self.check(request)
-        self._num_replays += request.num_output_tokens > 0
+        self._counters.num_replays += request.num_output_tokens > 0
         self._queue.enter(request)
         self._deadlines.add(request)
 
@@ -168,15 +161,7 @@ class Scheduler:
             num_waiting=len(self._queue),
             num_free_blocks=self._slots.blocks.num_free,
             num_blocks=self._slots.blocks.num_blocks,
-            num_preemptions=self._num_preemptions,
-            num_steps=self._num_steps,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
-            prefix_cache_queries=self._cache_queries,
-            prefix_cache_hits=self._cache_hits,
-            num_replays=self._num_replays,
-            step_tokens=self._step_tokens,
-            steps_by_tokens=self._steps_by_tokens.copy(),
+            **asdict(self._counters),
         )
 
     # --- plans --------------------------------------------------------------------------------------
@@ -186,7 +171,7 @@ class Scheduler:
         if len(self._in_flight) == self._max_in_flight or self.paused is Pause.EVERYTHING:
             return None
         self._sweep()
-        step = Step(self._num_steps, self._budget)
+        step = Step(self._counters.num_steps, self._budget)
         urgent = self._displace() if self._by_priority else None
         self._run_decodes(step)
         self._run_prompts(step, now, urgent)
@@ -364,10 +349,7 @@ class Scheduler:
         request.queued_seconds = self._last_wait = now - request.arrival_time
         request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         step.started.append(request)
-        self._prompt_tokens += request.num_prompt_tokens
-        if self._caching:
-            self._cache_queries += request.num_prompt_tokens
-            self._cache_hits += request.num_cached_tokens
+        self._counters.count_start(request, looked_up=self._caching)
 
     def _seal(self, step: Step) -> StepPlan:
         """Make the message, and take the requests where this step brings them."""
@@ -389,10 +371,7 @@ class Scheduler:
             request.move(Phase.DRAINING)
             self._num_draining += 1
         self._in_flight.append(step)
-        self._num_steps += 1
-        num_step_tokens = self._budget - step.budget
-        self._step_tokens += num_step_tokens
-        self._steps_by_tokens[bisect_left(STEP_TOKENS, num_step_tokens)] += 1
+        self._counters.count_step(self._budget - step.budget)
         return plan
 
     def _compose(self, step: Step) -> tuple[bytes | None, bytes | None]:
@@ -446,7 +425,7 @@ class Scheduler:
             kept = [row not in dropped for row in rows]
             rows, tokens = list(compress(rows, kept)), array("i", compress(tokens, kept))
             logprobs = {request: found for request, found in logprobs.items() if request not in dropped}
-        self._generation_tokens += len(rows)
+        self._counters.generation_tokens += len(rows)
         self._blame.look_again()
         return Outputs(rows, tokens, started, ended, logprobs, prompts)
 
@@ -491,7 +470,7 @@ class Scheduler:
         guilty = self._blame.crash(lost)
         for request in dict.fromkeys(lost + self._running()):
             self._put_back(request)
-        self._num_replays += len(lost) - len(guilty)
+        self._counters.num_replays += len(lost) - len(guilty)
         self._forget_workers()
         ended = [Ended(request, FinishReason.ERROR, None, _CRASHED) for request in guilty]
         for request in guilty:
@@ -532,7 +511,7 @@ class Scheduler:
         self._vacate(request)
         request.num_pending_tokens = max(0, request.num_computed_tokens + 1 - len(request.tokens))
         request.move(Phase.PREEMPTED)
-        self._num_preemptions += 1
+        self._counters.num_preemptions += 1
         self._queue.push(request)
 
     def _vacate(self, request: Request) -> None:

@@ -9,7 +9,7 @@ import os
 import socket
 from contextlib import suppress
 
-from ..ipc.messages import Daemon
+from ..ipc.payloads import Daemon
 
 
 class Supervisor:

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _engine_core(parser: _Parser, words: Sequence[str]) -> Action:
-    from ..ipc import addresses, messages, process  # noqa: PLC0415 - see the module's docstring
+    from ..ipc import addresses, payloads, process  # noqa: PLC0415 - see the module's docstring
     from .daemon import daemon_options  # noqa: PLC0415
 
     listen = "ipc:///path, tcp://127.0.0.1:PORT, or with CURVE keys tcp://HOST:PORT"
@@ -105,7 +105,7 @@ def _engine_core(parser: _Parser, words: Sequence[str]) -> Action:
         environment=os.environ,
     )
     address = addresses.check_address(args.listen, "listen", has_keys=daemon.keys is not None)
-    start = messages.CoreStart(config=_resolve(args), address=address, status_fd=None, daemon=daemon)
+    start = payloads.CoreStart(config=_resolve(args), address=address, status_fd=None, daemon=daemon)
     return partial(process.become, "headrace.core.main:run", start)
 
 

@@ -23,7 +23,8 @@ from ..ipc import process
 from ..ipc.config import EngineConfig
 from ..ipc.errors import EngineDeadError
 from ..ipc.inspection import activity, descendants, print_stacks
-from ..ipc.messages import CoreStart, EngineInfo, Fatal, FromStarting, Progress, Ready
+from ..ipc.messages import EngineInfo, Fatal, FromStarting, Progress, Ready
+from ..ipc.payloads import CoreStart
 from .status_lines import StatusLines
 
 logger = logging.getLogger("headrace")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ..ipc.curve import ServerKeys, read_allowed, read_secret
 from ..ipc.errors import ConfigError
-from ..ipc.messages import Daemon, LogFormat
+from ..ipc.logs import LogFormat
+from ..ipc.payloads import Daemon
 
 
 def daemon_options(

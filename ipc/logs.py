@@ -10,9 +10,9 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from ..ipc.messages import LogFormat
+LogFormat: TypeAlias = Literal["text", "json"]
 
 
 def fields(**values: object) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from ..ipc.messages import (
     ToWorker,
     UsePrepared,
     WorkerReady,
-    WorkerStart,
 )
+from ..ipc.payloads import WorkerStart
 from ..ipc.pipe import Pipe, PipeClosedError
 from ..ipc.process import die_with_parent
 from .commands import Commands, Sleeper

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from ...ipc.errors import ConfigError
-from ...ipc.messages import LogFormat
+from ...ipc.logs import LogFormat
 
 _LIBRARIES = ("httptools", "prometheus_client", "starlette", "uvicorn")
 KEY_VARIABLES = ("HEADRACE_API_KEY", "VLLM_API_KEY")

@@ -23,7 +23,8 @@ MakeConfig = Callable[..., EngineConfig]
 BABBLER = """
 import socket
 import msgspec
-from headrace.ipc.messages import Allocate, Loaded, StepPlan, ToWorker, WorkerReady, WorkerStart
+from headrace.ipc.messages import (Allocate, Loaded, StepPlan, ToWorker, WorkerReady)
+from headrace.ipc.payloads import WorkerStart
 from headrace.ipc.pipe import Pipe, PipeClosedError
 
 def run(payload):

@@ -24,8 +24,9 @@ from headrace.frontend import core_process, handshake
 from headrace.frontend.core_process import CoreProcess
 from headrace.frontend.engine_args import resolve
 from headrace.ipc import process
-from headrace.ipc.messages import PROTOCOL_VERSION, CoreStart, FromCore, Refused, Reply
+from headrace.ipc.messages import PROTOCOL_VERSION, FromCore, Refused, Reply
 from headrace.ipc.oracle import oracle_stream
+from headrace.ipc.payloads import CoreStart
 from headrace.ipc.sockets import ServerSocket
 
 Args = Callable[..., AsyncEngineArgs]

@@ -23,7 +23,6 @@ from headrace.ipc.messages import (
     AddRequest,
     Bye,
     Call,
-    CoreStart,
     Dying,
     EngineInfo,
     Fatal,
@@ -45,6 +44,7 @@ from headrace.ipc.messages import (
     unpack,
 )
 from headrace.ipc.oracle import oracle_stream
+from headrace.ipc.payloads import CoreStart
 from headrace.ipc.process import Child, spawn
 from headrace.ipc.sockets import ClientSocket
 

@@ -23,8 +23,6 @@ from headrace.ipc.messages import (
     Bye,
     Call,
     CallMethod,
-    CoreStart,
-    Daemon,
     FinishReason,
     Hello,
     Reply,
@@ -36,6 +34,7 @@ from headrace.ipc.messages import (
     unpack,
 )
 from headrace.ipc.oracle import oracle_stream
+from headrace.ipc.payloads import CoreStart, Daemon
 from headrace.ipc.process import Child, spawn
 from headrace.ipc.sockets import ClientSocket
 from hypothesis import HealthCheck, Phase, given, settings

@@ -25,8 +25,8 @@ from headrace import (
     SamplingParams,
 )
 from headrace.frontend.engine_args import resolve
-from headrace.ipc.messages import CoreStart
 from headrace.ipc.oracle import oracle_stream
+from headrace.ipc.payloads import CoreStart
 from headrace.ipc.process import spawn
 
 VOCAB_SIZE = 1000

@@ -21,10 +21,10 @@ from headrace.ipc.messages import (
     StepResult,
     ToWorker,
     WorkerReady,
-    WorkerStart,
     pack,
     unpack,
 )
+from headrace.ipc.payloads import WorkerStart
 from headrace.ipc.pipe import Pipe, socket_pair
 from headrace.ipc.process import Child, spawn
 
