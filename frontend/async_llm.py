@@ -20,7 +20,7 @@ from typing import Any
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ConfigError, EngineDeadError, EngineUnhealthyError, RequestError
 from ..ipc.messages import Abort, AddRequest, ClientStats, Stats
-from .call_forms import checked_id, refuse_set, tell_apart
+from .call_forms import checked_id, checked_prompt_text, refuse_set, tell_apart
 from .control import EngineControl
 from .core_client import CoreClient
 from .core_process import CoreProcess
@@ -373,7 +373,8 @@ class AsyncLLM(EngineControl):
         if request_id in self._table:
             message = f"request_id {request_id!r} is in use by a request that has not ended"
             raise RequestError(message, parameter="request_id", value=request_id, limit="a unique id")
-        text = parsed.text if prompt_text is None else prompt_text
+        shown = checked_prompt_text(prompt_text)
+        text = parsed.text if shown is None else shown
         kind, include_stop = params.output_kind, params.include_stop_str_in_output
         request = Request(request_id, text, [], kind, include_stop, self._table.metrics)
         self._table.reserve(request)
@@ -403,6 +404,9 @@ class AsyncLLM(EngineControl):
         ids = request.prompt_token_ids
         packed = check_token_ids(ids, self.config.vocab_size, self.max_model_len)
         room = self.max_model_len - len(ids)
+        if params.min_tokens > room:
+            why = f"min_tokens={params.min_tokens} is more than the {room} tokens that the prompt leaves"
+            raise RequestError(why, parameter="min_tokens", value=params.min_tokens, limit=room)
         show = params.detokenize and self._decoders is not None
         stops = params.stop if isinstance(params.stop, list) else []
         include = params.include_stop_str_in_output

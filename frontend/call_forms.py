@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..ipc.errors import RequestError
+from .checks import refusal
 from .sampling_params import SamplingParams
 
 
@@ -43,12 +44,19 @@ def checked_id(request_id: object) -> str:
     raise RequestError(message, parameter="request_id", value=request_id, limit="a non-empty string")
 
 
+def checked_prompt_text(text: object) -> str | None:
+    """What outputs show as their prompt; None: the prompt itself."""
+    if text is None or isinstance(text, str):
+        return text
+    raise refusal("prompt_text", text, "a string or None")
+
+
 def refuse_set(options: dict[str, Any]) -> None:
     """vLLM's options of features that do not exist here may be passed, but not used."""
     for name, value in options.items():
         if name not in _UNSUPPORTED:
             raise TypeError(f"got an unexpected keyword argument {name!r}")
-        if value not in (None, False):
+        if value is not None and not (isinstance(value, (int, Mapping)) and not value):
             message = f"{name} is not supported yet, got {value!r:.100}"
             raise RequestError(message, parameter=name, value=f"{value!s:.100}", limit=None)
 
@@ -57,6 +65,7 @@ _UNSUPPORTED = frozenset(
     {
         "data_parallel_rank",
         "lora_request",
+        "mm_processor_kwargs",
         "reasoning_ended",
         "reasoning_parser_kwargs",
         "reset_connector",

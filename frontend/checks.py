@@ -48,7 +48,18 @@ def texts(name: str, value: object, most: int, longest: int) -> list[str]:
         raise refusal(name, f"{len(values)} strings", f"at most {most} strings")
     if any(len(text) > longest for text in values):
         raise refusal(name, f"one of {max(map(len, values))}", f"strings of at most {longest} characters")
+    if not all(map(is_unicode, values)):
+        raise refusal(name, values, "text without lone surrogates")
     return list(values)
+
+
+def is_unicode(text: str) -> bool:
+    """Half of a surrogate pair can be neither tokenized nor sent."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def token_ids(name: str, value: object, most: int) -> list[int]:

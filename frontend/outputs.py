@@ -24,9 +24,9 @@ class CompletionOutput(msgspec.Struct, frozen=True, gc=False):
     """One position for each of `token_ids`; None when no logprobs were asked for."""
     routed_experts: None = None
     finish_reason: str | None = None
-    """"stop", "length", "abort" or "timeout"; None while it runs."""
+    """"stop", "length", "repetition", "abort" or "timeout"; None while it runs."""
     stop_reason: int | str | None = None
-    """The stop string or stop token id that ended it; None for end of sequence."""
+    """The stop string or stop token id that ended it, or "repetition_detected"; None for end of sequence."""
     lora_request: None = None
 
     def finished(self) -> bool:
@@ -49,6 +49,7 @@ class RequestMetrics(msgspec.Struct, frozen=True, gc=False):
     """It left the core's queue for the first time."""
     first_token_ts: float
     last_token_ts: float
+    is_corrupted: None = None
 
     @property
     def queued_seconds(self) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from ..ipc.errors import RequestError
+from .checks import is_unicode
 from .names import nearest
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
@@ -31,7 +32,7 @@ class ParsedPrompt(NamedTuple):
 def parse_prompt(prompt: object) -> ParsedPrompt:
     """Raises RequestError for anything but a `Prompt`."""
     if isinstance(prompt, str):
-        return ParsedPrompt(prompt, None)
+        return ParsedPrompt(_text(prompt), None)
     if isinstance(prompt, (list, tuple)):
         return ParsedPrompt(None, _token_ids(prompt))
     if not isinstance(prompt, Mapping):
@@ -48,6 +49,7 @@ def parse_prompt(prompt: object) -> ParsedPrompt:
         raise _refusal("prompt_token_ids", ids, message)
     if text is None and ids is None:
         raise _refusal("prompt", prompt, f"prompt must be {_LIMIT}, got {prompt!r:.100}")
+    text = None if text is None else _text(text)
     return ParsedPrompt(text, None if ids is None else _token_ids(ids), _salt(prompt.get("cache_salt")))
 
 
@@ -71,18 +73,20 @@ def check_token_ids(ids: list[int], vocab_size: int, max_model_len: int) -> byte
     return array("i", ids).tobytes()
 
 
+def _text(text: str) -> str:
+    if not is_unicode(text):
+        limit = "text without lone surrogates"
+        raise _refusal("prompt", f"{text!a:.100}", f"prompt must be {limit}, got {text!a:.100}", limit)
+    return text
+
+
 def _salt(salt: object) -> str:
     if salt is None:
         return ""
     limit = f"a string of 1 to {_MAX_SALT} characters, valid Unicode"
-    if not isinstance(salt, str) or not 1 <= len(salt) <= _MAX_SALT or not _is_unicode(salt):
+    if not isinstance(salt, str) or not 1 <= len(salt) <= _MAX_SALT or not is_unicode(salt):
         raise _refusal("cache_salt", salt, f"cache_salt must be {limit}, got {salt!r:.100}", limit)
     return salt
-
-
-def _is_unicode(text: str) -> bool:
-    """Half of a surrogate pair cannot be sent."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _token_ids(ids: Sequence[Any]) -> list[int]:

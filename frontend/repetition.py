@@ -52,7 +52,7 @@ class RepetitionDetector:
     __slots__ = ("_lengths", "_needed", "_tokens", "_unchecked")
 
     def __init__(self, wanted: RepetitionDetectionParams, min_tokens: int) -> None:
-        """The first `min_tokens` tokens end nothing."""
+        """Nothing ends before there are `min_tokens` tokens."""
         sizes = range(max(wanted.min_pattern_size, 1), wanted.max_pattern_size + 1)
         self._needed = {size: size * (wanted.min_count - 1) for size in sizes}
         self._lengths = dict.fromkeys(sizes, 0)
@@ -72,4 +72,4 @@ class RepetitionDetector:
                 lengths[size] = 0
         tokens.append(token)
         self._unchecked -= 1
-        return found and self._unchecked < 0
+        return found and self._unchecked <= 0

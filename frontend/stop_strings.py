@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from operator import itemgetter
 
 
 class StopStrings:
-    """Finds the first of some strings, and shows no text that would have to be taken away.
+    """Finds the first of some strings to be complete, and shows no text that would have to be taken away.
 
-    Text that may turn out to be the start of a stop string (the longest one's length - 1) is held back; with
-    `include` there is nothing to take away. Each part costs what it is long, however long the text has grown.
+    Of two that are complete at once the one named first counts. Text that may turn out to be the start of a
+    stop string (the longest one's length - 1) is held back; with `include` there is nothing to take away.
+    Each part costs what it is long, however long the text has grown.
     """
 
     __slots__ = ("_hold", "_include", "_keep", "_pattern", "_stops", "_window", "found")
@@ -44,16 +44,16 @@ class StopStrings:
         return held
 
     def _find(self, text: str, known: int) -> int | None:
-        """Where the text ends: at the first stop string that ends beyond `known`."""
-        match = self._pattern.search(text)
-        if match is None:
+        """Where the text ends: at the stop string that is complete first, beyond `known`."""
+        if self._pattern.search(text) is None:  # one look for all of them, which nearly always suffices
             return None
-        start, stop = match.start(), match[0]
-        if match.end() <= known:  # it came while stop strings did not count
-            late = [(text.find(stop, max(known - len(stop) + 1, 0)), stop) for stop in self._stops]
-            found = [each for each in late if each[0] >= 0]
-            if not found:
-                return None
-            start, stop = min(found, key=itemgetter(0))
-        self.found = stop
-        return start + len(stop) if self._include else start
+        ends = [
+            (at + len(stop), place)
+            for place, stop in enumerate(self._stops)
+            if (at := text.find(stop, max(known - len(stop) + 1, 0))) >= 0
+        ]
+        if not ends:  # it came while stop strings did not count
+            return None
+        end, place = min(ends)
+        self.found = self._stops[place]
+        return end if self._include else end - len(self.found)

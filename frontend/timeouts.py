@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -58,4 +57,7 @@ def checked_timeouts(timeout: object) -> RequestTimeouts:
 def _is_seconds(value: object) -> TypeGuard[float]:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
-    return math.isfinite(value) and 0 <= float(value) <= 1e9
+    try:
+        return 0 <= float(value) <= 1e9  # NaN is not
+    except OverflowError:
+        return False

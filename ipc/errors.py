@@ -6,7 +6,7 @@ and the limit), `OverloadedError` by trying again; `EngineDeadError` is ours.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import msgspec
 
@@ -15,6 +15,9 @@ ErrorKind: TypeAlias = Literal["request", "config", "dead", "overloaded", "crash
 
 class HeadraceError(Exception):
     """Base of every error that Headrace raises on purpose."""
+
+    code: ClassVar[str] = "dead"
+    """The kind of error in a word, for programs: it stays the same when messages change."""
 
 
 class RefusedError(HeadraceError, ValueError):
@@ -25,6 +28,8 @@ class RefusedError(HeadraceError, ValueError):
         value: the value that was refused, as text.
         limit: what would have been accepted, as text.
     """
+
+    code: ClassVar[ErrorKind]
 
     def __init__(
         self,
@@ -43,6 +48,8 @@ class RefusedError(HeadraceError, ValueError):
 class RequestError(RefusedError):
     """One request cannot be served as asked."""
 
+    code: ClassVar[ErrorKind] = "request"
+
 
 class OverloadedError(RequestError):
     """There is no room for the request now: a queue is full, or the engine takes no more requests.
@@ -50,6 +57,8 @@ class OverloadedError(RequestError):
     Attributes:
         retry_after: seconds after which it is worth trying again.
     """
+
+    code = "overloaded"
 
     def __init__(
         self,
@@ -67,9 +76,13 @@ class OverloadedError(RequestError):
 class RequestCrashedError(RequestError):
     """The engine crashed each time when it computed this request, and will not try again."""
 
+    code = "crashed"
+
 
 class ConfigError(RefusedError):
     """The engine cannot be built as asked: an argument, a model's files, or the memory they need."""
+
+    code = "config"
 
 
 class EngineDeadError(HeadraceError, RuntimeError):
@@ -78,6 +91,8 @@ class EngineDeadError(HeadraceError, RuntimeError):
 
 class EngineUnhealthyError(HeadraceError, RuntimeError):
     """The engine makes no progress at present, but it recovers: requests wait. `check_health` says it."""
+
+    code = "unhealthy"
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
@@ -96,13 +111,8 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
         """Describe `error`; anything that is not a `RefusedError` counts as the engine's own."""
         if not isinstance(error, RefusedError):
             return cls("dead", str(error) if isinstance(error, HeadraceError) else _cause(error))
-        kind: ErrorKind = "request" if isinstance(error, RequestError) else "config"
-        retry_after = None
-        if isinstance(error, OverloadedError):
-            kind, retry_after = "overloaded", error.retry_after
-        elif isinstance(error, RequestCrashedError):
-            kind = "crashed"
-        return cls(kind, str(error), error.parameter, error.value, error.limit, retry_after)
+        retry_after = error.retry_after if isinstance(error, OverloadedError) else None
+        return cls(error.code, str(error), error.parameter, error.value, error.limit, retry_after)
 
     def exception(self) -> HeadraceError:
         """The exception that this describes, ready to raise."""

@@ -27,7 +27,7 @@ def test_as_a_search_finds_it(tokens: list[int], longest: int, shortest: int, co
     wanted = RepetitionDetectionParams(longest, min(shortest, longest), count)
     detector = RepetitionDetector(wanted, first)
     found = [detector.push(token) for token in tokens]
-    assert found == [i >= first and repeats(tokens[: i + 1], wanted) for i in range(len(tokens))]
+    assert found == [i + 1 >= first and repeats(tokens[: i + 1], wanted) for i in range(len(tokens))]
 
 
 def test_nothing_is_looked_for_by_default() -> None:

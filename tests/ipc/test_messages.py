@@ -10,7 +10,14 @@ from typing import Any, get_args
 import msgspec
 import pytest
 from headrace.ipc.config import EngineConfig
-from headrace.ipc.errors import ConfigError, EngineDeadError, ErrorInfo, OverloadedError, RequestError
+from headrace.ipc.errors import (
+    ConfigError,
+    EngineDeadError,
+    ErrorInfo,
+    OverloadedError,
+    RequestCrashedError,
+    RequestError,
+)
 from headrace.ipc.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -174,7 +181,14 @@ def test_errors_travel() -> None:
     back = ErrorInfo.of(refused).exception()
     assert isinstance(back, RequestError)
     assert (str(back), back.parameter, back.value, back.limit) == (str(refused), "n", "0", ">= 1")
-    assert isinstance(ErrorInfo.of(ConfigError("x")).exception(), ConfigError)
+    for error in (
+        ConfigError("x"),
+        RequestError("x"),
+        RequestCrashedError("x"),
+        OverloadedError("x", retry_after=1),
+    ):
+        there = ErrorInfo.of(error).exception()
+        assert (type(there), there.code) == (type(error), ErrorInfo.of(error).kind)
     full = ErrorInfo.of(OverloadedError("full", retry_after=2.5, parameter="max_queued_requests", limit=8))
     overloaded = full.exception()
     assert isinstance(overloaded, OverloadedError)
