@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, RequestError
 from ..ipc.messages import Admit, FailedRow, Sampling
-from .grammar import Grammars
+from .grammar import Grammar, Grammars, Team
 from .rules import BadWords, Fixed, Thinking, TokenRules
 
 LOGGER = logging.getLogger(__name__)
@@ -39,8 +39,12 @@ class Constraint(Protocol):
         """Clear the bits of what may not come next. False: all may, and `mask` is as it was."""
 
 
-Build: TypeAlias = Callable[[Sampling, Tokens], list[Constraint]]
+Rules: TypeAlias = Sequence[Constraint | Grammar]
+"""Of one request; a grammar comes first."""
+Build: TypeAlias = Callable[[Sampling, Tokens], Rules]
 """From parameters and prompt to the rules of a request that has generated nothing yet."""
+Room: TypeAlias = Callable[[int, int], NDArray[np.int32]]
+"""Memory for so many masks of so many words: int32 [masks, words], contiguous."""
 
 
 class ConstraintBuilder:
@@ -50,9 +54,9 @@ class ConstraintBuilder:
         self._config = config
         self._grammars = None if config.why_no_grammars() else Grammars(config)
 
-    def __call__(self, sampling: Sampling, prompt: Tokens) -> list[Constraint]:
+    def __call__(self, sampling: Sampling, prompt: Tokens) -> Rules:
         """What this raises, best a RequestError, ends the request."""
-        rules: list[Constraint] = []
+        rules: list[Constraint | Grammar] = []
         if sampling.grammar is not None:
             if self._grammars is None:
                 message = f"structured_outputs: {self._config.why_no_grammars()}"
@@ -71,17 +75,18 @@ class ConstraintBuilder:
         return rules
 
 
-def no_constraints(sampling: Sampling, prompt: Tokens) -> list[Constraint]:
+def no_constraints(sampling: Sampling, prompt: Tokens) -> Rules:
     """For requests that are the engine's own."""
-    return []
+    return ()
 
 
 class Masks(NamedTuple):
     """What may come next in some rows of a step."""
 
-    rows: NDArray[np.int64]
+    mask_of_row: NDArray[np.int32]
+    """[rows]: which of `allowed` is a row's; -1: everything may come"""
     allowed: NDArray[np.int32]
-    """[len(rows), ceil(vocab / 32)], a `Mask` each"""
+    """[masks, ceil(vocab / 32)], a `Mask` each"""
 
 
 @dataclass(slots=True)
@@ -99,10 +104,11 @@ class Constraints:
 
     def __init__(self, build: Build = no_constraints) -> None:
         self._build = build
-        self._rules: dict[int, list[Constraint]] = {}
+        self._team = Team()
+        self._rules: dict[int, Rules] = {}
         self._errors: dict[int, ErrorInfo] = {}
         self._unheard: deque[_Unheard] = deque()
-        self._masks = np.empty((0, 0), np.int32)
+        self._masks = np.empty(0, np.int32)
         """Of the latest step; kept, so that a step takes no fresh memory for them."""
 
     def admit(self, admit: Admit) -> bool:
@@ -135,22 +141,24 @@ class Constraints:
             if rows:
                 self._unheard.append(_Unheard(tokens, rows))
 
-    def masks(self, slots: NDArray[np.int64], vocab_size: int) -> Masks | None:
+    def masks(self, slots: NDArray[np.int64], vocab_size: int, room: Room | None = None) -> Masks | None:
         """What may come next in the rows of `slots`; None: everything. Waits for the steps before.
 
-        The next call overwrites what this one returns.
+        They are written into what `room` gives, or else into memory that the next call overwrites.
         """
         if not self._rules:
             return None
         self._hear()
-        words = -(-vocab_size // 32)
-        if len(slots) > len(self._masks) or words != self._masks.shape[1]:
-            self._masks = np.empty((2 * len(slots), words), np.int32)
-        rows: list[int] = []
-        for row, slot in enumerate(slots.tolist()):
-            if slot in self._rules and self._fill(slot, self._masks[len(rows)]):
-                rows.append(row)
-        return Masks(np.array(rows, np.int64), self._masks[: len(rows)]) if rows else None
+        ruled = [(row, slot) for row, slot in enumerate(slots.tolist()) if slot in self._rules]
+        if not ruled:
+            return None
+        allowed = (room or self._room)(len(ruled), -(-vocab_size // 32))
+        bound = self._fill([slot for _, slot in ruled], allowed)
+        mask_of_row = np.full(len(slots), -1, np.int32)
+        for number, (row, _) in enumerate(ruled):
+            if bound[number]:
+                mask_of_row[row] = number
+        return Masks(mask_of_row, allowed) if any(bound) else None
 
     def failed(self, slots: NDArray[np.int64]) -> list[FailedRow]:
         """Which of these rows belong to requests that cannot go on."""
@@ -175,17 +183,31 @@ class Constraints:
             for token in tokens:
                 rule.accept(token)
 
-    def _fill(self, slot: int, mask: Mask) -> bool:
-        """Write what may come next in a slot; False: everything, or the request has failed."""
-        mask.fill(-1)
-        try:
-            filled = [rule.fill(mask) for rule in self._rules[slot]]
-            if not mask.any():
-                raise RequestError("what one parameter allows to come next, others forbid")
-            return any(filled)
-        except Exception as error:
-            self._fail(slot, error)
-            return False
+    def _fill(self, slots: Sequence[int], masks: NDArray[np.int32]) -> list[bool]:
+        """Write what may come next in each slot; False: everything may, or the request has failed."""
+        rules = [self._rules[slot] for slot in slots]
+        grammars = {row: mine[0] for row, mine in enumerate(rules) if isinstance(mine[0], Grammar)}
+        failed = self._team.fill(grammars, masks) if grammars else {}
+        bound = [row in grammars for row in range(len(slots))]
+        for row, mine in enumerate(rules):
+            if row not in grammars:
+                masks[row] = -1
+            try:
+                filled = [rule.fill(masks[row]) for rule in mine if not isinstance(rule, Grammar)]
+                bound[row] |= any(filled)
+            except Exception as error:
+                failed.setdefault(row, error)
+        for row in np.flatnonzero(~masks.any(axis=1)).tolist():
+            failed.setdefault(row, RequestError("what one parameter allows to come next, others forbid"))
+        for row, reason in failed.items():
+            bound[row] = False
+            self._fail(slots[row], reason)
+        return bound
+
+    def _room(self, masks: int, words: int) -> NDArray[np.int32]:
+        if len(self._masks) < masks * words:
+            self._masks = np.empty(2 * masks * words, np.int32)
+        return self._masks[: masks * words].reshape(masks, words)
 
     def _fail(self, slot: int, error: Exception) -> None:
         """The request ends with its next token; until then it goes on without rules."""

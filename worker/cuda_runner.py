@@ -247,7 +247,7 @@ class CudaRunner:
         event.record()
         row = self._step.results[self._num_results % RESULTS]
         self._num_results += appended
-        if not work.special:
+        if not work.needs_host:
             return Under(plan.step, event, row, places)
         constraints, sampled = self._step.slots.constraints, work.slots[work.sampling]
         under = Under(plan.step, event, row, places, constraints.failed(sampled), shown, work.prompts)
@@ -256,7 +256,7 @@ class CudaRunner:
 
     def _decode(self, work: Work) -> Shown | None:
         step = self._step
-        if work.special:
+        if work.needs_host:
             logits = (
                 step.decode_logits(work.num_rows)
                 if self._special_graphs is None
@@ -351,7 +351,7 @@ class CudaRunner:
 def run_packed(step: DeviceStep, work: Work) -> Shown | None:
     """A step of any composition."""
     logits = step.packed_logits(work)
-    if logits is not None and work.special:
+    if logits is not None and work.needs_host:
         return step.draw_special(logits, work)
     if logits is not None:
         step.draw(logits)

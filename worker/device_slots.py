@@ -40,8 +40,10 @@ class Work:
     decode: bool
     """Every row continues its request by one token and samples."""
     special: bool
-    """Some row wants more than temperature: top_k, top_p, min_p, penalties, rules on tokens, logprobs; or
-    some prompt wants logprobs."""
+    """Some row wants more than temperature: top_k, top_p, min_p, penalties, fixed rules on tokens, logprobs;
+    or some prompt wants logprobs."""
+    ruled: bool
+    """Some row has rules that the host applies."""
     slots: I64
     starts: I64
     """Position of each row's first token."""
@@ -55,6 +57,11 @@ class Work:
     """False when slots and requests are those of the work before, in the same order."""
     prompts: Sequence[PromptRow] = ()
     """The rows of which prompt logprobs are wanted."""
+
+    @property
+    def needs_host(self) -> bool:
+        """The host has a part in the draw: it cannot stand in a CUDA graph."""
+        return self.special or self.ruled
 
 
 class DeviceSlots:
@@ -113,6 +120,7 @@ class DeviceSlots:
         self._num_blocks = np.zeros(num_slots, np.int64)
         self._in_use = np.zeros(num_slots, np.bool_)
         self._special = np.zeros(num_slots, np.bool_)
+        self._ruled = np.zeros(num_slots, np.bool_)
         self.num_prompt = np.zeros(num_slots, np.int64)
         self.sampling = SamplingColumns.empty(num_slots)
         self.constraints = constraints or Constraints()
@@ -120,7 +128,7 @@ class DeviceSlots:
         self._room = 0
         """Decode steps for which the current rows have blocks, counted from `_behind` = 0."""
         none = np.zeros(0, np.int64)
-        self._work = Work(0, 0, True, False, none, none, none, none > 0, none, True)
+        self._work = Work(0, 0, True, False, False, none, none, none, none > 0, none, True)
 
     @property
     def lengths(self) -> Tensor:
@@ -150,7 +158,7 @@ class DeviceSlots:
             and not plan.released
             and not plan.granted
             and self._work.decode
-            and not self._work.special
+            and not self._work.needs_host
             and self._behind < self._room
         ):
             self._behind += 1
@@ -224,6 +232,7 @@ class DeviceSlots:
             num_sampling=len(sampling),
             decode=len(sampling) == len(rows) and bool(continuing.all()),
             special=bool(prompts) or bool(self._special[rows[sampling]].any()),
+            ruled=bool(self._ruled[rows[sampling]].any()),
             slots=rows,
             starts=starts,
             num_scheduled=num_scheduled,
@@ -246,7 +255,8 @@ class DeviceSlots:
         self.num_tokens[slot], self.num_computed[slot] = len(tokens), admit.num_computed
         self._num_blocks[slot], self.num_prompt[slot] = len(blocks), admit.num_prompt_tokens
         self.sampling.set(slot, admit)
-        self._special[slot] = self.constraints.admit(admit) or _is_special(admit.sampling)
+        self._special[slot] = _is_special(admit.sampling)
+        self._ruled[slot] = self.constraints.admit(admit)
         self._changes.add(self._tokens_at + slot * self._length, tokens)
         if len(blocks):
             self._changes.add(self._tables_at + slot * self._max_blocks, blocks)
@@ -310,7 +320,8 @@ def _columns(admit: Admit) -> I32:
 
 def _is_special(wanted: Sampling) -> bool:
     """The draw needs more than temperature and noise."""
-    held_back = wanted.min_tokens > 0 and (wanted.eos_token_id is not None or bool(wanted.stop_token_ids))
+    stops = wanted.eos_token_id is not None or bool(wanted.stop_token_ids)
+    held_back = wanted.min_tokens > 0 and stops and wanted.grammar is None  # a grammar does so itself
     penalized = (
         wanted.presence_penalty != 0 or wanted.frequency_penalty != 0 or wanted.repetition_penalty != 1
     )

@@ -26,6 +26,7 @@ from .device_slots import DeviceSlots, Work
 from .fused import Fused, Packed, fuse
 from .kv_cache import POISON
 from .logprobs import Entries, LogprobStage, prompt_wishes, scores_to_show
+from .mask_stage import MaskStage
 from .models.causal_lm import CausalLM, LayerCache
 from .parallel import TensorParallel
 from .rules import PromptRow
@@ -124,6 +125,7 @@ class DeviceStep:
         if on_gpu:
             self._fused = fuse(model, caches, slots.block_tables, num_heads, len(slots.rows))
         self._sampler = Sampler(device, logprobs_mode)
+        self._masks = MaskStage(device)
         self._logprobs_mode: LogprobsMode = logprobs_mode
         # Written by the device, read by the host: no copy in between.
         width = len(slots.rows) + MORE_RESULTS
@@ -181,7 +183,7 @@ class DeviceStep:
         self._append(tokens, drawn, rehearsal)
 
     def draw_special(self, drawn: Logits, work: Work) -> Shown:
-        """Sample with every stage, and append. `work` has its columns.
+        """Sample with every stage that `work` needs, and append. `work` has its columns.
 
         Rows with constraints wait here for the tokens of the steps before, while the device runs the model.
         """
@@ -190,6 +192,13 @@ class DeviceStep:
         if not count:
             return Shown((), prompts)
         sampled = work.slots[work.sampling]
+        if not work.special:
+            rows = Logits(drawn.logits[:count], drawn.slots[:count], drawn.ends[:count])
+            share = None if self._fused is None else self._fused.share
+            first = 0 if share is None else share.first
+            self._masks.apply(rows.logits, table.constraints, sampled, self._model.vocab_size, first)
+            self.draw(rows)
+            return Shown((), prompts)
         num_tokens = table.num_tokens.copy()
         num_tokens[sampled] -= 1
         requests: Requests = _SpecialRequests(

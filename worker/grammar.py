@@ -6,8 +6,9 @@ a grammar may cost is bounded by `ipc.grammars`.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import llguidance
@@ -16,10 +17,13 @@ from numpy.typing import NDArray
 
 from ..ipc import grammars
 from ..ipc.config import EngineConfig
+from ..ipc.errors import RequestError
 from ..ipc.messages import Sampling
 
 _KEPT = 64
 """Grammars that are kept for the requests to come."""
+_MOST_THREADS = 16
+"""A mask takes some 5 us, a thread's waking as long: more would have nothing to do."""
 
 
 class Grammars:
@@ -30,7 +34,6 @@ class Grammars:
         self._ends = frozenset(config.eos_token_ids)
         self._thread = ThreadPoolExecutor(1, "grammar")
         self._vocabulary = self._thread.submit(grammars.read_vocabulary, config)
-        self._scratch = np.zeros(-(-config.vocab_size // 32), np.int32)
         self._built: OrderedDict[str, Future[llguidance.LLMatcher]] = OrderedDict()
 
     def start(self, sampling: Sampling) -> Grammar:
@@ -44,17 +47,17 @@ class Grammars:
         stops = sampling.stop_token_ids
         if sampling.eos_token_id is not None:
             stops = [sampling.eos_token_id, *stops]
-        return Grammar(built, self._ends, sampling.min_tokens, stops, self._scratch)
+        return Grammar(built, self._ends, sampling.min_tokens, stops)
 
     def _build(self, grammar: str) -> llguidance.LLMatcher:
         return grammars.new_matcher(self._vocabulary.result(), grammar)
 
 
 class Grammar:
-    """A `Constraint`: the text so far can be continued to one that the grammar describes.
+    """The rule that the text so far can be continued to one that the grammar describes.
 
     When nothing can follow, only end-of-sequence tokens may, whatever `min_tokens` says; until then it holds
-    back `stops`. Raises RequestError for a grammar that cannot be built, or takes too much work on the way.
+    back `stops`. `Team` fills its masks.
     """
 
     def __init__(
@@ -63,11 +66,8 @@ class Grammar:
         ends: Container[int],
         min_tokens: int,
         stops: Sequence[int],
-        scratch: NDArray[np.int32],
     ) -> None:
-        """`scratch`: a mask's room, which nobody else uses during `fill`."""
         self._built = built
-        self._scratch = scratch
         self._ends = ends
         self._matcher: llguidance.LLMatcher | None = None
         self._unmatched: list[int] = []
@@ -79,25 +79,66 @@ class Grammar:
         self._unmatched.append(token)
         self._num_held_back -= 1
 
-    def fill(self, mask: NDArray[np.int32]) -> bool:
+    def catch_up(self) -> tuple[llguidance.LLMatcher, int | None]:
+        """The matcher, and the token that it has yet to consume before it knows the text so far.
+
+        Raises RequestError for a grammar that cannot be built, or has taken too much work.
+        """
         if self._matcher is None:
             self._matcher = self._built.result().deep_copy()
+        matcher, last = self._matcher, None
         for token in self._unmatched:
+            if last is not None:
+                matcher.consume_token(last)
             # Behind the end there may be any number of these: the request ignores them, or steps ran ahead.
-            if not (self._matcher.is_stopped() and token in self._ends):
-                self._matcher.consume_token(token)
+            last = None if matcher.is_stopped() and token in self._ends else token
         self._unmatched = []
-        allowed = self._scratch
-        grammars.fill_mask(self._matcher, allowed)
-        if self._num_held_back > 0:
-            allowed = self._held_back(allowed)
-        mask &= allowed
-        return True
+        grammars.check(matcher)
+        return matcher, last
 
-    def _held_back(self, allowed: NDArray[np.int32]) -> NDArray[np.int32]:
-        """`allowed` without the stops, unless they are all that is left."""
-        others = allowed.copy()
-        words = others.view(np.uint32)
-        for token in self._stops:
-            words[token >> 5] &= ~np.uint32(1 << (token & 31))
-        return others if others.any() else allowed
+    def hold_back(self, mask: NDArray[np.int32]) -> None:
+        """Clear the stops in the grammar's mask, unless they are all that is left."""
+        if self._num_held_back > 0:
+            others = mask.copy()
+            words = others.view(np.uint32)
+            for token in self._stops:
+                words[token >> 5] &= ~np.uint32(1 << (token & 31))
+            if others.any():
+                mask[:] = others
+
+
+class Team:
+    """Fills the masks of many grammars at once: threads share the work, and the interpreter is free."""
+
+    def __init__(self) -> None:
+        self._executor: llguidance.LLExecutor | None = None
+
+    def fill(self, wanted: Mapping[int, Grammar], masks: NDArray[np.int32]) -> dict[int, Exception]:
+        """What may come next by each grammar into its row of `masks`; whatever else is there is overwritten.
+
+        Args:
+            masks: int32 [rows, ceil(vocabulary / 32)], contiguous.
+
+        Returns: for which of them it failed, and why.
+        """
+        failed: dict[int, Exception] = {}
+        matchers: dict[int, llguidance.LLMatcher] = {}
+        unmatched: list[tuple[llguidance.LLMatcher, int]] = []
+        for row, grammar in wanted.items():
+            try:
+                matchers[row], token = grammar.catch_up()
+                if token is not None:
+                    unmatched.append((matchers[row], token))
+            except Exception as error:
+                failed[row] = error
+        if self._executor is None:
+            self._executor = llguidance.LLExecutor(min(len(os.sched_getaffinity(0)), _MOST_THREADS))
+        grammars.consume(self._executor, unmatched)
+        grammars.fill_masks(self._executor, matchers, masks)
+        for row, matcher in matchers.items():
+            try:
+                grammars.check(matcher)
+                wanted[row].hold_back(masks[row])
+            except RequestError as error:
+                failed[row] = error
+        return failed

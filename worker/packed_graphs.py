@@ -129,7 +129,7 @@ class PackedGraphs:
         """
         num_decodes = int(work.continuing.sum())
         tokens = int(work.num_scheduled.sum()) - num_decodes
-        if work.special or work.num_rows - num_decodes > MAX_PROMPTS:
+        if work.needs_host or work.num_rows - num_decodes > MAX_PROMPTS:
             return None
         fitting = (s for s in self._in_use if s.decodes >= num_decodes and s.tokens >= tokens)
         shape = min(fitting, default=None, key=lambda s: (sum(s), s))

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from ..ipc.config import LogprobsMode
 from ..kernels.sampling import gumbel_argmax
-from .constraints import Constraints, Masks
+from .constraints import Constraints
 from .logprobs import Entries, LogprobStage, scores_to_show
+from .mask_stage import MaskStage
 from .nucleus import Nucleus, keep_likeliest, keep_of_all
 from .slots import F64, I32, I64, Batch, SamplingColumns
-from .staging import Staging, upload
+from .staging import upload
 from .token_rules import TokenRuleStage
 
 _HUGE = 3e38
@@ -109,7 +110,7 @@ class Sampler:
 
     def __init__(self, device: torch.device, logprobs_mode: LogprobsMode = "raw_logprobs") -> None:
         self._device = device
-        self._staging = Staging(device)
+        self._masks = MaskStage(device)
         self._logprobs_mode: LogprobsMode = logprobs_mode
         self._rows: _Rows | None = None
         self._sampling: I64 | None = None
@@ -138,9 +139,7 @@ class Sampler:
 
     def _change(self, logits: Tensor, slots: Requests, rows: _Rows) -> None:
         """The stages that change logits, whether a row is greedy or not."""
-        masks = slots.constraints.masks(rows.slots, logits.shape[1])
-        if masks is not None:
-            _allow(logits, masks, self._staging)
+        self._masks.apply(logits, slots.constraints, rows.slots, logits.shape[1])
         if rows.token_rules is not None:
             rows.token_rules.apply(logits)
         if len(rows.held_back):
@@ -274,31 +273,6 @@ def _draw_filtered(scores: Tensor, nucleus: Nucleus, seeds: Tensor, positions: T
         stay = keep_of_all(scores[rest], nucleus.take(rest))
         tokens[rest] = gumbel_argmax(stay, seeds[rest], positions[rest])
     return tokens
-
-
-def _allow(logits: Tensor, masks: Masks, staging: Staging) -> None:
-    """-inf for what the constraints of these rows do not allow."""
-    forbidden, rows = (_forbidden_on_cpu if logits.device.type == "cpu" else forbidden_on_device)(
-        masks, logits.shape[1], staging
-    )
-    if len(masks.rows) == len(logits):
-        logits.masked_fill_(forbidden, -torch.inf)
-    else:
-        logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
-
-
-def _forbidden_on_cpu(masks: Masks, vocab: int, staging: Staging) -> tuple[Tensor, Tensor]:
-    """As `forbidden_on_device`. A byte a token: torch would make four, several times."""
-    bits = np.unpackbits(~masks.allowed.view(np.uint8), axis=1, count=vocab, bitorder="little")
-    return torch.from_numpy(bits.view(np.bool_)), torch.from_numpy(masks.rows)
-
-
-def forbidden_on_device(masks: Masks, vocab: int, staging: Staging) -> tuple[Tensor, Tensor]:
-    """The masks unpacked, bool [rows, vocab], and their rows, int64 [rows]."""
-    words, rows = staging.send(masks.allowed, masks.rows)
-    powers = 1 << torch.arange(32, dtype=torch.int32, device=words.device)
-    forbidden = (words.view(len(masks.rows), -1, 1) & powers) == 0
-    return forbidden.view(len(masks.rows), -1)[:, :vocab], rows.long()
 
 
 def _hold_back(logits: Tensor, slots: Requests, rows: _Rows) -> None:

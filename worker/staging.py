@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -46,20 +47,29 @@ class Staging:
 
     def send_to(self, target: Tensor, *arrays: NDArray[Any]) -> None:
         """The same into `target`, each array at the next place that is `aligned`."""
+        at, host = 0, self.reserve(len(target))
+        for array in arrays:
+            host[at : at + array.size] = array.reshape(-1)
+            at += aligned(array.size)
+        self.send_reserved(target)
+
+    def reserve(self, size: int) -> NDArray[np.int32]:
+        """int32 [size] to write what `send_reserved` is to send; nothing else may be sent in between."""
         turn = self._turn = (self._turn + 1) % _TURNS
         sent = self._sent[turn]
         if sent is not None:
             sent.synchronize()
-        if len(self._buffers[turn]) < len(target):
-            self._buffers[turn] = self._buffer(2 * len(target))
-        buffer = self._buffers[turn][: len(target)]
-        at, host = 0, buffer.numpy()
-        for array in arrays:
-            host[at : at + array.size] = array.reshape(-1)
-            at += aligned(array.size)
-        target.copy_(buffer, non_blocking=True)
+        if len(self._buffers[turn]) < size:
+            self._buffers[turn] = self._buffer(2 * size)
+        host: NDArray[np.int32] = self._buffers[turn][:size].numpy()
+        return host
+
+    def send_reserved(self, target: Tensor) -> None:
+        """Send the first `len(target)` integers of what was reserved last."""
+        turn = self._turn
+        target.copy_(self._buffers[turn][: len(target)], non_blocking=True)
         if self._on_gpu:
-            sent = self._sent[turn] = sent or torch.cuda.Event()
+            sent = self._sent[turn] = self._sent[turn] or torch.cuda.Event()
             sent.record()
 
     def _buffer(self, size: int) -> Tensor:

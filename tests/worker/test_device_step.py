@@ -74,7 +74,7 @@ class OnDevice:
         shown: Shown | None = None
         if not work.decode:
             shown = run_packed(step, work)
-        elif work.special:
+        elif work.needs_host:
             shown = step.draw_special(step.decode_logits(work.num_rows), work)
         elif work.num_rows:
             step.decode(work.num_rows)
