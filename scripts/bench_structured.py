@@ -1,20 +1,26 @@
 """What a JSON schema costs in throughput: the same requests with it and without, in turn on one engine.
 
-    python scripts/bench_structured.py --model demo [--num-requests 32] [--output-len 128]
+    python scripts/bench_structured.py --model demo [--num-requests 1 32] [--output-len 128] [--kinds schema]
 
 The schema asks for more than fits into `--output-len`, so that every request writes exactly that many tokens.
+Other kinds of requests show what else a wish costs: see `KINDS`. A model that is only a config.json gets
+random weights (`--load-format dummy`) and a made-up tokenizer.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
-from benchlib.engines import random_prompt
+from benchlib.engines import model_path, random_prompt
 from benchlib.harness import Figures, run_benchmark
+from benchlib.made_up_tokenizer import make_tokenizer
 from headrace import LLM, SamplingParams, StructuredOutputsParams
 
 ITEM = {
@@ -29,14 +35,27 @@ ITEM = {
     "required": ["name", "price", "kind", "tags", "origin"],
     "additionalProperties": False,
 }
-SCHEMA = {"type": "array", "items": ITEM, "minItems": 10_000}
+SCHEMA = StructuredOutputsParams(
+    json={"type": "array", "items": ITEM, "minItems": 10_000}, disable_any_whitespace=True
+)
+KINDS: dict[str, dict[str, Any]] = {
+    "schema": {"structured_outputs": SCHEMA},
+    "schema_top_p": {"structured_outputs": SCHEMA, "top_p": 0.9},
+    "top_p": {"top_p": 0.9},
+    "top_k": {"top_k": 20},
+    "top_k_top_p": {"top_k": 20, "top_p": 0.95, "temperature": 0.6},
+    "min_p": {"min_p": 0.1},
+    "penalty": {"frequency_penalty": 0.5},
+    "logprobs": {"logprobs": 5},
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-requests", type=int, default=32, help="at once (32)")
+    parser.add_argument("--num-requests", type=int, nargs="+", default=[32], help="at once (32)")
     parser.add_argument("--input-len", type=int, default=64, help="tokens (64)")
     parser.add_argument("--output-len", type=int, default=128, help="tokens (128)")
     parser.add_argument("--repeats", type=int, default=5, help="of each kind, in turn (5)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["schema"])
 
 
 def measure(args: argparse.Namespace) -> Figures:
@@ -44,37 +63,43 @@ def measure(args: argparse.Namespace) -> Figures:
     for name in ("dtype", "load_format", "max_model_len", "gpu_memory_utilization", "tensor_parallel_size"):
         if getattr(args, name, None) is not None:
             given[name] = getattr(args, name)
-    llm = LLM(args.model, max_num_seqs=args.num_requests, enable_prefix_caching=False, **given)
+    most = max(args.num_requests)
+    with tempfile.TemporaryDirectory() as folder:
+        path = model_path(args.model)
+        if path.is_dir() and not (path / "tokenizer.json").is_file():
+            make_tokenizer(Path(folder), json.loads((path / "config.json").read_text())["vocab_size"])
+            given["tokenizer"] = folder
+        llm = LLM(args.model, max_num_seqs=most, enable_prefix_caching=False, **given)
+        figures: Figures = {}
+        for count in args.num_requests:
+            figures |= _speeds(llm, count, args)
+        llm.shutdown()
+    return figures
+
+
+def _speeds(llm: LLM, count: int, args: argparse.Namespace) -> Figures:
     rng = random.Random(args.seed)
-    prompts = [random_prompt(rng, args.input_len) for _ in range(args.num_requests)]
-    schema = StructuredOutputsParams(json=SCHEMA, disable_any_whitespace=True)
-    speeds: dict[bool, list[float]] = {False: [], True: []}
+    prompts = [random_prompt(rng, args.input_len) for _ in range(count)]
+    wishes: dict[str, dict[str, Any]] = {"plain": {}} | {kind: KINDS[kind] for kind in args.kinds}
+    speeds: dict[str, list[float]] = {kind: [] for kind in wishes}
     for repeat in range(args.repeats + 1):
-        for constrained in speeds:
-            params = [
-                SamplingParams(
-                    temperature=1.0,
-                    seed=number,
-                    max_tokens=args.output_len,
-                    ignore_eos=True,
-                    structured_outputs=schema if constrained else None,
-                )
-                for number in range(args.num_requests)
-            ]
+        for kind, wish in wishes.items():
+            always = {"temperature": 1.0, "max_tokens": args.output_len, "ignore_eos": True}
+            params = [SamplingParams(**(always | wish | {"seed": number})) for number in range(count)]
             begun = time.perf_counter()
             outputs = llm.generate(prompts, params, use_tqdm=False)
             seconds = time.perf_counter() - begun
             tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-            assert tokens == args.num_requests * args.output_len
+            assert tokens == count * args.output_len
             if repeat:  # the first is for warmth
-                speeds[constrained].append(tokens / seconds)
-    llm.shutdown()
-    free, held = statistics.median(speeds[False]), statistics.median(speeds[True])
-    return {
-        "unconstrained, output tokens/s": free,
-        "JSON schema, output tokens/s": held,
-        "JSON schema, % of unconstrained": 100 * held / free,
-    }
+                speeds[kind].append(tokens / seconds)
+    free = statistics.median(speeds["plain"])
+    figures = {f"{count} requests, plain, output tokens/s": free}
+    for kind in args.kinds:
+        speed = statistics.median(speeds[kind])
+        figures[f"{count} requests, {kind}, output tokens/s"] = speed
+        figures[f"{count} requests, {kind}, % of plain"] = 100 * speed / free
+    return figures
 
 
 if __name__ == "__main__":

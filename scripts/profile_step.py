@@ -23,9 +23,11 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from benchlib.made_up_tokenizer import make_tokenizer
 from headrace.core.request import Request
 from headrace.core.scheduler import Scheduler
 from headrace.frontend.engine_args import AsyncEngineArgs, resolve
@@ -45,11 +47,12 @@ class Driver:
         config = resolve(
             AsyncEngineArgs(
                 model=args.model,
+                tokenizer=args.tokenizer,
                 tensor_parallel_size=args.tensor_parallel_size,
                 block_size=16,
                 num_gpu_blocks_override=num_blocks,
                 load_format="dummy",
-                skip_tokenizer_init=args.grammar is None,
+                skip_tokenizer_init=not args.grammar,
                 max_num_seqs=max(batch_size, 8),
                 max_num_batched_tokens=16384,
                 max_model_len=length,
@@ -62,7 +65,9 @@ class Driver:
         self.runner.allocate(num_blocks, config.max_model_len)
         self.runner.warm_up()
         self._scheduler = Scheduler(config, num_blocks, config.max_model_len)
-        sampling = Sampling(temperature=args.temperature, top_p=args.top_p, grammar=args.grammar)
+        sampling = Sampling(
+            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, grammar=args.grammar
+        )
         for number in range(batch_size):
             prompt = array("i", (i % 1000 for i in range(number, number + context)))
             self._scheduler.add(Request(b"", number, prompt, sampling, args.steps * 3 + 32))
@@ -167,8 +172,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", type=case, default=[(1, 64)], metavar="BATCHxCONTEXT")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-p", type=float, default=1.0, help="below 1: with all stages of the sampler")
-    parser.add_argument("--grammar", metavar="LARK", help="that texts follow; the model needs a tokenizer")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--grammar", help="that texts follow, as Lark or as llguidance's JSON")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--trace", metavar="FILE", help="write a trace of the last case for Perfetto")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
@@ -177,6 +183,11 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         args.rendezvous = args.rendezvous or f"{folder}/ranks"
+        args.tokenizer = None
+        if args.grammar and not (Path(args.model) / "tokenizer.json").is_file():
+            args.tokenizer = folder
+            config = json.loads((Path(args.model) / "config.json").read_text())
+            make_tokenizer(Path(folder), config["vocab_size"])
         others = range(1, 1 if args.rank else args.tensor_parallel_size)
         command = [sys.executable, *sys.argv, "--rendezvous", args.rendezvous, "--rank"]
         peers = [subprocess.Popen([*command, str(rank)]) for rank in others]
