@@ -151,7 +151,9 @@ class SamplingParams:
                 raise refusal(name, getattr(self, name), "True or False")
         if not isinstance(self.output_kind, RequestOutputKind):
             raise refusal("output_kind", self.output_kind, "a RequestOutputKind")
-        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+        if self.structured_outputs is not None and not isinstance(
+            self.structured_outputs, StructuredOutputsParams
+        ):
             raise refusal("structured_outputs", self.structured_outputs, "a StructuredOutputsParams")
         if self.stop and not self.detokenize:
             message = "stop strings are only supported when detokenize is True, got detokenize=False"

@@ -35,16 +35,21 @@ class RequestTimeouts:
 
     def after(self, seconds: float) -> RequestTimeouts:
         """What is left of them."""
-        left = [
-            None if value is None else max(0.0, float(value) - seconds) for value in dataclasses.astuple(self)
-        ]
-        return RequestTimeouts(*left)
+        if self == _ANY_TIME:
+            return self
+        given = (self.queue, self.first_token, self.total)
+        return RequestTimeouts(
+            *(None if value is None else max(0.0, float(value) - seconds) for value in given)
+        )
+
+
+_ANY_TIME = RequestTimeouts()
 
 
 def checked_timeouts(timeout: object) -> RequestTimeouts:
     """`RequestTimeouts`, or a number for the total alone, or None. Raises RequestError."""
     if timeout is None:
-        return RequestTimeouts()
+        return _ANY_TIME
     if isinstance(timeout, RequestTimeouts):
         return timeout
     if not _is_seconds(timeout):
