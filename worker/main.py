@@ -37,6 +37,7 @@ from ..ipc.payloads import WorkerStart
 from ..ipc.pipe import Pipe, PipeClosedError
 from ..ipc.process import die_with_parent
 from .commands import Commands, Sleeper
+from .host_memory import bound_kernel_caches
 from .in_order import InOrder
 from .kv_cache import CacheSize
 
@@ -145,6 +146,7 @@ class Worker:
         # OpenMP's threads spin for milliseconds while they wait, on the cores that everybody else needs:
         # steps are 10 times slower beside another busy process. This many bridge two operators.
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+        bound_kernel_caches()
         from .runner import ModelRunner  # noqa: PLC0415 (as above)
 
         return InOrder(config, ModelRunner(config, self._start.rank, self._start.rendezvous))
