@@ -1,4 +1,4 @@
-"""What libraries do with a worker's host memory: the C library with what is freed, oneDNN with its kernels."""
+"""What libraries do with host memory of a worker: the C library with the freed, oneDNN with its kernels."""
 
 from __future__ import annotations
 
