@@ -1,4 +1,4 @@
-"""Connections: uvicorn's HTTP protocol, with a limit to how long a request's head may take."""
+"""Connections: uvicorn's HTTP protocol, with limits to how long a client may take to ask and to read."""
 
 from __future__ import annotations
 
@@ -7,14 +7,23 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+_LOOKS = 8
+"""Within the time that a client may leave its answer unread."""
+
 
 class _Protocol(HttpToolsProtocol):
     head_seconds: float
+    stall_seconds: float
     _due: asyncio.TimerHandle | None = None
+    _next_look: asyncio.TimerHandle | None = None
+    _unread = 0
+    """Bytes that the client had left to read at the last look."""
+    _looks_alike = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._arm()
+        self._look_later()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -26,6 +35,8 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        if self._next_look is not None:
+            self._next_look.cancel()
         super().connection_lost(exc)
 
     def _arm(self) -> None:
@@ -37,7 +48,23 @@ class _Protocol(HttpToolsProtocol):
             self._due.cancel()
             self._due = None
 
+    def _look_later(self) -> None:
+        self._next_look = self.loop.call_later(self.stall_seconds / _LOOKS, self._look)
 
-def protocol(head_seconds: float) -> type[asyncio.Protocol]:
-    """The class for uvicorn: a connection whose client takes longer to say what it wants is closed."""
-    return type("Protocol", (_Protocol,), {"head_seconds": head_seconds})
+    def _look(self) -> None:
+        """Does the client read? TCP's own timeout sees only hosts that have vanished, and no Unix sockets."""
+        unread = self.transport.get_write_buffer_size()
+        # While more is written, as many bytes do not mean that none were read.
+        is_fixed = self.flow.write_paused or self.transport.is_closing()
+        self._looks_alike = self._looks_alike + 1 if unread and is_fixed and unread == self._unread else 0
+        self._unread = unread
+        if self._looks_alike >= _LOOKS:
+            self.transport.abort()
+        else:
+            self._look_later()
+
+
+def protocol(head_seconds: float, stall_seconds: float) -> type[asyncio.Protocol]:
+    """The class for uvicorn. A connection is closed whose client takes longer to say what it wants, and one
+    whose client reads nothing for as long as `stall_seconds` of what is kept for it."""
+    return type("Protocol", (_Protocol,), {"head_seconds": head_seconds, "stall_seconds": stall_seconds})

@@ -79,7 +79,7 @@ class _Server(uvicorn.Server):
         options = service.options
         config = uvicorn.Config(
             make_app(service, keys),
-            http=protocol(options.body_timeout),
+            http=protocol(options.body_timeout, options.stall_timeout),
             lifespan="off",
             ws="none",
             log_config=None,

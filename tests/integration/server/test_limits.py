@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,22 +140,54 @@ def test_a_client_that_goes_away_ends_its_request(oracle: Any) -> None:
             assert time.monotonic() - began < 2  # the answer itself would take tens of seconds
 
 
+UNREAD = {
+    "prompt": [[7] * 4000] * 2,
+    "n": 128,
+    "echo": True,
+    "max_tokens": 2,
+    "stream": True,
+    "return_token_ids": True,
+}
+"""Its answer of 9 MB fills every buffer on the way."""
+
+
+def expect_cut_off(client: httpx.Client, sock: socket.socket) -> None:
+    """A client that has asked at `sock` and does not read: it alone notices."""
+    began = time.monotonic()
+    wait_until(lambda: client.get("/load").json() == {"server_load": 1})
+    assert client.post("/v1/completions", json={"prompt": "Hello"}).status_code == 200
+    wait_until(lambda: client.get("/load").json() == {"server_load": 0})
+    assert time.monotonic() - began >= STALL_SECONDS * 0.9
+    end = b""
+    with suppress(ConnectionError):
+        while part := sock.recv(1 << 20):
+            end = (end + part)[-100:]
+    assert not end.endswith(b"0\r\n\r\n")  # the mark that the answer is whole
+
+
 def test_a_client_that_does_not_read_is_cut_off(guarded: Any) -> None:
-    """Its answer of 9 MB fills every buffer on the way; others are served meanwhile."""
-    ids = [7] * 4000
-    body = {"prompt": [ids] * 2, "n": 128, "echo": True, "max_tokens": 2, "stream": True}
     with guarded.client(headers=bearer(KEY)) as client, socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(SECONDS)
         sock.connect(_address(guarded))
-        _post(sock, {**body, "return_token_ids": True}, f"authorization: Bearer {KEY}\r\n")
-        began = time.monotonic()
-        wait_until(lambda: client.get("/load").json() == {"server_load": 1})
-        assert client.post("/v1/completions", json={"prompt": "Hello"}).status_code == 200
-        wait_until(lambda: client.get("/load").json() == {"server_load": 0})
-        assert time.monotonic() - began >= STALL_SECONDS
-        with pytest.raises(ConnectionError):
-            _read_to_end(sock)
+        _post(sock, UNREAD, f"authorization: Bearer {KEY}\r\n")
+        expect_cut_off(client, sock)
+
+
+def test_a_client_that_reads_slowly_gets_everything(guarded: Any) -> None:
+    """Slower than the time after which one that reads nothing is cut off."""
+    body = {**UNREAD, "prompt": [7] * 2000, "max_tokens": 1, "n": 100}
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(SECONDS)
+        sock.connect(_address(guarded))
+        _post(sock, body, f"authorization: Bearer {KEY}\r\nconnection: close\r\n")
+        began, end = time.monotonic(), b""
+        while part := sock.recv(1 << 16):
+            end = (end + part)[-100:]
+            if time.monotonic() - began < 2 * STALL_SECONDS:
+                time.sleep(STALL_SECONDS / 10)
+        assert b"data: [DONE]" in end
 
 
 def test_a_full_queue_says_when_to_come_back(serve: Callable[..., Any]) -> None:
@@ -188,12 +220,19 @@ def test_https(serve: Callable[..., Any], tmp_path: Path) -> None:
 
 
 def test_a_unix_socket(serve: Callable[..., Any], tmp_path: Path) -> None:
-    path = tmp_path / "socket"
-    server = serve("--uds", str(path))
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://server") as client:
+    path = str(tmp_path / "socket")
+    server = serve("--uds", path, "--stall-timeout", str(STALL_SECONDS))
+    with (
+        httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://server") as client,
+        socket.socket(socket.AF_UNIX) as sock,
+    ):
         assert client.get("/v1/models").status_code == 200
+        sock.settimeout(SECONDS)
+        sock.connect(path)
+        _post(sock, UNREAD)
+        expect_cut_off(client, sock)
     assert server.end() == 0
-    assert not path.exists()
+    assert not Path(path).exists()
 
 
 def _address(server: Any) -> tuple[str, int]:
