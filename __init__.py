@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .ipc.config import StructuredOutputsConfig
     from .ipc.errors import (
         ConfigError,
+        DrainingError,
         EngineDeadError,
         EngineUnhealthyError,
         HeadraceError,
@@ -37,6 +38,7 @@ _HOME = {
     "AsyncLLMEngine": ".frontend.async_llm",
     "CompletionOutput": ".frontend.outputs",
     "ConfigError": ".ipc.errors",
+    "DrainingError": ".ipc.errors",
     "EngineArgs": ".frontend.engine_args",
     "EngineDeadError": ".ipc.errors",
     "EngineUnhealthyError": ".ipc.errors",
@@ -61,6 +63,7 @@ __all__ = [
     "BeamSearchParams",
     "CompletionOutput",
     "ConfigError",
+    "DrainingError",
     "EngineArgs",
     "EngineDeadError",
     "EngineUnhealthyError",

@@ -16,7 +16,7 @@ import msgspec
 import zmq
 
 from ..ipc.config import EngineConfig
-from ..ipc.errors import ErrorInfo, OverloadedError, RequestError
+from ..ipc.errors import DrainingError, ErrorInfo, RequestError
 from ..ipc.logs import fields
 from ..ipc.messages import (
     PROTOCOL_VERSION,
@@ -294,7 +294,7 @@ class Engine:
         requests: list[Request] = []
         try:
             if self._drain_until is not None:
-                raise OverloadedError(_ABOUT_TO_END, retry_after=_RETRY_AFTER_DRAIN)
+                raise DrainingError(_ABOUT_TO_END, retry_after=_RETRY_AFTER_DRAIN)
             for request in make_requests(identity, message, self._config, time.monotonic()):
                 if request.number in client.requests:
                     text = f"request {request.number} is in use"

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 import msgspec
 
-ErrorKind: TypeAlias = Literal["request", "config", "dead", "overloaded", "crashed"]
+ErrorKind: TypeAlias = Literal["request", "config", "dead", "overloaded", "crashed", "draining"]
 
 
 class HeadraceError(Exception):
@@ -58,7 +58,7 @@ class OverloadedError(RequestError):
         retry_after: seconds after which it is worth trying again.
     """
 
-    code = "overloaded"
+    code: ClassVar[ErrorKind] = "overloaded"
 
     def __init__(
         self,
@@ -71,6 +71,12 @@ class OverloadedError(RequestError):
     ) -> None:
         super().__init__(message, parameter=parameter, value=value, limit=limit)
         self.retry_after = retry_after
+
+
+class DrainingError(OverloadedError):
+    """The engine is about to end and takes no more requests; another one may come in its place."""
+
+    code = "draining"
 
 
 class RequestCrashedError(RequestError):
@@ -104,7 +110,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
     value: str | None = None
     limit: str | None = None
     retry_after: float | None = None
-    """Seconds; of "overloaded" ones."""
+    """Seconds; of "overloaded" and "draining" ones."""
 
     @classmethod
     def of(cls, error: BaseException) -> ErrorInfo:
@@ -118,8 +124,9 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
         """The exception that this describes, ready to raise."""
         if self.kind == "dead":
             return EngineDeadError(self.message)
-        if self.kind == "overloaded":
-            return OverloadedError(
+        if self.kind in ("overloaded", "draining"):
+            family = DrainingError if self.kind == "draining" else OverloadedError
+            return family(
                 self.message,
                 retry_after=self.retry_after or 0.0,
                 parameter=self.parameter,

@@ -21,7 +21,7 @@ import msgspec
 from .config import EngineConfig
 from .errors import ErrorInfo
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_GRAMMAR = 1 << 20
 """Characters of `Sampling.grammar`."""
 

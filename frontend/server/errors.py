@@ -12,7 +12,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from ...ipc.errors import EngineDeadError, OverloadedError, RefusedError, RequestCrashedError, RequestError
+from ...ipc.errors import (
+    DrainingError,
+    EngineDeadError,
+    OverloadedError,
+    RefusedError,
+    RequestCrashedError,
+    RequestError,
+)
 from ..names import nearest
 
 logger = logging.getLogger("headrace")
@@ -73,6 +80,8 @@ def as_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
+        case DrainingError():
+            return unavailable(str(error), error.retry_after)
         case OverloadedError():
             return unavailable(str(error), error.retry_after, 429)
         case RequestCrashedError():

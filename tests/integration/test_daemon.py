@@ -22,8 +22,8 @@ from headrace import (
     AsyncEngineArgs,
     AsyncLLM,
     ConfigError,
+    DrainingError,
     EngineUnhealthyError,
-    OverloadedError,
     SamplingParams,
 )
 from headrace.ipc.curve import ClientKeys, make_pair, read_secret
@@ -197,7 +197,7 @@ def test_sigterm_drains(daemon: Start, connect: Connect) -> None:
     error = late.finished[1].error
     assert error is not None
     refused = error.exception()
-    assert isinstance(refused, OverloadedError)
+    assert isinstance(refused, DrainingError)
     assert refused.retry_after > 0
     worker.resume()
     client.expect(*range(32), max_tokens=1500)
@@ -230,7 +230,7 @@ def test_a_frontend_through_a_drain_and_a_new_core(daemon: Start) -> None:
         core.process.send_signal(signal.SIGTERM)
         with pytest.raises(EngineUnhealthyError, match="about to end"):
             await look_until_unhealthy(engine)
-        with pytest.raises(OverloadedError) as caught:
+        with pytest.raises(DrainingError) as caught:
             await read(engine, "refused", 2)
         assert caught.value.retry_after > 0
         worker.resume()

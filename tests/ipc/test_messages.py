@@ -12,6 +12,7 @@ import pytest
 from headrace.ipc.config import EngineConfig
 from headrace.ipc.errors import (
     ConfigError,
+    DrainingError,
     EngineDeadError,
     ErrorInfo,
     OverloadedError,
@@ -107,15 +108,15 @@ SAMPLING = Sampling(
 LOGPROBS = Logprobs(pack([0]), pack([2]), pack([9, 5]), array("f", [-1.5, -0.5]).tobytes(), pack([2, 1]))
 ERROR = ErrorInfo("request", "n must be >= 1, got 0", "n", "0", ">= 1")
 TO_CORE: list[ToCore] = [
-    Hello(2, "doc"),
+    Hello(PROTOCOL_VERSION, "doc"),
     AddRequest(7, pack([1, 2, -3]), SAMPLING, 8, 2, -1, "salt", 0.5, 2.0, None, pack([4])),
     Abort([7, 8]),
     Call(3, "stats", {"a": 1, "b": ["c"]}),
     Bye(),
 ]
 FROM_CORE: list[FromCore] = [
-    Welcome(2, CONFIG, EngineInfo(64, 100, 4321, "0.1.0")),
-    Refused(2, "no"),
+    Welcome(PROTOCOL_VERSION, CONFIG, EngineInfo(64, 100, 4321, "0.1.0")),
+    Refused(PROTOCOL_VERSION, "no"),
     StepOutputs(
         pack([7]),
         pack([9]),
@@ -186,12 +187,13 @@ def test_errors_travel() -> None:
         RequestError("x"),
         RequestCrashedError("x"),
         OverloadedError("x", retry_after=1),
+        DrainingError("x", retry_after=1),
     ):
         there = ErrorInfo.of(error).exception()
         assert (type(there), there.code) == (type(error), ErrorInfo.of(error).kind)
     full = ErrorInfo.of(OverloadedError("full", retry_after=2.5, parameter="max_queued_requests", limit=8))
     overloaded = full.exception()
-    assert isinstance(overloaded, OverloadedError)
+    assert type(overloaded) is OverloadedError
     assert (overloaded.retry_after, overloaded.parameter, overloaded.limit) == (
         2.5,
         "max_queued_requests",

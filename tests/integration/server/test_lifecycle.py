@@ -162,10 +162,27 @@ def test_servers_attach_to_a_running_core(serve: Serve, tmp_path: Any) -> None:
                 with server.client() as client:
                     assert client.get("/v1/models").json()["data"][0]["id"] == "demo"
                     assert client.post("/v1/completions", json={"prompt": "Hello"}).status_code == 200
-            assert [server.end() for server in servers] == [0, 0]
+            assert servers[1].end() == 0
             assert core.poll() is None
+            expect_drain(servers[0], core)
         finally:
             core.terminate()
+
+
+def expect_drain(server: Any, core: subprocess.Popen[str]) -> None:
+    """A core that is about to end: no longer ready, new requests may be repeated, the old ones go on."""
+    with server.client() as client, streaming(client, 3) as stream:
+        core.terminate()
+        wait_until(lambda: client.get("/health/ready").status_code == 503)
+        assert client.get("/health/live").status_code == 200
+        refused = client.post("/v1/completions", json={"prompt": "Hello"})
+        assert refused.status_code == 503
+        assert refused.json()["error"]["type"] == "overloaded_error"
+        assert int(refused.headers["retry-after"]) >= 1
+        tokens = [token for part in stream for token in part]
+        assert tokens == oracle_stream([1, 2, 3], 3, COUNT, VOCAB_SIZE)[-len(tokens) :]
+    assert core.wait(SECONDS) == 0
+    assert server.end() == 0
 
 
 @pytest.mark.parametrize(
