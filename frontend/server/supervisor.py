@@ -2,7 +2,7 @@
 
 Each of them is `server.run` in a process of its own, attached to the core. The supervisor answers no
 requests: it starts the core (unless it is told of one), starts the servers, and starts again whichever
-dies. What a dead server was answering is lost; connections that nobody has
+dies, and the core also when it hangs. What a dead server was answering is lost; connections that nobody has
 accepted yet go to the others.
 """
 
@@ -23,11 +23,13 @@ import msgspec
 
 from ...ipc import process
 from ...ipc.config import EngineConfig
+from ...ipc.errors import EngineDeadError
 from ...ipc.exit_codes import ExitCode
 from ..core_process import START_DEADLINE_SECONDS, CoreProcess
 from ..engine_args import AsyncEngineArgs, resolve
 from . import server
 from .board import Board, make_place
+from .core_watch import LOOK_SECONDS, CoreWatch
 from .listener import announce
 from .options import ServerOptions
 
@@ -91,6 +93,8 @@ class Supervisor:
         self._args = args
         self._keys = keys
         self._core: CoreProcess | None = None
+        self._watch: CoreWatch | None = None
+        """Of our core, while it serves."""
         self._config: EngineConfig | None = None
         """Of our core, once it has served."""
         self._servers: dict[int, _Server] = {}
@@ -124,8 +128,7 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             for one in self._servers.values():
                 one.child.stop(_KILL_SECONDS)
-            if self._core is not None:
-                self._core.stop()
+            self._stop_core()
 
     def _start_core(self, folder: Path | None = None) -> None:
         if self._args.engine_core_address is not None:
@@ -142,6 +145,7 @@ class Supervisor:
         )
         self._core = core
         self._selector.register(core.status_fd, selectors.EVENT_READ)
+        self._watch = CoreWatch(core, config.hang_seconds, self._selector)
 
     def _start_server(self) -> None:
         args = self._args
@@ -172,8 +176,7 @@ class Supervisor:
                     self._count_ready()
                 elif key.fd in self._servers:
                     code = max(code, self._bury(self._servers[key.fd]))
-                elif self._core is not None and self._core.is_dead():
-                    self._restart_core(self._core)
+            self._look_after_core()
             while self._due and self._due[0] <= time.monotonic() and not self._num_signals:
                 del self._due[0]
                 self._start_server()
@@ -183,7 +186,8 @@ class Supervisor:
 
     def _seconds_left(self) -> float | None:
         """Until there is something to do."""
-        due = min([self._deadline, *self._due])
+        next_look = math.inf if self._watch is None else time.monotonic() + LOOK_SECONDS
+        due = min([self._deadline, next_look, *self._due])
         return None if due == math.inf else max(due - time.monotonic(), 0.0)
 
     def _count_ready(self) -> None:
@@ -210,13 +214,32 @@ class Supervisor:
         self._due.append(max(time.monotonic(), dead.started + _YOUNG_SECONDS))
         return ExitCode.DONE
 
-    def _restart_core(self, core: CoreProcess) -> None:
-        """At the same address: the servers wait for it there, and replay what they were answering."""
-        self._selector.unregister(core.status_fd)
-        logger.error("%s; another one is started", core.cause_of_death())
-        core.stop()
-        self._core = None
+    def _look_after_core(self) -> None:
+        """Another one, if it is dead or hangs: servers wait for it, and replay what they were answering."""
+        core, watch = self._core, self._watch
+        if core is None or watch is None:
+            return
+        if core.is_dead():
+            cause = core.cause_of_death()
+            if core.has_given_up():
+                raise EngineDeadError(f"the engine is gone: {cause}")
+        elif (silence := watch.look()) is not None:
+            cause = f"the engine core hangs: silent for {silence:.0f} s ({core.show_stacks()})"
+            core.kill()
+        else:
+            return
+        logger.error("%s; another one is started", cause)
+        self._stop_core()
         self._start_core(core.folder)
+
+    def _stop_core(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        if self._core is not None:
+            if self._core.status_fd in self._selector.get_map():
+                self._selector.unregister(self._core.status_fd)
+            self._core.stop()
+        self._core = self._watch = None
 
     def _on_signal(self, number: int, frame: object) -> None:
         """The first lets requests finish, the second does not; the servers know the difference."""

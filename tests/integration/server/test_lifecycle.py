@@ -138,6 +138,23 @@ def test_several_workers(serve: Serve) -> None:
     assert "another one is started" in server.process.stderr.read()
 
 
+def test_a_core_that_hangs_is_replaced(serve: Serve) -> None:
+    """The supervisor's core, which the servers can only wait for: their streams go on in the next one."""
+    server = serve("--workers", "2", "--hang-seconds", "3")
+    core = min(psutil.Process(server.process.pid).children(), key=lambda child: child.create_time())
+    with server.client() as client, streaming(client, 5) as stream:
+        tokens = next(stream)
+        core.suspend()
+        tokens += [token for part in stream for token in part]
+        assert tokens == oracle_stream([1, 2, 3], 5, COUNT, VOCAB_SIZE)[-len(tokens) :]
+    assert not core.is_running()
+    assert server.end() == 0
+    said = server.process.stderr.read()
+    assert "the engine core hangs: silent for" in said
+    assert "another one is started" in said
+    assert 'core/engine.py", line' in said  # its stacks
+
+
 def counted(server: Any) -> set[float]:
     """Finished requests as /metrics has them, asked several times: by new connections, so of any server."""
     found: set[float] = set()
