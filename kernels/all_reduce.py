@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .jit import tl, triton
-from .mailbox import Layout, Mailbox, box_pointers, clear, is_absent, receive, send
+from .mailbox import Layout, Mailbox, box_pointers, clear, is_absent, own_pointer, receive, send
 from .pdl import allow_next, pdl_options, wait_previous
 
 _BLOCK_BYTES = 512
@@ -89,6 +89,25 @@ def _sendable(x):
     return tl.where(is_absent(x), 0.0, x)
 
 
+@triton.jit
+def _arrived(
+    own,
+    place,
+    out_pointers,
+    inside,
+    live,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """What all ranks have sent to `place`, added up, with ADD to what stands in `out_pointers`. [BLOCK]"""
+    total = tl.zeros([BLOCK], tl.float32)
+    if ADD:
+        total = tl.load(out_pointers, mask=inside, other=0.0).to(tl.float32)
+    return total + tl.sum(receive(own, place, inside[None, :], live, BLOCK, SIZE, WIDTH).to(tl.float32), 0)
+
+
 @triton.jit(do_not_specialize=["live"])
 def _one_shot_kernel(
     partial_ptr,  # [elements]
@@ -111,7 +130,7 @@ def _one_shot_kernel(
     inside = element < elements
     allow_next(PDL)
     boxes = box_pointers(addresses_ptr, dtype, SIZE, WIDTH)
-    own = tl.multiple_of(tl.load(addresses_ptr + RANK).to(tl.pointer_type(dtype)), 16)
+    own = own_pointer(addresses_ptr, dtype, RANK)
     wait_previous(PDL)
     turn = tl.load(turns_ptr + program)
     x = tl.load(partial_ptr + element, mask=inside, other=0.0)
@@ -119,10 +138,7 @@ def _one_shot_kernel(
     here = first + turn * BOX
     send(boxes, here + RANK * BLOCK, _sendable(x)[None, :], inside[None, :], live, SIZE, WIDTH)
     clear(own, first + (turn + 2) % 3 * BOX, BLOCK, SIZE, WIDTH)
-    total = tl.zeros([BLOCK], tl.float32)
-    if ADD:
-        total = tl.load(out_ptr + element, mask=inside, other=0.0).to(tl.float32)
-    total += tl.sum(receive(own, here, inside[None, :], live, BLOCK, SIZE, WIDTH).to(tl.float32), 0)
+    total = _arrived(own, here, out_ptr + element, inside, live, ADD, BLOCK, SIZE, WIDTH)
     # Not earlier: were there several warps, a slow one might not have read it.
     tl.store(turns_ptr + program, (turn + live) % 3)
     tl.store(out_ptr + element, total.to(dtype), mask=inside)
@@ -153,7 +169,7 @@ def _two_shot_kernel(
     in_mine = mine < elements
     allow_next(PDL)
     boxes = box_pointers(addresses_ptr, dtype, SIZE, WIDTH)
-    own = tl.multiple_of(tl.load(addresses_ptr + RANK).to(tl.pointer_type(dtype)), 16)
+    own = own_pointer(addresses_ptr, dtype, RANK)
     wait_previous(PDL)
     turn = tl.load(turns_ptr + program)
     x = tl.load(partial_ptr + element, mask=inside, other=0.0)
@@ -163,10 +179,7 @@ def _two_shot_kernel(
     send(boxes, here + RANK * BLOCK, _sendable(x), inside, live, SIZE, WIDTH)
     clear(own, before, BLOCK, SIZE, WIDTH)
     clear(own, before + BOX, BLOCK, SIZE, WIDTH)
-    total = tl.zeros([BLOCK], tl.float32)
-    if ADD:
-        total = tl.load(out_ptr + mine, mask=in_mine, other=0.0).to(tl.float32)
-    total += tl.sum(receive(own, here, in_mine[None, :], live, BLOCK, SIZE, WIDTH).to(tl.float32), 0)
+    total = _arrived(own, here, out_ptr + mine, in_mine, live, ADD, BLOCK, SIZE, WIDTH)
     tl.store(turns_ptr + program, (turn + live) % 3)
     result = _sendable(total.to(dtype))
     send(boxes, here + BOX + RANK * BLOCK, result[None, :], in_mine[None, :], live, SIZE, WIDTH)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .jit import INTERPRETED, tl, triton
-from .mailbox import Layout, Mailbox, box_pointers, clear, receive, send
+from .mailbox import Layout, Mailbox, box_pointers, clear, own_pointer, receive, send
 from .pdl import allow_next, pdl_options, wait_previous
 from .sampling import gumbel_argmax_reference
 
@@ -239,7 +239,7 @@ def _draw_row_kernel(
     token = tl.load(winner_ptr + row * blocks + place).to(tl.int64)
     if SIZE > 1:
         boxes = box_pointers(addresses_ptr, tl.int64, SIZE, WIDTH)
-        own = tl.load(addresses_ptr + RANK).to(tl.pointer_type(tl.int64))
+        own = own_pointer(addresses_ptr, tl.int64, RANK)
         turn = tl.load(turns_ptr + row)
         first = row * (3 * SIZE)
         whole = tl.arange(0, 1)[None, :] >= 0

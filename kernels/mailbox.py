@@ -105,6 +105,12 @@ def box_pointers(addresses_ptr, dtype: tl.constexpr, SIZE: tl.constexpr, WIDTH: 
 
 
 @triton.jit
+def own_pointer(addresses_ptr, dtype: tl.constexpr, RANK: tl.constexpr) -> tl.tensor:
+    """Where this rank's mailbox begins."""
+    return tl.multiple_of(tl.load(addresses_ptr + RANK).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
 def send(boxes, place, x, inside, live, SIZE: tl.constexpr, WIDTH: tl.constexpr) -> None:
     """Write x [WIDTH or 1, BLOCK] at `place` (an offset) of every rank's mailbox, this rank's included."""
     rank = tl.arange(0, WIDTH)[:, None]

@@ -149,7 +149,7 @@ class Slots:
         """Take in what the plan changes; returns what it runs."""
         if plan.released:
             released = _ints(plan.released)
-            assert self.in_use[released].all(), f"step {plan.step} releases a free slot: {released}"
+            assert self._are_in_use(released), f"step {plan.step} releases a free slot: {released}"
             self.in_use[released] = False
             self.constraints.release(released.tolist())
         for admit in plan.admitted:
@@ -193,7 +193,7 @@ class Slots:
         order = np.argsort(pairs[:, 0], kind="stable")
         slots, blocks = pairs[order, 0].astype(np.int64), pairs[order, 1]
         self._check_blocks(blocks)
-        assert self.in_use[slots].all(), f"blocks granted to a free slot: {slots}"
+        assert self._are_in_use(slots), f"blocks granted to a free slot: {slots}"
         # The k-th block of a slot goes k places behind the end of its table.
         index = np.arange(len(slots))
         first = np.ones(len(slots), np.bool_)
@@ -201,6 +201,10 @@ class Slots:
         rank = index - np.maximum.accumulate(np.where(first, index, 0))
         self.block_tables[slots, self.num_blocks[slots] + rank] = blocks
         np.add.at(self.num_blocks, slots, 1)
+
+    def _are_in_use(self, slots: NDArray[Any]) -> bool:
+        inside = (slots >= 0) & (slots < len(self.in_use))
+        return bool(inside.all() and self.in_use[slots].all())
 
     def _check_blocks(self, blocks: NDArray[np.int32]) -> None:
         if len(blocks):
@@ -217,7 +221,7 @@ class Slots:
             assert (num_scheduled > 0).all(), f"rows without tokens: {num_scheduled}"
             one_each = bool((num_scheduled == 1).all())
         changed = plan.slots is not None or bool(plan.admitted) or bool(plan.released)
-        assert not changed or self.in_use[rows].all(), f"step {plan.step} runs a free slot: {rows}"
+        assert not changed or self._are_in_use(rows), f"step {plan.step} runs a free slot: {rows}"
         starts, num_tokens = self.num_computed[rows], self.num_tokens[rows]
         ends = starts + num_scheduled
         samples = ends == num_tokens

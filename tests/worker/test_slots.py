@@ -109,6 +109,11 @@ def test_sampling_parameters_become_columns(table: Slots) -> None:
         (plan([2], [2]), "past the tokens"),
         (plan(released=[1]), "free slot"),
         (plan(released=[2]), "free slot"),
+        (plan(released=[-2]), "releases a free slot"),  # the second from the end, 2, is in use
+        (plan(released=[4]), "releases a free slot"),
+        (plan([-2]), "runs a free slot"),
+        (plan([4]), "runs a free slot"),
+        (plan(granted=[-2, 3]), "granted to a free slot"),
         (plan(granted=[1, 3]), "free slot"),
         (plan(granted=[2, 16]), "16 of 16"),
         (plan([2, 0], [1, 5], admitted=[admit(0, [1] * 5, [0])]), "past the blocks"),
