@@ -18,7 +18,13 @@ from types import TracebackType
 from typing import Any
 
 from ..ipc.config import EngineConfig
-from ..ipc.errors import ConfigError, EngineDeadError, EngineUnhealthyError, RequestError
+from ..ipc.errors import (
+    ConfigError,
+    EngineDeadError,
+    EngineUnhealthyError,
+    RequestCrashedError,
+    RequestError,
+)
 from ..ipc.messages import Abort, AddRequest, ClientStats, Stats
 from .call_forms import checked_id, checked_prompt_text, refuse_set, tell_apart
 from .control import EngineControl
@@ -185,7 +191,7 @@ class AsyncLLM(EngineControl):
             self._abort_request(request)
         if self._client.trouble:
             return  # the next core will not hear of it at all
-        with suppress(EngineDeadError, TimeoutError):  # a dead core has ended them as well
+        with suppress(EngineDeadError, RequestCrashedError, TimeoutError):  # a dead core has ended them, too
             await self._client.call("ping", HEALTH_SECONDS)
 
     abort_request = abort
@@ -255,7 +261,7 @@ class AsyncLLM(EngineControl):
         if not trouble:
             try:
                 trouble = (await self._client.call("ping", HEALTH_SECONDS)).unhealthy
-            except TimeoutError:
+            except (TimeoutError, RequestCrashedError):
                 silent = f"the engine core did not answer within {HEALTH_SECONDS:g} s"
                 trouble = self._client.trouble or silent
         if trouble:

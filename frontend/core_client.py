@@ -17,14 +17,14 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 
 from ..ipc.addresses import check_address, check_listening
 from ..ipc.config import EngineConfig
 from ..ipc.curve import ClientKeys
-from ..ipc.errors import ConfigError, EngineDeadError, HeadraceError
+from ..ipc.errors import ConfigError, EngineDeadError, HeadraceError, RequestCrashedError
 from ..ipc.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -74,8 +74,8 @@ class Requests(Protocol):
     def fail_all(self, error: Exception) -> None:
         """There will be no core any more."""
 
-    def lose_core(self, max_replays: int) -> None:
-        """The core is gone, and all that it knew."""
+    def lose_core(self, max_replays: int, *, beyond_doubt: bool) -> None:
+        """The core is gone, and all that it knew; `beyond_doubt`: only one of these can be the cause."""
 
     @property
     def owes_replays(self) -> bool:
@@ -85,9 +85,12 @@ class Requests(Protocol):
         """What to tell the new core now."""
 
 
-class _PendingCall(NamedTuple):
+@dataclass
+class _PendingCall:
     message: Call
     future: asyncio.Future[Reply]
+    num_losses: int = 0
+    """Cores that were lost before they had answered it."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,10 @@ class CoreClient:
         seconds: float | None = None,
         arguments: dict[str, Argument] | None = None,
     ) -> Reply:
-        """Ask the core, wait at most `seconds`. Raises the reply's error, EngineDeadError, TimeoutError."""
+        """Ask the core, wait at most `seconds`.
+
+        Raises the reply's error, EngineDeadError, TimeoutError, and RequestCrashedError when cores die of it.
+        """
         self.use_running_loop()
         number = self._next_call
         self._next_call = (number + 1) % 2**31
@@ -336,7 +342,9 @@ class CoreClient:
         if self._outage is None:
             now = time.monotonic()
             self._outage = _Outage(cause, now, now + self._patience)
-            self._requests.lose_core(self.config.max_replays)
+            doubt = any(pending.num_losses for pending in self._calls.values())
+            self._requests.lose_core(self.config.max_replays, beyond_doubt=not doubt)
+            self._fail_suspect_calls(cause)
         core = self._connection.core
         if is_alive:
             self._connection.use(None, core)
@@ -409,19 +417,29 @@ class CoreClient:
         logger.warning("the engine core is back after %.1f s (pid %d)", seconds, self.info.pid)
         self._send_replays(sock)
         for pending in self._calls.values():
-            sock.send(pending.message)
+            if not pending.future.done():
+                sock.send(pending.message)
 
     def _send_replays(self, sock: ClientSocket) -> None:
         for message in self._requests.replays():
             sock.send(message)
 
+    def _fail_suspect_calls(self, cause: str) -> None:
+        """End those that are asked again and again while one core after the other is lost."""
+        for pending in self._calls.values():
+            pending.num_losses += 1
+            if pending.num_losses > self.config.max_replays and not pending.future.done():
+                message = f"{pending.num_losses} engine cores were lost before they had answered: {cause}"
+                error = RequestCrashedError(message, parameter="method", value=pending.message.method)
+                pending.future.set_exception(error)
+
     def _die(self, cause: str) -> None:
         self.dead_error = error = EngineDeadError(cause)
         self._outage = None
         calls, self._calls = self._calls, {}
-        for _, future in calls.values():
-            if not future.done() and not future.get_loop().is_closed():
-                future.set_exception(EngineDeadError(cause))
+        for pending in calls.values():
+            if not pending.future.done() and not pending.future.get_loop().is_closed():
+                pending.future.set_exception(EngineDeadError(cause))
         self._requests.fail_all(error)
         self._finalizer()
 

@@ -32,8 +32,13 @@ class ReplayQueue:
     def is_empty(self) -> bool:
         return not self._together and not self._singly
 
-    def refill(self, completions: Iterable[Completion], max_replays: int) -> list[Completion]:
-        """The core that knew these is gone. Returns those that are to end: cores died of them too often."""
+    def refill(
+        self, completions: Iterable[Completion], max_replays: int, beyond_doubt: bool
+    ) -> list[Completion]:
+        """The core that knew these is gone. Returns those that are to end: cores died of them too often.
+
+        `beyond_doubt`: nothing else that the core knew may have been the cause.
+        """
         living = list(completions)
         again = [each for each in living if each.strikes and each.was_sent and not each.got_further]
         suspects = {*again, *self._singly}
@@ -42,7 +47,7 @@ class ReplayQueue:
                 continue
             if each.got_further or not each.strikes:
                 each.strikes = 1
-            elif len(again) == 1:
+            elif len(again) == 1 and beyond_doubt:
                 each.strikes += 1
             each.mark_lost()
         guilty = [each for each in living if each.strikes > max_replays]

@@ -67,9 +67,12 @@ class RequestTable:
             else:
                 self._replays.hold(completion)
 
-    def lose_core(self, max_replays: int) -> None:
-        """The core is gone with everything: `replays` are for the next one."""
-        for completion in self._replays.refill(self._completions.values(), max_replays):
+    def lose_core(self, max_replays: int, *, beyond_doubt: bool) -> None:
+        """The core is gone with everything: `replays` are for the next one.
+
+        `beyond_doubt`: if a request was the cause, it is one of ours.
+        """
+        for completion in self._replays.refill(self._completions.values(), max_replays, beyond_doubt):
             request = completion.request
             if not request.ended:
                 self.drop(request)

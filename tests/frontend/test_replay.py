@@ -40,7 +40,7 @@ def test_each_completion_goes_on_with_its_own_tokens_and_seed(table: RequestTabl
     add(table, "a", n=2)
     bring(table, _0=7, _1=8)
     bring(table, _1=9)
-    table.lose_core(1)
+    table.lose_core(1, beyond_doubt=True)
     assert table.owes_replays
     first, second = table.replays()
     assert (first.request, first.n, list(unpack(first.generated))) == (0, 1, [7])
@@ -55,7 +55,7 @@ def test_time_goes_on_while_there_is_no_core(table: RequestTable, monkeypatch: p
         add(table, name, **limits)
     table.apply(StepOutputs(b"", b"", [Started(1, 0, 0.5)]))
     table.apply(StepOutputs(pack([2]), pack([7]), [Started(2, 0, 0.5)]))
-    table.lose_core(1)
+    table.lose_core(1, beyond_doubt=True)
     later = time.monotonic() + 8
     monkeypatch.setattr(time, "monotonic", lambda: later)
     waiting, started, speaking = table.replays()
@@ -69,7 +69,7 @@ def test_time_goes_on_while_there_is_no_core(table: RequestTable, monkeypatch: p
 def test_what_ended_or_came_meanwhile(table: RequestTable) -> None:
     gone = add(table, "gone")
     add(table, "stays")
-    table.lose_core(1)
+    table.lose_core(1, beyond_doubt=True)
     add(table, "new", is_sent=False)
     table.drop(gone)
     gone.abort()
@@ -79,25 +79,35 @@ def test_what_ended_or_came_meanwhile(table: RequestTable) -> None:
 def test_the_death_of_cores_is_found_and_ends(table: RequestTable) -> None:
     """Request 2 is: nobody else ends, and those that bring tokens are never held back."""
     requests = [add(table, str(number)) for number in range(5)]
-    table.lose_core(1)
+    table.lose_core(1, beyond_doubt=True)
     assert numbers(table.replays()) == [0, 1, 2, 3, 4]
     bring(table, _0=7)
-    table.lose_core(1)  # the second without a word from 1 to 4: one after the other
+    table.lose_core(1, beyond_doubt=True)  # the second without a word from 1 to 4: one after the other
     assert numbers(table.replays()) == [0, 1]
     assert table.replays() == []
     bring(table, _0=7, _1=7)
     assert numbers(table.replays()) == [2]
-    table.lose_core(1)
+    table.lose_core(1, beyond_doubt=True)
     with pytest.raises(RequestCrashedError):
         requests[2].take()
     assert numbers(table.replays()) == [0, 1, 3, 4]
     assert not any(request.ended for request in requests if request is not requests[2])
 
 
+def test_nobody_is_blamed_in_doubt(table: RequestTable) -> None:
+    request = add(table, "a")
+    for beyond_doubt in (False, False, True):
+        assert not request.ended
+        table.lose_core(1, beyond_doubt=beyond_doubt)
+        table.replays()
+    with pytest.raises(RequestCrashedError):
+        request.take()
+
+
 def test_no_replays_when_none_are_allowed(table: RequestTable) -> None:
     request = add(table, "a")
     waiting = add(table, "b", is_sent=False)
-    table.lose_core(0)
+    table.lose_core(0, beyond_doubt=True)
     with pytest.raises(RequestCrashedError):
         request.take()
     assert not waiting.ended
