@@ -1,0 +1,75 @@
+"""Any rank of a model spread over several processes may fail, in any way: it is named, and streams go on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from headrace import AsyncEngineArgs, AsyncLLM, RequestOutputKind, SamplingParams
+
+from .tiny_llama import tiny_llama
+
+FAULTY_SITE = Path(__file__).parents[1] / "faulty_site"
+FAULTS = {
+    signal.SIGUSR2: "worker 1, in phase 'step .*: RuntimeError: told to raise",
+    signal.SIGRTMIN: "no progress for",
+}
+GREEDY = SamplingParams(
+    temperature=0, max_tokens=400, ignore_eos=True, output_kind=RequestOutputKind.DELTA, detokenize=False
+)
+
+
+async def stream(engine: AsyncLLM, begun: asyncio.Event) -> list[int]:
+    tokens: list[int] = []
+    async for output in engine.generate({"prompt_token_ids": [5, 6, 7]}, GREEDY):
+        tokens += output.outputs[0].token_ids
+        begun.set()
+    return tokens
+
+
+async def break_rank(engine: AsyncLLM, how: signal.Signals) -> tuple[list[int], str, float]:
+    """A stream in the middle of which rank 1 fails; what the core says of that, and when, in seconds."""
+    begun = asyncio.Event()
+    task = asyncio.create_task(stream(engine, begun))
+    await begun.wait()
+    pid = (await engine.collective_rpc("rank"))[1]["pid"]
+    assert isinstance(pid, int)
+    began = time.monotonic()
+    os.kill(pid, how)
+    while not (trouble := (await engine._client.call("ping")).unhealthy):
+        pass
+    seconds = time.monotonic() - began
+    return await task, trouble, seconds
+
+
+def test_a_rank_that_fails_is_named_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", f"{FAULTY_SITE}{os.pathsep}{path}" if path else str(FAULTY_SITE))
+    tiny_llama().save_pretrained(tmp_path)
+    args = AsyncEngineArgs(
+        model=str(tmp_path),
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_model_len=512,
+        num_gpu_blocks_override=64,
+        enable_prefix_caching=False,
+        tensor_parallel_size=2,
+        hang_seconds=3,
+        max_replays=10,
+    )
+
+    async def main() -> None:
+        async with AsyncLLM.from_engine_args(args) as engine:
+            expected = await stream(engine, asyncio.Event())
+            for how, words in FAULTS.items():
+                tokens, trouble, seconds = await break_rank(engine, how)
+                assert re.search(words, trouble), trouble
+                assert seconds < 10
+                assert tokens == expected
+
+    asyncio.run(asyncio.wait_for(main(), 200))
