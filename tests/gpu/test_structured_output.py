@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from headrace import AsyncEngineArgs, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
 from headrace import StructuredOutputsParams as Structured
 
@@ -57,7 +59,10 @@ async def complete(engine: AsyncLLM, number: int) -> RequestOutput:
     return last
 
 
-def test_every_text_is_what_was_asked_for(text_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.multi_gpu)])
+def test_every_text_is_what_was_asked_for(text_model: Path, tmp_path: Path, ranks: int) -> None:
+    if ranks > torch.cuda.device_count():
+        pytest.skip("needs two CUDA devices")
     folder = tmp_path / "model"
     shutil.copytree(text_model, folder)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
@@ -69,6 +74,7 @@ def test_every_text_is_what_was_asked_for(text_model: Path, tmp_path: Path) -> N
         max_num_seqs=24,
         num_gpu_blocks_override=80,
         max_num_batched_tokens=128,
+        tensor_parallel_size=ranks,
     )
 
     async def go() -> None:
