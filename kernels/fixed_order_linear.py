@@ -124,10 +124,12 @@ def fixed_order_linear(
         partial,
         workspace.arrivals,
         tokens,
+        out_features,
+        in_features,
+        runs,
+        in_features // runs,
         x.stride(0),
-        N=out_features,
-        K=in_features,
-        RUNS=runs,
+        EVEN=in_features // runs % how.columns == 0,
         SPREAD=spread,
         FEATURES=how.features,
         TOKENS=how.tokens,
@@ -177,8 +179,8 @@ def _run(
     weights,
     x,
     first,
-    K: tl.constexpr,
-    LENGTH: tl.constexpr,
+    length,
+    EVEN: tl.constexpr,
     FEATURES: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -186,14 +188,15 @@ def _run(
     """The sums over one run of columns, from pointers to its rows' [., 1] and [1, .] beginnings."""
     column = tl.arange(0, COLUMNS)
     total = tl.zeros([FEATURES, TOKENS], tl.float32)
-    for start in range(0, LENGTH, COLUMNS):
+    for start in range(0, length, COLUMNS):
         k = first + start + column
-        if LENGTH % COLUMNS == 0:
+        if EVEN:
             w = tl.load(weights + k[None, :])
             tokens = tl.load(x + k[:, None])
         else:
-            w = tl.load(weights + k[None, :], mask=(k < K)[None, :], other=0.0)
-            tokens = tl.load(x + k[:, None], mask=(k < K)[:, None], other=0.0)
+            inside = start + column < length
+            w = tl.load(weights + k[None, :], mask=inside[None, :], other=0.0)
+            tokens = tl.load(x + k[:, None], mask=inside[:, None], other=0.0)
         total = _dot(w, tokens, total)
     return total
 
@@ -206,20 +209,20 @@ def _finish(
     bias_ptr,
     out_ptr,
     tokens,
-    N: tl.constexpr,
+    out_features,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
     """Bias, activation, residual; then the store of [features, tokens]."""
-    inside = (feature < N)[:, None] & (token < tokens)[None, :]
+    inside = (feature < out_features)[:, None] & (token < tokens)[None, :]
     if HAS_BIAS:
-        total += tl.load(bias_ptr + feature, mask=feature < N, other=0.0).to(tl.float32)[:, None]
+        total += tl.load(bias_ptr + feature, mask=feature < out_features, other=0.0).to(tl.float32)[:, None]
     if ACTIVATION == "relu":
         total = tl.maximum(total, 0.0)
     elif ACTIVATION == "gelu":
         total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
-    place = out_ptr + token.to(tl.int64)[None, :] * N + feature[:, None]
+    place = out_ptr + token.to(tl.int64)[None, :] * out_features + feature[:, None]
     if HAS_RESIDUAL:
         total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
     tl.store(place, total.to(out_ptr.dtype.element_ty), mask=inside)
@@ -227,17 +230,19 @@ def _finish(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _fixed_order_kernel(
-    x_ptr,  # [tokens, K]
-    weight_ptr,  # [N, K]
-    bias_ptr,  # [N]
-    out_ptr,  # [tokens, N], the residual too
-    partial_ptr,  # float32 [RUNS, tiles, FEATURES, TOKENS]
+    x_ptr,  # [tokens, in_features]
+    weight_ptr,  # [out_features, in_features]
+    bias_ptr,  # [out_features]
+    out_ptr,  # [tokens, out_features], the residual too
+    partial_ptr,  # float32 [runs, tiles, FEATURES, TOKENS]
     arrivals_ptr,  # int32 [tiles]
     tokens,
+    out_features,
+    in_features,
+    runs,
+    length,  # of a run
     x_stride,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    RUNS: tl.constexpr,
+    EVEN: tl.constexpr,  # runs are multiples of COLUMNS
     SPREAD: tl.constexpr,
     FEATURES: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -248,7 +253,6 @@ def _fixed_order_kernel(
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    LENGTH: tl.constexpr = K // RUNS
     allow_next(PDL)
     tile = tl.program_id(0)
     # Neighbours in time share weights: few rows of tiles at once, all of whose tokens stay in the cache.
@@ -256,28 +260,30 @@ def _fixed_order_kernel(
     feature = tile // across * FEATURES + tl.arange(0, FEATURES)
     token = tile % across * TOKENS + tl.arange(0, TOKENS)
     # Outside they read what is inside: cheaper than a mask on every load.
-    weights = weight_ptr + tl.minimum(feature, N - 1).to(tl.int64)[:, None] * K
+    weights = weight_ptr + tl.minimum(feature, out_features - 1).to(tl.int64)[:, None] * in_features
     x = x_ptr + tl.minimum(token, tokens - 1).to(tl.int64)[None, :] * x_stride
     if PREFETCH and PDL:
-        line = tl.program_id(1) * LENGTH + tl.arange(0, PREFETCH // 64) * 64
+        line = tl.program_id(1) * length + tl.arange(0, PREFETCH // 64) * 64
         _prefetch(weights + line[None, :])
     wait_previous(PDL)
     if SPREAD:
         run = tl.program_id(1)
-        total = _run(weights, x, run * LENGTH, K, LENGTH, FEATURES, TOKENS, COLUMNS)
+        total = _run(weights, x, run * length, length, EVEN, FEATURES, TOKENS, COLUMNS)
         size = tl.num_programs(0) * FEATURES * TOKENS
         inner = tl.arange(0, FEATURES)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
         place = partial_ptr + tile * (FEATURES * TOKENS) + inner
         tl.store(place + run * size, total)
         tl.debug_barrier()
-        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") < RUNS - 1:
+        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") < runs - 1:
             return
         tl.store(arrivals_ptr + tile, 0)
         total = tl.load(place, cache_modifier=".cg")
-        for other in tl.static_range(1, RUNS):
+        for other in range(1, runs):
             total += tl.load(place + other * size, cache_modifier=".cg")
     else:
-        total = _run(weights, x, 0, K, LENGTH, FEATURES, TOKENS, COLUMNS)
-        for run in range(1, RUNS):
-            total += _run(weights, x, run * LENGTH, K, LENGTH, FEATURES, TOKENS, COLUMNS)
-    _finish(total, feature, token, bias_ptr, out_ptr, tokens, N, ACTIVATION, HAS_BIAS, HAS_RESIDUAL)
+        total = _run(weights, x, 0, length, EVEN, FEATURES, TOKENS, COLUMNS)
+        for run in range(1, runs):
+            total += _run(weights, x, run * length, length, EVEN, FEATURES, TOKENS, COLUMNS)
+    _finish(
+        total, feature, token, bias_ptr, out_ptr, tokens, out_features, ACTIVATION, HAS_BIAS, HAS_RESIDUAL
+    )
