@@ -25,6 +25,10 @@ _TILE = 64
 """Keys at a time, for everybody."""
 _FEW = 264
 """Programs below which chunks are spread: two for each of an H200's multiprocessors."""
+_SPREAD = 1056
+"""Programs to spread them over."""
+_ROOM = 1 << 26
+"""Bytes for spread chunks at most, unless one row needs more."""
 
 
 class Workspace(NamedTuple):
@@ -42,7 +46,8 @@ class Workspace(NamedTuple):
         cls, heads: int, kv_heads: int, head_dim: int, max_tokens: int, device: torch.device
     ) -> Workspace:
         """For sequences of up to `max_tokens`."""
-        rows, chunks = max(1, _FEW // kv_heads), triton.cdiv(max_tokens, CHUNK)
+        chunks = triton.cdiv(max_tokens, CHUNK)
+        rows = max(1, min(_FEW // kv_heads, _ROOM // (chunks * heads * head_dim * 4)))
         return cls(
             torch.empty(rows, chunks, heads, head_dim, dtype=torch.float32, device=device),
             torch.empty(rows, chunks, heads, 2, dtype=torch.float32, device=device),
@@ -65,7 +70,7 @@ def fixed_order_attention(
     workspace: Workspace,
     out: Tensor | None = None,
     num_warps: int | None = None,
-    num_stages: int = 3,
+    num_stages: int | None = None,
     rows: int | None = None,
     splits: int | None = None,
 ) -> Tensor:
@@ -85,7 +90,7 @@ def fixed_order_attention(
         if splits is None:
             splits = 1
             if len(tiles) <= len(workspace.partial):
-                splits = workspace.partial.shape[1]
+                splits = min(workspace.partial.shape[1], triton.cdiv(_SPREAD, len(tiles) * kv_heads))
     num_warps = num_warps or max(1, min(8, tile_tokens * padded_group // 16))
     _fixed_order_kernel[len(tiles), kv_heads, splits or 1](
         q,
@@ -115,7 +120,7 @@ def fixed_order_attention(
         TILE=_TILE,
         CHUNK=CHUNK,
         num_warps=num_warps,
-        num_stages=num_stages,
+        num_stages=num_stages or (3 if head_dim <= 128 else 2),
         **pdl_options(q),
     )
     return out
@@ -238,10 +243,8 @@ def _fixed_order_kernel(
     seq_len = tl.load(seq_lens_ptr + row)
     context = seq_len - query_len + first  # tokens that all of the tile's queries see
     end = tl.minimum(seq_len, context + TOKENS)
-    begin = 0
-    if SPREAD:
-        begin = tl.program_id(2) * CHUNK
-        if begin >= end:
+    if SPREAD:  # noqa: SIM102 (known when compiled)
+        if tl.program_id(2) * CHUNK >= end:
             return
     table_ptr = block_tables_ptr + tl.load(table_rows_ptr + row).to(tl.int64) * table_stride
 
@@ -265,23 +268,29 @@ def _fixed_order_kernel(
     chunk_total = tl.zeros([ROWS], tl.float32)
     chunk_values = tl.zeros([ROWS, WIDTH], tl.float32)
     if SPREAD:
-        stop = tl.minimum(end, begin + CHUNK)
-        for at in range(begin, stop, TILE):
-            chunk_highest, chunk_total, chunk_values = _attend(
-                q, chunk_highest, chunk_total, chunk_values, at, stop, position, k_ptr, v_ptr, table_ptr,
-                scale, STRIDE, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, False,
-            )  # fmt: skip
         chunks = tl.cdiv(end, CHUNK)
+        stats = stats_ptr + (row * max_chunks * HEADS + head) * 2
+        partial = partial_ptr + ((row * max_chunks * HEADS + head) * HEAD_DIM)[:, None] + column[None, :]
+        for begin in range(tl.program_id(2) * CHUNK, end, tl.num_programs(2) * CHUNK):
+            chunk_highest = tl.full([ROWS], -1e30, tl.float32)
+            chunk_total = tl.zeros([ROWS], tl.float32)
+            chunk_values = tl.zeros([ROWS, WIDTH], tl.float32)
+            stop = tl.minimum(end, begin + CHUNK)
+            for at in range(begin, stop, TILE):
+                chunk_highest, chunk_total, chunk_values = _attend(
+                    q, chunk_highest, chunk_total, chunk_values, at, stop, position, k_ptr, v_ptr, table_ptr,
+                    scale, STRIDE, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, False,
+                )  # fmt: skip
+            if chunks > 1:
+                at = begin // CHUNK * HEADS
+                tl.store(stats + 2 * at, chunk_highest, mask=inside)
+                tl.store(stats + 2 * at + 1, chunk_total, mask=inside)
+                tl.store(partial + at * HEAD_DIM, chunk_values, mask=whole)
         if chunks > 1:
-            stats = stats_ptr + (row * max_chunks * HEADS + head) * 2
-            partial = partial_ptr + ((row * max_chunks * HEADS + head) * HEAD_DIM)[:, None] + column[None, :]
-            at = begin // CHUNK * HEADS
-            tl.store(stats + 2 * at, chunk_highest, mask=inside)
-            tl.store(stats + 2 * at + 1, chunk_total, mask=inside)
-            tl.store(partial + at * HEAD_DIM, chunk_values, mask=whole)
             tl.debug_barrier()
             arrivals = arrivals_ptr + row * KV_HEADS + kv_head
-            if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") < chunks - 1:
+            others = tl.minimum(chunks, tl.num_programs(2)) - 1
+            if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") < others:
                 return
             tl.store(arrivals, 0)
             for chunk in range(0, chunks - 1):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .jit import tl, triton
+from .pdl import allow_next, pdl_options, wait_previous
+from .rms_norm import row_scale
 
 _HEADS = 16
 """Heads that one program rotates: 16 heads of 64 are 2 KiB, enough for wide loads by four warps."""
@@ -96,6 +98,8 @@ def finish_heads(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
+    late: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> None:
     """What happens to projections before attention, in place and in one launch: norm, rotate, store.
 
@@ -104,6 +108,9 @@ def finish_heads(
         rotation: [., 3, head_dim / 2]; None: no rotary embedding.
         positions: int64 [tokens], each token's row of `rotation`; None: token i has row i.
         q_norm, k_norm: [head_dim], weights of an RMS norm of each head; None: no norm.
+        late: [tokens, in_features], the input of the projections, whose RMS norm (with `eps`) is still to be
+            applied (its weight is in the projections).
+        bias: [(heads + 2 * kv_heads) * head_dim], to be added after `late`'s norm; not without `late`.
         k_cache, v_cache, slot_mapping: as for `kv_write`.
     """
     tokens, all_heads, head_dim = qkv.shape
@@ -116,6 +123,8 @@ def finish_heads(
         slot_mapping if positions is None else positions,
         qkv if q_norm is None else q_norm,
         qkv if k_norm is None else k_norm,
+        qkv if late is None else late,
+        qkv if bias is None else bias,
         k_cache,
         v_cache,
         slot_mapping,
@@ -127,7 +136,10 @@ def finish_heads(
         ROTATE=rotation is not None,
         INDEXED=positions is not None,
         NORM=q_norm is not None,
+        LATE=0 if late is None else late.shape[1],
+        HAS_BIAS=bias is not None,
         BLOCK=_HEADS,
+        **pdl_options(qkv),
     )
 
 
@@ -138,6 +150,8 @@ def _finish_heads_kernel(
     positions_ptr,  # int64 [tokens]
     q_norm_ptr,  # [HEAD_DIM]
     k_norm_ptr,  # [HEAD_DIM]
+    late_ptr,  # [tokens, LATE]
+    bias_ptr,  # [(HEADS + 2 * KV_HEADS) * HEAD_DIM]
     k_cache_ptr,  # [slots, KV_HEADS, HEAD_DIM]
     v_cache_ptr,  # [slots, KV_HEADS, HEAD_DIM]
     slot_mapping_ptr,  # int64 [tokens]
@@ -149,8 +163,13 @@ def _finish_heads_kernel(
     ROTATE: tl.constexpr,
     INDEXED: tl.constexpr,
     NORM: tl.constexpr,
+    LATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    allow_next(PDL)
+    wait_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     half: tl.constexpr = HEAD_DIM // 2
@@ -162,6 +181,16 @@ def _finish_heads_kernel(
     place = qkv_ptr + (token * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM + column
     low = tl.load(place, mask=inside, other=0.0)
     high = tl.load(place + half, mask=inside, other=0.0)
+    if LATE:
+        factor = row_scale(late_ptr + token * LATE, eps, LATE)
+        low_bias = 0.0
+        high_bias = 0.0
+        if HAS_BIAS:
+            biases = bias_ptr + head * HEAD_DIM + column
+            low_bias = tl.load(biases, mask=inside, other=0.0).to(tl.float32)
+            high_bias = tl.load(biases + half, mask=inside, other=0.0).to(tl.float32)
+        low = (low.to(tl.float32) * factor + low_bias).to(low.dtype)
+        high = (high.to(tl.float32) * factor + high_bias).to(high.dtype)
     if NORM:
         first, second = low.to(tl.float32), high.to(tl.float32)
         scale = tl.rsqrt(tl.sum(first * first + second * second, 1) / HEAD_DIM + eps)[:, None]
@@ -187,7 +216,7 @@ def _finish_heads_kernel(
         first, second = low.to(tl.float32), high.to(tl.float32)
         low = tl.where(is_value, low, (first * cos - second * sin).to(low.dtype))
         high = tl.where(is_value, high, (second * cos + first * sin).to(high.dtype))
-    if NORM or ROTATE:
+    if NORM or ROTATE or LATE:
         changed = inside & (head < HEADS + KV_HEADS)
         tl.store(place, low, mask=changed)
         tl.store(place + half, high, mask=changed)

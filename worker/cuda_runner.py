@@ -341,7 +341,16 @@ class CudaRunner:
             Constraints(self._build_constraints),
         )
         heads = int(self._config.hf_config["num_attention_heads"]) // self._tp.size
-        return DeviceStep(model, caches, slots, heads, self._config.logprobs_mode, self._tp)
+        config = self._config
+        return DeviceStep(
+            model,
+            caches,
+            slots,
+            heads,
+            config.logprobs_mode,
+            self._tp,
+            batch_invariant=config.batch_invariant,
+        )
 
     def _temporary_step(self, rows: int, length: int) -> DeviceStep:
         """For `_rehearse`."""

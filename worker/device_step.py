@@ -23,6 +23,7 @@ from ..kernels.paged_prefill import tile_tokens
 from ..kernels.slot_table import StepInputs, append_tokens, decode_inputs, packed_inputs
 from .constraints import Constraints
 from .device_slots import DeviceSlots, Work
+from .fixed_order import FixedOrder
 from .fused import Fused, Packed, fuse
 from .kv_cache import POISON
 from .logprobs import Entries, LogprobStage, prompt_wishes, scores_to_show
@@ -115,14 +116,19 @@ class DeviceStep:
         num_heads: int,
         logprobs_mode: LogprobsMode = "raw_logprobs",
         tp: TensorParallel | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         self.num_heads = num_heads
         self.slots = slots
         self._model, self._caches = model, caches
         self._tp = tp or TensorParallel()
         device, on_gpu = slots.device, slots.device.type == "cuda"
-        self._fused: Fused | None = None
-        if on_gpu:
+        self._fused: Fused | FixedOrder | None = None
+        self._batch_invariant = batch_invariant
+        if batch_invariant:
+            room = len(slots.rows), slots.tokens.shape[1]
+            self._fused = FixedOrder(model, caches, slots.block_tables, num_heads, *room)
+        elif on_gpu:
             self._fused = fuse(model, caches, slots.block_tables, num_heads, len(slots.rows))
         self._sampler = Sampler(device, logprobs_mode)
         self._masks = MaskStage(device)
@@ -327,6 +333,8 @@ class DeviceStep:
     def prepare_whole(self, length: int) -> None:
         """Prompts that are computed at this padded length may from now on go to `causal_attention`."""
         blocks, heads, head_dim = self._caches[0][0], self._model.num_kv_heads, self._model.head_dim
+        if self._batch_invariant:
+            return
         if self._fused is not None and prepare(
             length, self.num_heads, heads, head_dim, head_dim**-0.5, blocks.dtype, blocks.device
         ):
