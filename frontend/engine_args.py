@@ -394,12 +394,10 @@ def _batch_invariant(args: AsyncEngineArgs, device: Device) -> bool:
     if not args.batch_invariant:
         return False
     reason = limit = None
-    if device != "cpu":
-        reason, limit = "on GPUs the kernels are chosen by the batch's size; it works on CPUs", "a CPU"
-    elif args.tensor_parallel_size > 1:
+    if args.tensor_parallel_size > 1:
         reason, limit = "the order in which ranks are summed depends on the batch", "tensor_parallel_size=1"
-    elif args.block_size > 64:
-        reason, limit = "it needs block_size <= 64", "block_size <= 64"
+    elif device == "cpu" and args.block_size > 64:
+        reason, limit = "on CPUs it needs block_size <= 64", "block_size <= 64"
     if reason is not None:
         message = f"batch_invariant=True is not supported here: {reason}"
         raise ConfigError(message, parameter="batch_invariant", value=True, limit=limit)

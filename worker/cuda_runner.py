@@ -25,6 +25,7 @@ from .device_step import MORE_RESULTS, RESULTS, DeviceStep, Logits, Shown
 from .fused import fold_norms
 from .graphs import Graphs, Recorder, graph_sizes, most_useful
 from .host_memory import keep_freed_memory
+from .invariance import check_fixed_order
 from .kv_cache import CacheSize, cuda_budget, size_cache
 from .logprobs import prompt_to_wire, to_wire
 from .models import build_model
@@ -105,6 +106,10 @@ class CudaRunner:
             self._tp = self._connect()
         progress("load weights")
         self._model = self._load_model()
+        if config.batch_invariant:
+            progress("check that kernels are batch-invariant")
+            model, heads = self._model, int(config.hf_config["num_attention_heads"])
+            check_fixed_order(heads, model.num_kv_heads, model.head_dim, self._dtype, self._device)
         progress("size KV cache")
         return self._size()
 

@@ -1,19 +1,28 @@
-"""`batch_invariant` on CPUs: a token's logits are the same bits whatever is computed beside it.
+"""`batch_invariant`: does this device give a token the same bits, whatever is computed beside it?
 
-Matrix libraries multiply few rows in another order than many. From some number of rows on, or in multiples of
-one, every row's result is the same wherever it stands; which number that is depends on the CPU and the type,
-so it is looked for when the model is loaded, with matrices of the model's shapes. The trials' sums cancel
-nearly, so that another order of summation shows in most results and not in one of a thousand.
+On CPUs: matrix libraries multiply few rows in another order than many. From some number of rows on, or in
+multiples of one, every row's result is the same wherever it stands; which number that is depends on the CPU
+and the type, so it is looked for when the model is loaded, with matrices of the model's shapes.
+
+On GPUs: kernels that sum in a fixed order rest on matrix instructions of different shapes adding alike. They
+are compared in every tiling.
+
+The trials' sums cancel nearly, so that another order of summation shows in most results and not in one of a
+thousand.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ipc.errors import ConfigError
+from ..kernels import fixed_order_attention, fixed_order_linear
 from ..kernels.invariant_attention import LONG, invariant_attention, plan_invariant
+from ..kernels.paged_prefill import tile_tokens
 
 _MULTIPLES = (1, 2, 4, 16, 32)
 _COUNTS = (1, 2, 3, 5, 7, 8, 9, 11, 12, 16, 17, 31, 33, 48, 64, 65, 97, 300, 512, 1000)
@@ -50,14 +59,8 @@ def find_query_multiple(heads: int, kv_heads: int, head_dim: int, dtype: torch.d
     """
     generator = torch.Generator().manual_seed(0)
     length, size = LONG + 188, 4
-    blocks = length // size
-    q, keys = _cancelling(length * heads, blocks * size * kv_heads, head_dim, dtype, generator)
-    q, keys = q.view(length, heads, head_dim), keys.view(blocks, size, kv_heads, head_dim)
-    # Neighbours that are equally likely and nearly cancel.
-    keys[:, 1::2] = keys[:, ::2]
-    values = torch.randn(keys.shape, generator=generator).to(dtype)
-    values[:, 1::2] = (values[:, ::2].float() * -1.01).to(dtype)
-    tables = torch.arange(blocks, dtype=torch.int32)[None]
+    q, keys, values = _sequence(length, size, heads, kv_heads, head_dim, dtype, generator)
+    tables = torch.arange(len(keys), dtype=torch.int32)[None]
 
     def attend(begin: int, end: int, multiple: int) -> Tensor:
         decodes = int(end - begin == 1)
@@ -70,6 +73,79 @@ def find_query_multiple(heads: int, kv_heads: int, head_dim: int, dtype: torch.d
             return multiple
     message = "batch_invariant=True: on this CPU attention depends on how a prompt is cut into chunks"
     raise ConfigError(message, parameter="batch_invariant", value=True, limit=False)
+
+
+_GPU_ROWS = (1, 16, 17, 40, 65, 129, 300, 700)
+"""That are multiplied together: some for every tiling."""
+_GPU_SHAPES = ((128, 1024), (8192, 256))
+"""Matrices whose columns are cut into runs, and not."""
+
+
+def check_fixed_order(
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise ConfigError if kernels that sum in a fixed order give a row other results beside other rows."""
+    if not all(_multiplies_alike(shape, dtype, device) for shape in _GPU_SHAPES):
+        message = "batch_invariant=True: this GPU's matrix instructions add differently for few rows and many"
+        raise ConfigError(message, parameter="batch_invariant", value=True, limit=False)
+    if not _attends_alike(heads, kv_heads, head_dim, dtype, device):
+        message = "batch_invariant=True: on this GPU attention depends on how a prompt is cut into chunks"
+        raise ConfigError(message, parameter="batch_invariant", value=True, limit=False)
+
+
+def _multiplies_alike(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    rows, matrix = (part.to(device) for part in _cancelling(_GPU_ROWS[-1], *shape, dtype, generator))
+    workspace = fixed_order_linear.Workspace.empty(device)
+    whole = fixed_order_linear.fixed_order_linear(rows, matrix, workspace=workspace)
+    return all(
+        torch.equal(
+            fixed_order_linear.fixed_order_linear(rows[-count:], matrix, workspace=workspace), whole[-count:]
+        )
+        for count in _GPU_ROWS
+    )
+
+
+def _attends_alike(
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """A prompt in one piece and in two, and its tokens one by one: alone and many at once."""
+    generator = torch.Generator().manual_seed(0)
+    length, size = 2 * fixed_order_attention.CHUNK + 88, 8
+    sequence = _sequence(length, size, heads, kv_heads, head_dim, dtype, generator)
+    q, keys, values = (part.to(device) for part in sequence)
+    workspace = fixed_order_attention.Workspace.empty(heads, kv_heads, head_dim, length, device)
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+
+    def attend(queries: Tensor, ends: list[int], per_tile: int) -> Tensor:
+        """Of tokens that are one row, or of one row each."""
+        rows, each = len(ends), len(queries) // len(ends)
+        tiles = [[row, first] for row in range(rows) for first in range(0, each, per_tile)]
+        return fixed_order_attention.fixed_order_attention(
+            queries,
+            keys,
+            values,
+            block_tables=torch.arange(len(keys), **ints)[None],
+            table_rows=torch.zeros(rows, **ints),
+            query_start=torch.arange(rows + 1, **ints) * each,
+            seq_lens=torch.tensor(ends, **ints),
+            tiles=torch.tensor(tiles, **ints),
+            tile_tokens=per_tile,
+            scale=head_dim**-0.5,
+            workspace=workspace,
+        )
+
+    tokens = tile_tokens(heads, kv_heads)
+    whole = attend(q, [length], tokens)
+    cut = fixed_order_attention.CHUNK + 17
+    pieces = [attend(q[:cut], [cut], tokens), attend(q[cut:], [length], tokens)]
+    ends = list(range(1, length + 1))
+    few = [attend(q[end - 3 : end], ends[end - 3 : end], 1) for end in (cut, length)]
+    return (
+        torch.equal(torch.cat(pieces), whole)
+        and torch.equal(attend(q, ends, 1), whole)
+        and torch.equal(torch.cat(few), torch.cat((whole[cut - 3 : cut], whole[-3:])))
+    )
 
 
 def _is_invariant(shape: tuple[int, ...], dtype: torch.dtype, multiple: int) -> bool:
@@ -98,3 +174,22 @@ def _cancelling(
         torch.cat((left, (left * noise).to(dtype), torch.zeros(rows, odd, dtype=dtype)), dim=1),
         torch.cat((right, -right, torch.zeros(others, odd, dtype=dtype)), dim=1),
     )
+
+
+def _sequence(
+    length: int,
+    block_size: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries; keys and values in blocks, of which neighbours are equally likely and nearly cancel."""
+    blocks = length // block_size
+    q, keys = _cancelling(length * heads, blocks * block_size * kv_heads, head_dim, dtype, generator)
+    q, keys = q.view(length, heads, head_dim), keys.view(blocks, block_size, kv_heads, head_dim)
+    keys[:, 1::2] = keys[:, ::2]
+    values = torch.randn(keys.shape, generator=generator).to(dtype)
+    values[:, 1::2] = (values[:, ::2].float() * -1.01).to(dtype)
+    return q, keys, values

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,10 +20,20 @@ from ..ipc.messages import Logprobs, PromptLogprobs, pack
 from .rules import PromptRow, Wish
 from .token_rules import Upload
 
+_ALIGNED = 4
+"""Rows of a multiple of so many numbers are aligned alike. On GPUs torch adds up a row in an order that its
+alignment decides: the same row would have other logprobs in another place.
+"""
+
 
 def scores_to_show(logits: Tensor, mode: LogprobsMode) -> Tensor:
     """float32 [rows, vocab]: the logits themselves, or their log-softmax."""
-    return logits if mode.endswith("logits") else logits.log_softmax(dim=-1)
+    if mode.endswith("logits"):
+        return logits
+    missing = -logits.shape[1] % _ALIGNED if logits.is_cuda else 0
+    if not missing:
+        return logits.log_softmax(dim=-1)
+    return F.pad(logits, (0, missing), value=-torch.inf).log_softmax(dim=-1)[:, : logits.shape[1]]
 
 
 @dataclass(slots=True)

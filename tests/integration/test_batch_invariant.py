@@ -83,7 +83,11 @@ def test_prompts_too(engines: tuple[LLM, LLM]) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "device"),
-    [({"tensor_parallel_size": 2}, "cpu"), ({}, "cuda"), ({"block_size": 128}, "cpu")],
+    [
+        ({"tensor_parallel_size": 2}, "cpu"),
+        ({"tensor_parallel_size": 2}, "cuda"),
+        ({"block_size": 128}, "cpu"),
+    ],
 )
 def test_where_it_cannot_be_promised_it_is_refused(
     folder: Path, changes: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
