@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +63,7 @@ class BeamSearchSequence:
     text: str | None = None
     """Of all tokens; None without a tokenizer."""
     finish_reason: str | None = None
-    """"stop" at an end-of-sequence token, "length" otherwise."""
+    """"stop" at an end-of-sequence token, "timeout" when there was no time for more, else "length"."""
     stop_reason: int | None = None
     """That token."""
     lora_request: None = None
@@ -74,8 +76,23 @@ class BeamSearchOutput:
     sequences: list[BeamSearchSequence]
 
 
-async def beam_search(engine: AsyncLLM, prompt: Prompt, params: BeamSearchParams) -> BeamSearchOutput:
-    """The `beam_width` best continuations of one prompt. Raises RequestError."""
+async def beam_search(
+    engine: AsyncLLM,
+    prompt: Prompt,
+    params: BeamSearchParams,
+    *,
+    priority: int = 0,
+    timeout: float | None = None,  # noqa: ASYNC109 (it ends the search, not the call)
+    num_logprobs: int = 0,
+) -> BeamSearchOutput:
+    """The `beam_width` best continuations of one prompt. Raises RequestError.
+
+    Args:
+        priority: of the requests for each step.
+        timeout: seconds after which the best so far are returned.
+        num_logprobs: at least so many of the likeliest tokens are told at each position.
+    """
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
     parsed = parse_prompt(prompt)
     ids = parsed.token_ids
     if ids is None:
@@ -92,43 +109,65 @@ async def beam_search(engine: AsyncLLM, prompt: Prompt, params: BeamSearchParams
         length = len(beam.tokens) - (beam.tokens[-1] in stops)
         return beam.cum_logprob / float(length**params.length_penalty)
 
+    why_ended = "length"
     for _ in range(min(params.max_tokens, engine.max_model_len - len(ids))):
-        grown = await _grow(engine, beams, params, stops)
+        if time.monotonic() >= deadline:
+            why_ended = "timeout"
+            break
+        positions = await _ask(engine, beams, params, parsed.cache_salt, priority, num_logprobs)
+        grown = _grow(beams, positions, 2 * params.beam_width, stops)
         done += [beam for beam in grown if beam.finish_reason is not None]
         going = [beam for beam in grown if beam.finish_reason is None]
         beams = heapq.nlargest(params.beam_width, going, key=score)
         if not beams:
             break
     for beam in beams:
-        beam.finish_reason = "length"
+        beam.finish_reason = why_ended
     best = heapq.nlargest(params.beam_width, done + beams, key=score)
     _show(engine, best, params)
     return BeamSearchOutput(best)
 
 
-async def _grow(
-    engine: AsyncLLM, beams: Sequence[BeamSearchSequence], params: BeamSearchParams, stops: frozenset[int]
-) -> list[BeamSearchSequence]:
-    """Each beam with each of its likeliest next tokens: twice the width, for as many may end."""
+async def _ask(
+    engine: AsyncLLM,
+    beams: Sequence[BeamSearchSequence],
+    params: BeamSearchParams,
+    cache_salt: str,
+    priority: int,
+    num_logprobs: int,
+) -> list[LogprobsOnePosition]:
+    """What may follow each beam."""
     sampling = SamplingParams(
         max_tokens=1,
-        logprobs=2 * params.beam_width,
+        logprobs=max(2 * params.beam_width, num_logprobs),
         temperature=params.temperature,
+        seed=0,  # the token that is drawn is not looked at
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
     async def candidates(beam: BeamSearchSequence) -> LogprobsOnePosition:
-        output = await anext(engine.generate({"prompt_token_ids": beam.tokens}, sampling))
+        prompt = {"prompt_token_ids": beam.tokens, "cache_salt": cache_salt or None}
+        output = await anext(engine.generate(prompt, sampling, priority=priority))
         logprobs = output.outputs[0].logprobs
         assert logprobs is not None
         return logprobs[0]
 
-    positions = await asyncio.gather(*map(candidates, beams))
+    return await asyncio.gather(*map(candidates, beams))
+
+
+def _grow(
+    beams: Sequence[BeamSearchSequence],
+    positions: Sequence[LogprobsOnePosition],
+    width: int,
+    stops: frozenset[int],
+) -> list[BeamSearchSequence]:
+    """Each beam with each of its likeliest next tokens: twice as many as beams, for as many may end."""
     grown: list[BeamSearchSequence] = []
     for beam, position in zip(beams, positions, strict=True):
-        for token, entry in position.items():
+        # The token that was sampled is told too, likely or not.
+        for token, entry in heapq.nlargest(width, position.items(), key=lambda item: item[1].logprob):
             is_end = token in stops
             grown.append(
                 BeamSearchSequence(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NoReturn
 
 import jinja2
@@ -19,6 +19,9 @@ import jinja2.parser
 import jinja2.sandbox
 
 from ..ipc.errors import RequestError
+
+_MOST_COMPILED = 64
+"""Templates that are kept: servers may be told to take them from requests."""
 
 
 def render(
@@ -35,8 +38,9 @@ def render(
     check_messages(messages)
     try:
         text = _compiled(template).render(messages=messages, **variables)
-    except jinja2.TemplateError as error:
-        message = f"the chat template refused the messages: {error}"
+    except Exception as error:  # a program's, with data that its author has not seen
+        why = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+        message = f"the chat template refused the messages: {why}"
         raise RequestError(message, parameter="messages") from error
     if not continue_final_message:
         return text
@@ -71,7 +75,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
-@cache
+@lru_cache(_MOST_COMPILED)
 def _compiled(template: str) -> jinja2.Template:
     return _environment().from_string(template)
 

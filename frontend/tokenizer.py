@@ -62,6 +62,13 @@ class Tokenizer:
         ids: list[int] = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and where each begins and ends in `text`, in characters; special tokens at (0, 0)."""
+        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        return encoding.ids, encoding.offsets
+
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """As transformers does: `tokenizer(text)["input_ids"]`."""
         return {"input_ids": self.encode(text, add_special_tokens)}

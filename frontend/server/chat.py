@@ -11,11 +11,12 @@ from starlette.responses import Response
 
 from ..outputs import CompletionOutput, RequestOutput
 from ..structured_outputs import StructuredOutputsParams
-from .conversation import render
+from .beams import refuse_unsearchable
+from .conversation import content_text, render
 from .endpoints import Endpoint
 from .errors import bad_request
 from .generation import Run, encode, logprob_forms, truncated
-from .parsers import AnswerParser, Delta
+from .parsers import AnswerParser, Delta, Parsers
 from .protocol import ChatRequest
 from .service import Service
 from .streaming import EventStream, event, json_response, unless_gone
@@ -27,34 +28,38 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
     service.check_model(body.model)
     body.refuse_unsupported()
     use = tool_use(body)
+    template = service.template(body.chat_template)
     text = render(
         service,
+        template,
         body.messages,
         use.tools,
         body.add_generation_prompt,
         body.continue_final_message,
         _template_variables(body),
     )
-    structure = _structure(service, body, use)
+    makers = service.parsers_for(template)
+    structure = _structure(makers, body, use)
     params = body.sampling(
         service.chat_defaults(),
         max_tokens=body.max_completion_tokens,
         structured_outputs=structure,
         logprobs=_top_logprobs(body),
     )
-    ids = truncated(await encode(service, text, bool(body.add_special_tokens)), body.truncate_prompt_tokens)
+    refuse_unsearchable(body, params, service.engine)
+    ids = truncated(service, body, params, await encode(service, text, bool(body.add_special_tokens)))
     run = Run(service, request, "chatcmpl", body, [{"prompt": text, "prompt_token_ids": ids}], params)
     is_constrained = use.must_call or body.structure() is not None
-    parsers = [service.parsers.answer(text, use, is_constrained) for _ in range(params.n)]
+    parsers = [makers.answer(text, use, is_constrained) for _ in range(params.n)]
     answer = _Answer(service, body, run, parsers)
     if body.stream:
         return EventStream(answer.events(), run.id)
     return await unless_gone(request, answer.whole())
 
 
-def _structure(service: Service, body: ChatRequest, use: ToolUse) -> StructuredOutputsParams | None:
+def _structure(parsers: Parsers, body: ChatRequest, use: ToolUse) -> StructuredOutputsParams | None:
     """Raises ApiError: an answer cannot have two forms."""
-    wanted, calls = body.structure(), use.constraint(service.parsers.form)
+    wanted, calls = body.structure(), use.constraint(parsers.form)
     if wanted is not None and calls is not None:
         message = "structured output and calls that must be valid exclude each other"
         raise bad_request(message, "tool_choice" if use.must_call else "tools")
@@ -77,6 +82,7 @@ class _Answer:
         self._body = body
         self._run = run
         self._parsers = parsers
+        self._echo = _echo(body)
         self._logprobs = logprob_forms(service, body, (body.top_logprobs or 0) if body.logprobs else None)
         self._head = {
             "id": run.id,
@@ -91,6 +97,8 @@ class _Answer:
         async for _, output in self._run.outputs():
             choices = [self._choice("message", part, _message) for part in output.outputs]
             about_prompt = self._about_prompt(output)
+        for choice in choices if self._echo else ():
+            choice["message"]["content"] = self._echo + (choice["message"]["content"] or "")
         answer = {**self._head, "choices": choices, "usage": self._run.usage.body(), **about_prompt}
         return json_response(answer, self._run.id)
 
@@ -102,7 +110,8 @@ class _Answer:
             for part in output.outputs:
                 if part.index not in begun:
                     begun.add(part.index)
-                    yield self._event([_opening(part.index)], shows_usage, self._about_prompt(output))
+                    opening = _opening(part.index, self._echo)
+                    yield self._event([opening], shows_usage, self._about_prompt(output))
                 choice = self._choice("delta", part, _delta)
                 news = (choice["delta"], choice["logprobs"], choice["finish_reason"], choice.get("token_ids"))
                 if any(news):  # otherwise its text is held back until more is known
@@ -114,6 +123,8 @@ class _Answer:
         about: dict[str, Any] = {}
         if self._body.return_token_ids:
             about["prompt_token_ids"] = output.prompt_token_ids
+        if self._body.return_prompt_text:
+            about["prompt_text"] = output.prompt
         if self._logprobs is not None and output.prompt_logprobs is not None:
             about["prompt_logprobs"] = self._logprobs.prompt(output.prompt_logprobs)
         return about
@@ -146,8 +157,16 @@ class _Answer:
         return choice
 
 
-def _opening(index: int) -> dict[str, Any]:
-    delta = {"role": "assistant", "content": ""}
+def _echo(body: ChatRequest) -> str:
+    """What the answer begins with: the assistant's last message, if that was wished and there is one."""
+    last = len(body.messages) - 1
+    if not body.echo or last < 0 or body.messages[last].get("role") != "assistant":
+        return ""
+    return content_text(body.messages[last].get("content"), f"messages[{last}]")
+
+
+def _opening(index: int, text: str) -> dict[str, Any]:
+    delta = {"role": "assistant", "content": text}
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 

@@ -10,6 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..outputs import CompletionOutput, RequestOutput
+from ..sampling_params import SamplingParams
+from .beams import refuse_unsearchable
 from .endpoints import Endpoint
 from .errors import bad_request
 from .generation import MAX_CHOICES, Run, encode, logprob_forms, truncated
@@ -29,7 +31,8 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
-    prompts = [await _prompt(service, body, prompt) for prompt in _several(body.prompt)]
+    refuse_unsearchable(body, params, service.engine)
+    prompts = [await _prompt(service, body, params, prompt) for prompt in _several(body.prompt)]
     run = Run(service, request, "cmpl", body, prompts, params)
     answer = _Answer(service, body, run, params.n)
     if body.stream:
@@ -126,11 +129,13 @@ def _several(prompt: str | list[Any]) -> list[str | list[int]]:
     return prompt
 
 
-async def _prompt(service: Service, body: CompletionRequest, prompt: str | list[int]) -> dict[str, Any]:
+async def _prompt(
+    service: Service, body: CompletionRequest, params: SamplingParams, prompt: str | list[int]
+) -> dict[str, Any]:
     if isinstance(prompt, list):
-        return {"prompt_token_ids": truncated(prompt, body.truncate_prompt_tokens)}
+        return {"prompt_token_ids": truncated(service, body, params, prompt)}
     ids = await encode(service, prompt, body.add_special_tokens is not False)
-    kept = truncated(ids, body.truncate_prompt_tokens)
+    kept = truncated(service, body, params, ids)
     return {"prompt": prompt if kept == ids else None, "prompt_token_ids": kept}
 
 

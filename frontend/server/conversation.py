@@ -27,6 +27,7 @@ To call one, answer with a JSON object within <tool_call></tool_call>:
 
 def render(
     service: Service,
+    template: str | None,
     messages: Sequence[Message],
     tools: Sequence[Tool],
     add_generation_prompt: bool | None,
@@ -38,12 +39,12 @@ def render(
         raise bad_request(f"chat_template_kwargs cannot set {min(clash)!r}", "chat_template_kwargs")
     plain = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
     shown = [msgspec.to_builtins(tool) for tool in tools]
-    if shown and "tools" not in (service.chat_template or ""):
+    if shown and "tools" not in (template or ""):
         plain, shown = _with_tool_prompt(plain, shown), []
     text = service.tokenizer.apply_chat_template(
         plain,
         tokenize=False,
-        chat_template=service.chat_template,
+        chat_template=template,
         # Asked for neither, a template that is to go on with a message cannot begin one.
         add_generation_prompt=not continue_final_message
         if add_generation_prompt is None

@@ -14,8 +14,9 @@ from ...ipc.errors import RequestError
 from ..outputs import RequestMetrics, RequestOutput
 from ..sampling_params import RequestOutputKind, SamplingParams
 from ..streams import RequestStream
+from .beams import BeamStream
 from .logprob_forms import LogprobForms
-from .protocol import Generation
+from .protocol import Choices, Generation
 from .service import Service
 
 LONG_TEXT = 2048
@@ -74,17 +75,23 @@ class Run:
         self._ends: list[str] = []
         request.state.run = self  # for the access log
         params.output_kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
-        self._streams = [
-            service.engine.generate(
-                prompt={**prompt, "cache_salt": body.cache_salt},
-                sampling_params=params,
-                # Clients may repeat their ids; the engine's are unique.
-                request_id=f"{self.id}-{secrets.token_hex(4)}",
-                priority=body.priority or 0,
-                timeout=_least(body.timeout, service.options.request_timeout),
-            )
-            for prompt in prompts
-        ]
+        timeout = _least(body.timeout, service.options.request_timeout)
+        salted = [{**prompt, "cache_salt": body.cache_salt} for prompt in prompts]
+        self._streams: list[RequestStream | BeamStream]
+        if isinstance(body, Choices) and body.use_beam_search:
+            self._streams = [BeamStream(service.engine, each, body, params, timeout) for each in salted]
+        else:
+            self._streams = [
+                service.engine.generate(
+                    prompt=prompt,
+                    sampling_params=params,
+                    # Clients may repeat their ids; the engine's are unique.
+                    request_id=f"{self.id}-{secrets.token_hex(4)}",
+                    priority=body.priority or 0,
+                    timeout=timeout,
+                )
+                for prompt in salted
+            ]
 
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         try:
@@ -138,7 +145,9 @@ def _least(one: float | None, other: float | None) -> float | None:
     return min((value for value in (one, other) if value is not None), default=None)
 
 
-async def _merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+async def _merged(
+    streams: Sequence[RequestStream | BeamStream],
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     waiting = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
     try:
         while waiting:
@@ -162,14 +171,17 @@ async def encode(service: Service, text: str, add_special_tokens: bool) -> list[
     return await asyncio.to_thread(tokenizer.encode_long, text, add_special_tokens)
 
 
-def truncated(ids: list[int], keep: int | None) -> list[int]:
-    """The last `keep` ids. Raises RequestError."""
+def truncated(service: Service, body: Generation, params: SamplingParams, ids: list[int]) -> list[int]:
+    """What `truncate_prompt_tokens` and `truncation_side` leave of a prompt. Raises RequestError."""
+    keep = body.truncate_prompt_tokens
     if keep is None:
         return ids
+    if keep == -1:
+        keep = max(service.engine.max_model_len - (params.max_tokens or 1), 1)
     if keep < 1:
-        message = f"truncate_prompt_tokens must be at least 1, got {keep}"
-        raise RequestError(message, parameter="truncate_prompt_tokens", value=keep, limit="at least 1")
-    return ids[-keep:]
+        message = f"truncate_prompt_tokens must be at least 1, or -1, got {keep}"
+        raise RequestError(message, parameter="truncate_prompt_tokens", value=keep, limit="at least 1, or -1")
+    return ids[:keep] if body.truncation_side == "right" else ids[-keep:]
 
 
 def logprob_forms(service: Service, body: Generation, top: int | None) -> LogprobForms | None:

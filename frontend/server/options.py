@@ -51,6 +51,9 @@ class ServerOptions(msgspec.Struct, kw_only=True):
     """Send an OpenTelemetry span for each request to this OTLP address (HTTP); needs headrace[tracing]."""
     chat_template: str | None = None
     """A file with the Jinja chat template to use instead of the model's."""
+    trust_request_chat_template: bool = False
+    """Use the chat template that a request brings. It runs in a sandbox, but for as long as it likes, and a
+    server that renders one answers nobody else: only where every client is trusted."""
     tool_call_parser: str = "auto"
     """How the model writes tool calls: hermes, llama3_json, none, or auto (from the chat template)."""
     reasoning_parser: str = "auto"

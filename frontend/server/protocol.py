@@ -82,7 +82,18 @@ class JsonSchemaFormat(Body, tag_field="type", tag="json_schema"):
     json_schema: JsonSchema
 
 
-ResponseFormat: TypeAlias = TextFormat | JsonObjectFormat | JsonSchemaFormat
+class StructuralTagFormat(Body, tag_field="type", tag="structural_tag"):
+    """Text with constrained parts: `format`, or `structures` with `triggers`, as in `structured_outputs`."""
+
+    format: dict[str, Any] | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
+
+    def tag(self) -> dict[str, Any]:
+        return {name: given for name, given in msgspec.to_builtins(self).items() if given is not None}
+
+
+ResponseFormat: TypeAlias = TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTagFormat
 
 
 class RepetitionDetection(Body):
@@ -131,7 +142,9 @@ class Generation(Body, kw_only=True):
     thinking_token_budget: int | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
-    """Keep only that many tokens at the prompt's end."""
+    """Keep only that many of the prompt's tokens; -1: as many as leave room for max_tokens."""
+    truncation_side: Literal["left", "right"] | None = None
+    """Where tokens go: "left" keeps the prompt's end (the default), "right" its beginning."""
     priority: int | None = None
     request_id: str | None = None
     return_token_ids: bool | None = None
@@ -142,7 +155,15 @@ class Generation(Body, kw_only=True):
     """Prompts share cached prefixes only with those of the same salt."""
     timeout: float | None = None
     """Headrace's own: seconds after which the answer ends with finish_reason "timeout"."""
-    use_beam_search: bool | None = None
+
+    # vLLM's, and always refused: _ABSENT says why.
+    vllm_xargs: dict[str, Any] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+    ec_transfer_params: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: dict[str, Any] | None = None
+    return_token_offsets: bool | None = None
+    return_assistant_tokens_mask: bool | None = None
 
     @property
     def form(self) -> ResponseFormat | None:
@@ -153,12 +174,15 @@ class Generation(Body, kw_only=True):
         """Raises ApiError for fields whose value asks for what does not exist."""
         for name, fixed in _FIXED.items():
             refuse_other(name, getattr(self, name, None), fixed)
+        for name, why in _ABSENT.items():
+            if getattr(self, name):
+                raise bad_request(f"{name} is not supported: {why}", name)
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options can only be given with stream=true", "stream_options")
 
     def sampling(self, defaults: SamplingParams, **more: Any) -> SamplingParams:
         """The sampling parameters: `more`, else what the body gives, else `defaults`. Raises RequestError."""
-        given = {name: getattr(self, name) for name in self.__struct_fields__ if name in _SAMPLING}
+        given = {name: getattr(self, name) for name in self.__struct_fields__ if name in SAMPLING}
         given["repetition_detection"] = self._repetition()
         given |= {name: value for name, value in more.items() if value is not None}
         return dataclasses.replace(defaults, **{n: value for n, value in given.items() if value is not None})
@@ -176,6 +200,8 @@ class Generation(Body, kw_only=True):
             return StructuredOutputsParams(json=form.json_schema.schema, whitespace_pattern=WHITESPACE)
         if isinstance(form, (JsonObjectFormat, JsonSchemaFormat)):
             return StructuredOutputsParams(json_object=True, whitespace_pattern=WHITESPACE)
+        if isinstance(form, StructuralTagFormat):
+            return StructuredOutputsParams(structural_tag=form.tag())
         return None
 
     def _repetition(self) -> RepetitionDetectionParams | None:
@@ -189,6 +215,10 @@ class Choices(Generation, kw_only=True):
     n: int | None = None
     max_tokens: int | None = None
     response_format: ResponseFormat | None = None
+    use_beam_search: bool | None = None
+    """Search for the `n` likeliest texts instead of sampling."""
+    length_penalty: float | None = None
+    """A beam's score is its logprob divided by its length, prompt and all, to this power."""
 
     @property
     def form(self) -> ResponseFormat | None:
@@ -224,9 +254,14 @@ class ChatRequest(Choices, kw_only=True):
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: str | None = None
+    """Jinja source instead of the model's, where the server was told to trust its clients with that."""
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, str]] | None = None
     include_reasoning: bool | None = None
+    echo: bool | None = None
+    """Begin the answer with the last message, if that is the assistant's."""
+    return_prompt_text: bool | None = None
 
 
 class OutputSchema(Body, tag_field="type", tag="json_schema"):
@@ -289,6 +324,9 @@ class TokenizeRequest(Body, kw_only=True):
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
+    return_token_offsets: bool | None = None
+    """Where each token begins and ends in the prompt's text, in characters."""
+    chat_template: str | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -302,12 +340,20 @@ class DetokenizeRequest(Body, kw_only=True):
 
 
 _FIXED: dict[str, tuple[object, ...]] = {
-    "use_beam_search": (False,),
     "suffix": ("",),
     "best_of": (1,),
     "modalities": (["text"],),
 }
-_SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)} - {"structured_outputs", "logprobs"}
+_ABSENT = {
+    "vllm_xargs": "there are no extensions that could read it",
+    "kv_transfer_params": "KV caches are not transferred between engines",
+    "ec_transfer_params": "there are no encoders",
+    "mm_processor_kwargs": "text is all that there is here",
+    "media_io_kwargs": "text is all that there is here",
+    "return_token_offsets": "POST /tokenize tells them",
+    "return_assistant_tokens_mask": "it is for training",
+}
+SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)} - {"structured_outputs", "logprobs"}
 _FIXED_RESPONSES: dict[str, tuple[object, ...]] = {
     "background": (False,),
     "previous_response_id": (),

@@ -31,7 +31,7 @@ async def respond(service: Service, request: Request, body: ResponsesRequest) ->
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning is not None and body.reasoning.effort is not None:
         variables.setdefault("reasoning_effort", body.reasoning.effort)
-    text = render(service, _messages(body), [], None, None, variables)
+    text = render(service, service.chat_template, _messages(body), [], None, None, variables)
     structure = body.structure()
     params = body.sampling(
         service.chat_defaults(),
@@ -39,7 +39,7 @@ async def respond(service: Service, request: Request, body: ResponsesRequest) ->
         structured_outputs=structure,
         logprobs=_top_logprobs(body),
     )
-    ids = truncated(await encode(service, text, bool(body.add_special_tokens)), body.truncate_prompt_tokens)
+    ids = truncated(service, body, params, await encode(service, text, bool(body.add_special_tokens)))
     run = Run(service, request, "resp", body, [{"prompt": text, "prompt_token_ids": ids}], params)
     answer = _Answer(
         service, body, run, params, service.parsers.answer(text, _NO_TOOLS, structure is not None)

@@ -9,7 +9,7 @@ from ...ipc.errors import EngineDeadError, EngineUnhealthyError
 from ..sampling_params import SamplingParams
 from ..tokenizer import Tokenizer
 from .board import Board
-from .errors import ApiError
+from .errors import ApiError, bad_request
 from .guard import Gate
 from .parsers import Parsers
 
@@ -37,7 +37,26 @@ class Service:
         self.created = int(time.time())
         self.tokenizer: Tokenizer = engine.get_tokenizer()
         self.chat_template = chat_template or self.tokenizer.chat_template
-        self.parsers = Parsers(options.tool_call_parser, options.reasoning_parser, self.chat_template)
+        self.parsers = self._make_parsers(self.chat_template)
+
+    def template(self, given: str | None = None) -> str | None:
+        """A request's chat template: its own, or the server's. Raises ApiError unless clients are trusted."""
+        if given is None:
+            return self.chat_template
+        if not self.options.trust_request_chat_template:
+            message = (
+                "chat_template is a program, and this server takes none from its clients "
+                "(see --trust-request-chat-template)"
+            )
+            raise bad_request(message, "chat_template")
+        return given
+
+    def parsers_for(self, template: str | None) -> Parsers:
+        """How answers to a prompt made with this template are taken apart."""
+        return self.parsers if template is self.chat_template else self._make_parsers(template)
+
+    def _make_parsers(self, template: str | None) -> Parsers:
+        return Parsers(self.options.tool_call_parser, self.options.reasoning_parser, template)
 
     @property
     def model(self) -> str:

@@ -26,6 +26,7 @@ async def tokenize(service: Service, request: Request, body: TokenizeRequest) ->
     else:
         text = render(
             service,
+            service.template(body.chat_template),
             body.messages or [],
             body.tools or [],
             body.add_generation_prompt,
@@ -33,12 +34,16 @@ async def tokenize(service: Service, request: Request, body: TokenizeRequest) ->
             body.chat_template_kwargs or {},
         )
         special = bool(body.add_special_tokens)
-    ids = await encode(service, text, special)
+    if body.return_token_offsets:
+        ids, offsets = service.tokenizer.encode_with_offsets(text, special)
+    else:
+        ids, offsets = await encode(service, text, special), None
     answer: dict[str, Any] = {
         "count": len(ids),
         "max_model_len": service.engine.max_model_len,
         "tokens": ids,
         "token_strs": service.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None,
+        "token_offsets": offsets,
     }
     return json_response(answer)
 
