@@ -395,7 +395,10 @@ def _batch_invariant(args: AsyncEngineArgs, device: Device) -> bool:
         return False
     reason = limit = None
     if args.tensor_parallel_size > 1:
-        reason, limit = "the order in which ranks are summed depends on the batch", "tensor_parallel_size=1"
+        reason, limit = (
+            "NCCL and gloo sum the ranks in an order that depends on the batch",
+            "tensor_parallel_size=1",
+        )
     elif device == "cpu" and args.block_size > 64:
         reason, limit = "on CPUs it needs block_size <= 64", "block_size <= 64"
     if reason is not None:

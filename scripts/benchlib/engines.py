@@ -32,6 +32,7 @@ _ENGINE_FLAGS: dict[str, type] = {
     "gpu_memory_utilization": float,
     "kv_cache_memory_bytes": int,
 }
+_SWITCHES = ("enforce_eager", "batch_invariant")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def random_prompt(rng: random.Random, length: int, vocab: int = 10_000) -> list[
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--model", default="demo", help="a path, or `demo` (default)")
-    group.add_argument("--enforce-eager", action="store_true", default=None)
+    for name in _SWITCHES:
+        group.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=None)
     for name, kind in _ENGINE_FLAGS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind)
 
@@ -104,7 +106,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 @contextmanager
 def started(args: argparse.Namespace, **engine_args: Any) -> Iterator[Engine]:
     """The engine that `--engine` and the engine flags describe; `engine_args` are the workload's own."""
-    names = ("enforce_eager", *_ENGINE_FLAGS)
+    names = (*_SWITCHES, *_ENGINE_FLAGS)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     engine: Engine
     if args.engine == "transformers":
