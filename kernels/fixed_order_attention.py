@@ -120,10 +120,17 @@ def fixed_order_attention(
         TILE=_TILE,
         CHUNK=CHUNK,
         num_warps=num_warps,
-        num_stages=num_stages or (3 if head_dim <= 128 else 2),
+        num_stages=num_stages or _stages(head_dim, q.dtype),
         **pdl_options(q),
     )
     return out
+
+
+def _stages(head_dim: int, dtype: torch.dtype) -> int:
+    """As many as there is shared memory for."""
+    if dtype == torch.float32:
+        return 1
+    return 3 if head_dim <= 128 else 2
 
 
 @triton.jit

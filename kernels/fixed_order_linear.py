@@ -72,8 +72,10 @@ def pieces(out_features: int, in_features: int) -> int:
     return count
 
 
-def tiling(tokens: int, out_features: int, in_features: int) -> Tiling:
+def tiling(tokens: int, out_features: int, in_features: int, dtype: torch.dtype) -> Tiling:
     """What suits so many rows."""
+    if dtype == torch.float32:  # no matrix instructions: it lies in many registers
+        return Tiling(64, 16 if tokens <= 16 else 64, 32, tokens <= 256, 4, 2)
     if tokens <= 16:
         return Tiling(64, 16, 128, True, 4, 4)
     if tokens <= 32:
@@ -104,7 +106,7 @@ def fixed_order_linear(
     """
     tokens, in_features = x.shape
     out_features = len(weight)
-    how = chosen or tiling(tokens, out_features, in_features)
+    how = chosen or tiling(tokens, out_features, in_features, x.dtype)
     runs = pieces(out_features, in_features)
     out = residual
     if out is None:

@@ -34,6 +34,9 @@ from .models.llama import Llama, LlamaLayer
 from .models.opt import NORM_EPS, OPT, POSITION_OFFSET, OPTLayer
 from .models.qwen3 import Qwen3Attention
 
+_WIDEST_FLOAT32 = 128
+"""Queries, keys and values of heads that are wider do not fit into shared memory."""
+
 _Attend: TypeAlias = Callable[[int, Tensor, Heads], Tensor]
 """As `fused.Attend`."""
 
@@ -56,6 +59,10 @@ class FixedOrder:
         if not isinstance(model, Llama | OPT):
             message = f"batch_invariant=True is not supported with {type(model).__name__} on GPUs"
             raise ConfigError(message, parameter="batch_invariant", value=True, limit=False)
+        if model.head_dim > _WIDEST_FLOAT32 and caches[0][0].dtype == torch.float32:
+            message = f"batch_invariant=True in float32 needs heads of at most {_WIDEST_FLOAT32} on GPUs"
+            limit = f"dtype='bfloat16', or heads of <= {_WIDEST_FLOAT32}"
+            raise ConfigError(message, parameter="batch_invariant", value=True, limit=limit)
         self._model, self._caches, self._tables = model, caches, block_tables
         _, _, kv_heads, self._head_dim = caches[0][0].shape
         self._num_heads, self._tile_tokens = num_heads, tile_tokens(num_heads, kv_heads)

@@ -137,4 +137,6 @@ def test_greedy_tokens_are_transformers_best(name: str, tmp_path: Path, gpu_conf
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("heads", [(8, 2, 64), (12, 12, 64), (16, 2, 80), (32, 8, 128), (8, 4, 256)])
 def test_this_gpu_adds_in_order(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    if dtype == torch.float32 and heads[2] > 128:
+        pytest.skip("refused")
     check_fixed_order(*heads, dtype, torch.device("cuda", 0))
