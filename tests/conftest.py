@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # whichever test module comes first.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Nothing is ever unpickled, here or in any child process. An AssertionError says so.
+NO_PICKLE = Path(__file__).with_name("no_pickle")
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(NO_PICKLE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+)
+runpy.run_path(str(NO_PICKLE / "sitecustomize.py"))
 
 DEFAULTS: dict[str, Any] = {
     "model": "oracle",

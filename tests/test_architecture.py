@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pickle
 import subprocess
 import sys
 import tomllib
@@ -65,6 +66,16 @@ def test_packages_match_the_disk() -> None:
 def test_kernels_stays_a_namespace() -> None:
     """A regular package here would shadow Hugging Face's `kernels` whenever cwd is on sys.path."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_no_process_of_the_tests_unpickles() -> None:
+    """`tests/no_pickle` has found its way into this process and into its children's."""
+    with pytest.raises(AssertionError, match="unpickled"):
+        pickle.loads(b"N.")
+    grandchild = [sys.executable, "-P", "-c", "import pickle; pickle.loads(b'N.')"]
+    child = [sys.executable, "-P", "-c", f"import subprocess; subprocess.run({grandchild})"]
+    done = subprocess.run(child, capture_output=True, text=True)
+    assert "something is being unpickled" in done.stderr
 
 
 @pytest.mark.parametrize("module", ["headrace", "headrace.frontend.async_llm", "headrace.core.main"])

@@ -328,7 +328,8 @@ def test_a_live_id_cannot_be_used_twice_but_at_once_after(engine: AsyncLLM) -> N
 
 def test_bad_requests_fail_alone(engine: AsyncLLM) -> None:
     async def main() -> None:
-        good = [asyncio.create_task(tokens(engine.generate([i], sampling(i, 200)))) for i in range(8)]
+        pid = engine._client.info.pid
+        good = [asyncio.create_task(tokens(engine.generate([i], sampling(i, 200)))) for i in range(32)]
         late = sampling(1)
         late.temperature = float("nan")
         bad: list[tuple[Any, Any, str]] = [
@@ -353,6 +354,8 @@ def test_bad_requests_fail_alone(engine: AsyncLLM) -> None:
         for i, task in enumerate(good):
             assert await task == oracle([i], i, 200)
         assert engine.num_unfinished_requests == 0
+        assert (await stats(engine)).num_restarts == 0
+        assert (engine._client.info.pid, engine._client.num_restarts) == (pid, 0)
 
     run(main())
 
