@@ -10,24 +10,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..outputs import CompletionOutput, RequestOutput
-from ..structured_outputs import StructuredOutputsParams
 from .beams import refuse_unsearchable
 from .conversation import content_text, render
 from .endpoints import Endpoint
 from .errors import bad_request
 from .generation import Run, encode, logprob_forms, truncated
-from .parsers import AnswerParser, Delta, Parsers
+from .parsers import AnswerParser, Delta
 from .protocol import ChatRequest
 from .service import Service
 from .streaming import EventStream, event, json_response, unless_gone
 from .tool_calls import CallDelta
-from .tool_use import ToolUse, tool_use
+from .tool_use import structure_of, tool_use
 
 
 async def chat(service: Service, request: Request, body: ChatRequest) -> Response:
     service.check_model(body.model)
     body.refuse_unsupported()
-    use = tool_use(body)
+    use = tool_use(body.tools or [], body.tool_choice, body.parallel_tool_calls)
     template = service.template(body.chat_template)
     text = render(
         service,
@@ -39,11 +38,10 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
         _template_variables(body),
     )
     makers = service.parsers_for(template)
-    structure = _structure(makers, body, use)
     params = body.sampling(
         service.chat_defaults(),
         max_tokens=body.max_completion_tokens,
-        structured_outputs=structure,
+        structured_outputs=structure_of(body, use, makers.form),
         logprobs=_top_logprobs(body),
     )
     refuse_unsearchable(body, params, service.engine)
@@ -55,15 +53,6 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
     if body.stream:
         return EventStream(answer.events(), run.id)
     return await unless_gone(request, answer.whole())
-
-
-def _structure(parsers: Parsers, body: ChatRequest, use: ToolUse) -> StructuredOutputsParams | None:
-    """Raises ApiError: an answer cannot have two forms."""
-    wanted, calls = body.structure(), use.constraint(parsers.form)
-    if wanted is not None and calls is not None:
-        message = "structured output and calls that must be valid exclude each other"
-        raise bad_request(message, "tool_choice" if use.must_call else "tools")
-    return wanted or calls
 
 
 def _top_logprobs(body: ChatRequest) -> int | None:

@@ -284,8 +284,18 @@ class Reasoning(Body):
     generate_summary: str | None = None
 
 
+class FunctionTool(Body):
+    """`Tool` as /v1/responses writes it."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
 class ResponsesRequest(Generation, kw_only=True):
-    """POST /v1/responses: text in, text out. Nothing is stored, no tools are called."""
+    """POST /v1/responses: text and calls of functions. Nothing is stored, no tool is run."""
 
     input: str | list[dict[str, Any]]
     instructions: str | None = None
@@ -298,7 +308,7 @@ class ResponsesRequest(Generation, kw_only=True):
     background: bool | None = None
     previous_response_id: str | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     truncation: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -308,6 +318,12 @@ class ResponsesRequest(Generation, kw_only=True):
         if isinstance(given, OutputSchema):
             return JsonSchemaFormat(json_schema=JsonSchema(name=given.name, schema=given.schema))
         return given
+
+    @property
+    def logprobs_wanted(self) -> int | None:
+        """How many of the likeliest tokens at each position; None: no logprobs at all."""
+        is_wanted = "message.output_text.logprobs" in (self.include or ()) or self.top_logprobs
+        return self.top_logprobs or 0 if is_wanted else None
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
@@ -358,8 +374,6 @@ _FIXED_RESPONSES: dict[str, tuple[object, ...]] = {
     "background": (False,),
     "previous_response_id": (),
     "stream_options": (),  # the last event has the usage anyway
-    "tools": ([],),
-    "tool_choice": ("auto", "none"),
     "truncation": ("disabled",),
 }
 

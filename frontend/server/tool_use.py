@@ -6,13 +6,13 @@ text that it would write by itself, so that one parser reads both.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from ..structured_outputs import StructuredOutputsParams
 from .errors import bad_request
-from .protocol import WHITESPACE, ChatRequest, Function, NamedTool, Tool
+from .protocol import WHITESPACE, Function, Generation, NamedTool, Tool
 
 
 class Form(NamedTuple):
@@ -58,9 +58,12 @@ class ToolUse(NamedTuple):
         return StructuredOutputsParams(structural_tag=tag, whitespace_pattern=WHITESPACE)
 
 
-def tool_use(body: ChatRequest) -> ToolUse:
+def tool_use(
+    tools: list[Tool],
+    choice: Literal["none", "auto", "required"] | NamedTool | None,
+    parallel_tool_calls: bool | None,
+) -> ToolUse:
     """Raises ApiError."""
-    tools, choice = body.tools or [], body.tool_choice
     names = [tool.function.name for tool in tools]
     if len(set(names)) != len(names):
         raise bad_request("tools must have different names", "tools")
@@ -68,13 +71,22 @@ def tool_use(body: ChatRequest) -> ToolUse:
         return ToolUse([], False, None)
     if not tools and choice is not None:
         raise bad_request("tool_choice needs tools", "tool_choice")
-    limit = 1 if body.parallel_tool_calls is False else None
+    limit = 1 if parallel_tool_calls is False else None
     if isinstance(choice, NamedTool):
         name = choice.function.name
         if name not in names:
             raise bad_request(f"tool_choice names {name!r:.100}, which is not one of tools", "tool_choice")
         return ToolUse([tools[names.index(name)]], True, 1)
     return ToolUse(tools, choice == "required", limit)
+
+
+def structure_of(body: Generation, use: ToolUse, form: Form) -> StructuredOutputsParams | None:
+    """Raises ApiError: an answer cannot have two forms."""
+    wanted, calls = body.structure(), use.constraint(form)
+    if wanted is not None and calls is not None:
+        message = "structured output and calls that must be valid exclude each other"
+        raise bad_request(message, "tool_choice" if use.must_call else "tools")
+    return wanted or calls
 
 
 def _tag(function: Function, form: Form, is_held: bool) -> dict[str, Any]:

@@ -253,6 +253,41 @@ def test_responses_and_their_stream(client: openai.OpenAI) -> None:
     assert "".join(one.token for one in logprobs).startswith(whole.output_text)
 
 
+def test_functions_in_responses(client: openai.OpenAI) -> None:
+    """Called, streamed, and answered to."""
+    tool: Any = {"type": "function", **ADD["function"]}
+    more: Any = {"model": "demo", "tools": [tool], "max_output_tokens": 60, "temperature": 0}
+    ask: Any = {**more, "input": SUM, "tool_choice": "required", "parallel_tool_calls": False}
+    whole = client.responses.create(**ask)
+    (call,) = whole.output
+    assert call.type == "function_call"
+    assert (call.name, call.status, whole.status) == ("add", "completed", "completed")
+    assert set(json.loads(call.arguments)) == {"a", "b"}
+
+    with client.responses.stream(**ask) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    (streamed,) = final.output
+    assert streamed.type == "function_call"
+    assert (streamed.name, streamed.arguments) == (call.name, call.arguments)
+    deltas = [one.delta for one in events if one.type == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == call.arguments
+    assert len(deltas) > 1
+    kinds = [one.type for one in events]
+    assert kinds[2] == "response.output_item.added"
+    assert kinds[-3:-1] == ["response.function_call_arguments.done", "response.output_item.done"]
+
+    named = client.responses.create(**{**ask, "tool_choice": {"type": "function", "name": "add"}})
+    assert named.output[0].type == "function_call"
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "5"}
+    talk = [*SUM, call.model_dump(exclude_none=True), result]
+    after = client.responses.create(**{**more, "max_output_tokens": 4}, input=talk)
+    assert after.output_text
+    assert after.usage is not None
+    assert whole.usage is not None
+    assert after.usage.input_tokens > whole.usage.input_tokens + 10
+
+
 def test_responses_that_are_refused_or_parsed(client: openai.OpenAI) -> None:
     more: Any = {"model": "demo", "max_output_tokens": 60, "temperature": 0}
     parsed = client.responses.parse(**more, input=HELLO, text_format=City)
@@ -261,6 +296,8 @@ def test_responses_that_are_refused_or_parsed(client: openai.OpenAI) -> None:
     wrong: list[dict[str, Any]] = [
         {"previous_response_id": "resp_1"},
         {"tools": [{"type": "web_search"}]},
+        {"tools": [{"type": "function", "name": "f", "colour": "red"}]},
+        {"tool_choice": {"type": "web_search"}},
         {"stream": True, "extra_body": {"stream_options": options}},
     ]
     for refused in wrong:
