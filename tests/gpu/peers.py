@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +68,8 @@ class Peer(NamedTuple):
 class Answer(NamedTuple):
     prompt: list[int]
     tokens: list[int]
+    logprobs: Sequence[float] = ()
+    """Of the tokens, if they were asked for."""
 
 
 def make_peer(name: str, folder: Path) -> Peer:
@@ -89,7 +92,7 @@ def make_peer(name: str, folder: Path) -> Peer:
 def regrets(model: Any, answers: list[Answer]) -> Tensor:
     """By how much transformers' best logit exceeds that of the token that we took, in standard deviations."""
     found: list[Tensor] = []
-    for prompt, tokens in answers:
+    for prompt, tokens, _ in answers:
         ids = torch.tensor([prompt + tokens], device="cuda")
         logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
         taken = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
@@ -102,9 +105,30 @@ def regrets_of_bfloat16(peer: Peer, answers: list[Answer]) -> Tensor:
     """The same of transformers' own bfloat16, given our tokens."""
     model = type(peer.model).from_pretrained(peer.folder, dtype=torch.bfloat16).cuda().eval()
     found: list[Tensor] = []
-    for prompt, tokens in answers:
+    for prompt, tokens, _ in answers:
         ids = torch.tensor([prompt + tokens], device="cuda")
         wide = peer.model(ids).logits[0, len(prompt) - 1 : -1].float()
         choice = model(ids).logits[0, len(prompt) - 1 : -1].argmax(-1, keepdim=True)
         found.append((wide.max(-1).values - wide.gather(1, choice)[:, 0]) / wide.std(-1))
     return torch.cat(found)
+
+
+@torch.no_grad()
+def logprob_errors(peer: Peer, answers: list[Answer]) -> tuple[Tensor, Tensor]:
+    """How far the tokens' logprobs are from float32's: the answers', and transformers' own in bfloat16."""
+    model = type(peer.model).from_pretrained(peer.folder, dtype=torch.bfloat16).cuda().eval()
+    ours: list[Tensor] = []
+    theirs: list[Tensor] = []
+    for prompt, tokens, logprobs in answers:
+        ids = torch.tensor([prompt + tokens], device="cuda")
+        exact, rounded = (
+            each(ids)
+            .logits[0, len(prompt) - 1 : -1]
+            .float()
+            .log_softmax(-1)
+            .gather(1, ids[0, len(prompt) :, None])
+            for each in (peer.model, model)
+        )
+        ours.append((torch.tensor(logprobs, device="cuda") - exact[:, 0]).abs())
+        theirs.append((rounded - exact)[:, 0].abs())
+    return torch.cat(ours), torch.cat(theirs)

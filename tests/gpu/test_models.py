@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import numpy as np
 import pytest
 from headrace.core.request import Request
 from headrace.core.scheduler import Scheduler
@@ -14,7 +15,7 @@ from headrace.ipc.config import EngineConfig
 from headrace.ipc.messages import Sampling, pack, unpack
 from headrace.worker.cuda_runner import CudaRunner
 
-from .peers import MODELS, VOCAB, Answer, Peer, make_peer, regrets, regrets_of_bfloat16
+from .peers import MODELS, VOCAB, Answer, Peer, logprob_errors, make_peer, regrets, regrets_of_bfloat16
 
 MakeConfig: TypeAlias = Callable[..., EngineConfig]
 
@@ -50,6 +51,7 @@ def generate(
     )
     everyone = list(waiting)
     under_way: deque[Any] = deque()
+    logprobs: dict[Request, list[float]] = {request: [] for request in everyone}
     while waiting or under_way or scheduler.stats().num_running or scheduler.stats().num_waiting:
         if waiting and rng.random() < 0.3:
             scheduler.add(waiting.popleft())
@@ -57,12 +59,15 @@ def generate(
         if plan is not None:
             under_way.append(runner.submit(plan))
         elif under_way:
-            scheduler.update(under_way.popleft().result())
+            outputs = scheduler.update(under_way.popleft().result())
+            for request, row in outputs.logprobs.items():
+                logprobs[request].append(float(np.frombuffer(row.values, np.float32)[0]))
         if rng.random() < 0.2 and runner.idle():
             num_prepared += 1
             runner.use_prepared(num_prepared)
     return [
-        Answer(list(r.tokens[: r.num_prompt_tokens]), list(r.tokens[r.num_prompt_tokens :])) for r in everyone
+        Answer(list(r.tokens[: r.num_prompt_tokens]), list(r.tokens[r.num_prompt_tokens :]), logprobs[r])
+        for r in everyone
     ], scheduler.stats().num_preemptions
 
 
@@ -83,6 +88,19 @@ def test_greedy_tokens_are_transformers_best(peer: Peer, gpu_config: MakeConfig)
         print(f"{name}: {(found == 0).float().mean():.4f} agree, worst regret {found.max():.4f}")
     assert ours.max() < max(0.15, 2 * float(theirs.max()))
     assert (ours == 0).float().mean() > (theirs == 0).float().mean() - 0.03
+
+
+def test_logprobs_are_as_near_as_bfloat16_allows(peer: Peer, gpu_config: MakeConfig) -> None:
+    requests = requests_of(Sampling(temperature=0.0, logprobs=0), 40)
+    answers, _ = generate(gpu_config(peer.folder), requests)
+    ours, theirs = logprob_errors(peer, answers)
+    shares = ours.new_tensor([0.5, 0.99, 1.0])
+    (half, most, worst), theirs_too = ours.quantile(shares).tolist(), theirs.quantile(shares).tolist()
+    print(f"logprobs, p50 p99 max: headrace {half:.4f} {most:.4f} {worst:.4f}")
+    print("logprobs, p50 p99 max: transformers bf16", *(f"{value:.4f}" for value in theirs_too))
+    assert len(ours) == sum(len(answer.tokens) for answer in answers)
+    assert half < 1.5 * theirs_too[0]
+    assert most < 1.5 * theirs_too[1]
 
 
 def test_chunks_and_preemptions_change_nothing_of_note(peer: Peer, gpu_config: MakeConfig) -> None:

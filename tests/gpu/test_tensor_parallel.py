@@ -9,8 +9,9 @@ import os
 import random
 import signal
 import time
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from headrace import (
 )
 from torch import Tensor
 
+T = TypeVar("T")
 VOCAB = 1003
 BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -79,21 +81,39 @@ RANKS = [
 ]
 
 
+class Said(NamedTuple):
+    """What an engine said."""
+
+    tokens: list[list[int]]
+    """For each of `make_prompts`."""
+    special: list[RequestOutput]
+    """Each of WISHES for some of them."""
+
+
 class Checkpoint(NamedTuple):
     """A random model, transformers' float32 of it, and what it says on one GPU."""
 
     name: str
     folder: Path
     model: Any
-    alone: list[list[int]]
+    alone: Said
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp("model")
     model = make_model(request.param, folder)
-    alone = asyncio.run(asyncio.wait_for(serve(engine_args(folder, 1), make_prompts()), 120))
-    return Checkpoint(request.param, folder, model, alone)
+    return Checkpoint(request.param, folder, model, run(serve(engine_args(folder, 1))))
+
+
+@pytest.fixture(scope="module", params=RANKS)
+def spread(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> tuple[int, Said]:
+    """How many GPUs, and what the model says on them."""
+    return request.param, run(serve(engine_args(checkpoint.folder, request.param)))
+
+
+def run(work: Coroutine[Any, Any, T], seconds: float = 120) -> T:
+    return asyncio.run(asyncio.wait_for(work, seconds))
 
 
 def make_model(name: str, folder: Path) -> Any:
@@ -146,16 +166,26 @@ async def complete(
     return tokens
 
 
-async def serve(args: AsyncEngineArgs, prompts: list[list[int]]) -> list[list[int]]:
-    """Arriving a few at a time, so that steps are of all kinds, before and after graphs are recorded."""
+async def serve(args: AsyncEngineArgs) -> Said:
+    """Requests come a few at a time, so that steps are of all kinds, before and after graphs are recorded."""
     async with AsyncLLM.from_engine_args(args) as engine:
         tasks = []
-        for number, prompt in enumerate(prompts):
+        for number, prompt in enumerate(make_prompts()):
             sampling = SPECIAL if number % 6 == 5 else GREEDY
             tasks.append(asyncio.create_task(complete(engine, prompt, 20 + number, **sampling)))
             if number % 4 == 3:
                 await asyncio.sleep(0.5)
-        return await asyncio.gather(*tasks)
+        tokens = await asyncio.gather(*tasks)
+        wishes = [ask(engine, prompt, wish) for prompt in make_prompts()[:10] for wish in WISHES]
+        return Said(tokens, await asyncio.gather(*wishes))
+
+
+async def ask(engine: AsyncLLM, prompt: list[int], wish: dict[str, Any]) -> RequestOutput:
+    params = SamplingParams(max_tokens=24, output_kind=RequestOutputKind.FINAL_ONLY, **wish)
+    async for output in engine.generate({"prompt_token_ids": prompt}, params):
+        if output.finished:
+            return output
+    raise AssertionError("the stream ended without an end")
 
 
 @torch.no_grad()
@@ -182,11 +212,9 @@ def near_tie(model: Any, prompt: list[int], one: list[int], other: list[int]) ->
     return told
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_tokens_are_transformers_best(checkpoint: Checkpoint, ranks: int) -> None:
-    name, folder, model, alone = checkpoint
+def test_tokens_are_transformers_best(checkpoint: Checkpoint, spread: tuple[int, Said]) -> None:
+    (name, _, model, (alone, _)), (ranks, (ours, _)) = checkpoint, spread
     prompts = make_prompts()
-    ours = asyncio.run(asyncio.wait_for(serve(engine_args(folder, ranks), prompts), 120))
     expected, regret = regrets(model, prompts, alone), regrets(model, prompts, ours)
     same = sum(a == b for a, b in zip(alone, ours, strict=True))
     print(
@@ -201,37 +229,10 @@ def test_tokens_are_transformers_best(checkpoint: Checkpoint, ranks: int) -> Non
     assert (regret == 0).float().mean() > (expected == 0).float().mean() - 0.03
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_long_prompts_are_computed_in_halves(ranks: int, tmp_path: Path) -> None:
-    """Of the largest steps one half's sums are under way beside the other's products."""
-    model, rng = make_model("llama", tmp_path), random.Random(2)
-    prompts = [[rng.randrange(VOCAB) for _ in range(1000)] for _ in range(8)]
-    changes = {"max_num_batched_tokens": 4096, "max_model_len": 1024, "enable_prefix_caching": False}
-    answers = {
-        size: asyncio.run(
-            asyncio.wait_for(serve_at_once(engine_args(tmp_path, size, **changes), prompts), 120)
-        )
-        for size in (1, ranks)
-    }
-    expected, regret = (regrets(model, prompts, answers[size]) for size in (1, ranks))
-    print(f"{ranks} ranks, prompts in halves: worst regret {regret.max():.4f} ({expected.max():.4f} on one)")
-    assert regret.max() < max(0.15, 2 * float(expected.max()))
-
-
-async def serve_at_once(args: AsyncEngineArgs, prompts: list[list[int]]) -> list[list[int]]:
-    async with AsyncLLM.from_engine_args(args) as engine:
-        return await asyncio.gather(*(complete(engine, prompt, 20, **GREEDY) for prompt in prompts))
-
-
-@pytest.mark.parametrize("ranks", RANKS)
-def test_special_samples_are_those_of_one_gpu(ranks: int, tmp_path: Path) -> None:
-    make_model("llama", tmp_path)
-    prompts = make_prompts()[:10]
-    alone, ours = (
-        asyncio.run(asyncio.wait_for(ask(engine_args(tmp_path, size), prompts), 120)) for size in (1, ranks)
-    )
+def test_special_samples_are_those_of_one_gpu(checkpoint: Checkpoint, spread: tuple[int, Said]) -> None:
+    ranks, said = spread
     compared, worst = 0, 0.0
-    for one, other in zip(alone, ours, strict=True):
+    for one, other in zip(checkpoint.alone.special, said.special, strict=True):
         (expected,), (found,) = one.outputs, other.outputs
         assert found.token_ids == expected.token_ids
         assert found.finish_reason == expected.finish_reason
@@ -240,23 +241,27 @@ def test_special_samples_are_those_of_one_gpu(ranks: int, tmp_path: Path) -> Non
             assert common
             worst = max(worst, *(abs(theirs[token].logprob - mine[token].logprob) for token in common))
             compared += len(common)
-    print(f"{ranks} ranks: {compared} logprobs, at most {worst:.4f} from one GPU's")
+    print(f"{checkpoint.name}, {ranks} ranks: {compared} logprobs, at most {worst:.4f} from one GPU's")
     assert compared > 300
-    assert worst < 0.3
+    assert worst < 0.5
 
 
-async def ask(args: AsyncEngineArgs, prompts: list[list[int]]) -> list[RequestOutput]:
-    """Each of WISHES for each prompt."""
+@pytest.mark.parametrize("ranks", RANKS)
+def test_long_prompts_are_computed_in_halves(ranks: int, tmp_path: Path) -> None:
+    """Of the largest steps one half's sums are under way beside the other's products."""
+    model, rng = make_model("llama", tmp_path), random.Random(2)
+    prompts = [[rng.randrange(VOCAB) for _ in range(1000)] for _ in range(8)]
+    args = engine_args(tmp_path, ranks, max_num_batched_tokens=4096, enable_prefix_caching=False)
 
-    async def last(engine: AsyncLLM, prompt: list[int], wish: dict[str, Any]) -> RequestOutput:
-        params = SamplingParams(max_tokens=24, output_kind=RequestOutputKind.FINAL_ONLY, **wish)
-        async for output in engine.generate({"prompt_token_ids": prompt}, params):
-            if output.finished:
-                return output
-        raise AssertionError("the stream ended without an end")
+    async def main() -> list[list[int]]:
+        async with AsyncLLM.from_engine_args(args) as engine:
+            return await asyncio.gather(*(complete(engine, prompt, 20, **GREEDY) for prompt in prompts))
 
-    async with AsyncLLM.from_engine_args(args) as engine:
-        return await asyncio.gather(*(last(engine, prompt, wish) for prompt in prompts for wish in WISHES))
+    regret = regrets(model, prompts, run(main()))
+    agree = (regret == 0).float().mean()
+    print(f"{ranks} ranks, prompts in halves: {agree:.4f} agree, worst regret {regret.max():.4f}")
+    assert regret.max() < 0.5
+    assert agree > 0.8
 
 
 def logprobs_of(output: RequestOutput) -> list[dict[int, Any]]:
@@ -285,7 +290,7 @@ def test_a_rank_that_fails_is_named_and_replaced(
                 told = near_tie(model, prompt, expected, tokens) or "the tokens of an undisturbed run"
                 print(f"{ranks} ranks, {how.name}: noticed after {seconds:.2f} s: {trouble!r}; {told}")
 
-    asyncio.run(asyncio.wait_for(main(), 200))
+    run(main(), 200)
 
 
 async def break_rank(
