@@ -36,6 +36,7 @@ _TYPES = {
     503: "overloaded_error",
 }
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_MISSING_FIELD = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
 _PATH = re.compile(r" - at `(?:key in )?\$([^`]*)`$")
 
 
@@ -113,9 +114,14 @@ def as_bad_body(error: msgspec.DecodeError | RecursionError, known: Mapping[str,
         name = f"{inside}.{unknown[1]}" if inside else unknown[1]
         hint = "" if inside else nearest(unknown[1], known)
         return bad_request(f"unrecognized request argument supplied: {name}{hint}", name)
+    if missing := _MISSING_FIELD.match(text):
+        name = f"{inside}.{missing[1]}" if inside else missing[1]
+        return bad_request(f"missing required argument: {name}", name)
     return bad_request(f"{inside or 'the body'}: {text}", inside or None)
 
 
-async def on_error(_request: Request, error: Exception) -> Response:
-    """Starlette's form of an exception handler."""
-    return as_api_error(error).response()
+async def on_error(request: Request, error: Exception) -> Response:
+    """Starlette's form of an exception handler: no such route, or not with this method."""
+    told = as_api_error(error)
+    message = f"there is no {request.method} {request.url.path:.100}; GET /openapi.json tells what there is"
+    return ApiError(told.status, message, headers=told.headers).response()

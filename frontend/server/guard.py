@@ -107,7 +107,7 @@ async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
     # A page of any origin may send other types without asking first, also to a server on its user's machine.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise ApiError(415, f"content-type must be application/json, got {kind or 'none'!r}")
+        raise ApiError(415, f"the header 'content-type: application/json' is needed, got {kind or 'none'!r}")
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length[:20]) > max_bytes:
         raise _too_long(max_bytes)

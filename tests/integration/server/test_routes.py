@@ -169,8 +169,9 @@ def test_models_and_operations(http: httpx.Client) -> None:
     assert http.get("/load").json() == {"server_load": 0}
     assert set(http.get("/version").json()) == {"version"}
     assert "embeddings" in error(http.post("/v1/embeddings", json={"input": "a"}), 400)["message"]
-    error(http.get("/nothing/here"), 404)
-    error(http.get("/v1/completions"), 405)
+    assert "/nothing/here" in error(http.get("/nothing/here"), 404)["message"]
+    assert "GET /v1/completions" in error(http.get("/v1/completions"), 405)["message"]
+    assert error(http.post("/v1/chat/completions", json={}), 400)["param"] == "messages"
 
 
 GOOD = {"prompt": "Hi", "max_tokens": 2}
