@@ -193,4 +193,10 @@ def test_the_engine_is_drawn(page: Page) -> None:
 @pytest.mark.parametrize("width", [320, 390, 800, 1600])
 def test_nothing_sticks_out(page: Page, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 700})
+    page.click("summary")
+    fits = """(all) => {
+        const right = (one) => one.getBoundingClientRect().right;
+        return all.every((one) => right(one) <= right(one.parentNode) + 1);
+    }"""
+    assert page.eval_on_selector_all(".fields :is(input, textarea, select)", fits)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
