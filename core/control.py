@@ -91,6 +91,8 @@ class Control:
         self._abort_all = abort_all
         self._asleep: set[str] = set()
         self._level = 0
+        self._holder: bytes | None = None
+        """The client that has paused it."""
         self._turns: deque[_Turn] = deque()
         self._condition: Callable[[], bool] | None = None
         """What the first of `_turns` waits for; None: it has not begun."""
@@ -129,6 +131,16 @@ class Control:
             message = f"{call.method}: {error}"
             raise RequestError(message, parameter="arguments", value=f"{call.arguments!s:.100}") from None
         self._turns.append(_Turn(client, call.call, work(self, arguments)))
+
+    def client_vanished(self, client: bytes) -> bool:
+        """A dead client must not hold up the others: a pause of its own is to end. True when there is one.
+
+        Memory that was given up stays so, for it may be in use: to take it back is for someone who knows.
+        """
+        holds = client == self._holder or any(turn.client == client for turn in self._turns)
+        if holds:
+            self._turns.append(_Turn(client, 0, self._lift(client)))
+        return holds
 
     def advance(self) -> list[tuple[bytes, Reply]]:
         """Go on with what was asked; returns the replies that are due."""
@@ -188,6 +200,7 @@ class Control:
     def _hold(self, mode: Mode) -> Work:
         """Let nothing run: what runs is ended, waited for, or kept as it is."""
         scheduler = self._scheduler
+        self._holder = self._turns[0].client
         if mode == "wait" and not self._asleep & _MEMORY:
             scheduler.paused = Pause.NEW
             yield lambda: not scheduler.has_started_requests
@@ -206,9 +219,19 @@ class Control:
     def _resume(self, _: _None) -> Work:
         yield _now
         self._refuse_asleep("resume_generation")
-        self._asleep.clear()
-        self._scheduler.paused = Pause.NOTHING
+        self._go_on()
         return []
+
+    def _lift(self, client: bytes) -> Work:
+        yield _now
+        if client == self._holder and not self._asleep & _MEMORY:
+            self._go_on()
+        return []
+
+    def _go_on(self) -> None:
+        self._asleep.clear()
+        self._holder = None
+        self._scheduler.paused = Pause.NOTHING
 
     def _reset(self, wanted: _Reset) -> Work:
         yield _now
@@ -238,8 +261,7 @@ class Control:
             yield from self._ask("wake_up", tags=sorted(waking & _MEMORY))
             self._asleep -= waking & _MEMORY
         if self._asleep == {"scheduling"} and ("scheduling" in tags or waking):
-            self._asleep.clear()
-            self._scheduler.paused = Pause.NOTHING
+            self._go_on()
         return []
 
     def _rpc(self, wanted: _Rpc) -> Work:

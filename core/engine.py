@@ -353,3 +353,7 @@ class Engine:
             for request in client.requests.values():
                 self._scheduler.abort(request)
             LOGGER.info(f"client {how}", extra=fields(client=client.name, requests=len(client.requests)))
+            if how == Delivery.GONE.value and self._control.client_vanished(identity):
+                LOGGER.warning(
+                    "what it had asked of the engine ends with it", extra=fields(client=client.name)
+                )

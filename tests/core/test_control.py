@@ -114,6 +114,51 @@ def test_a_pause_waits_for_the_plans_in_flight(rig: Rig) -> None:
     assert rig.scheduler.stats().num_free_blocks == 16
 
 
+def test_a_pause_ends_with_the_client_that_died_over_it(rig: Rig) -> None:
+    rig.call("pause_generation", b"a", mode="keep")
+    rig.replies()
+    assert not rig.control.client_vanished(b"b")
+    rig.replies()
+    assert rig.paused() is Pause.EVERYTHING
+    assert rig.control.client_vanished(b"a")
+    rig.replies()
+    assert rig.paused() is Pause.NOTHING
+    assert not rig.control.client_vanished(b"a")
+
+
+def test_a_client_that_dies_while_it_waits_for_the_pause(rig: Rig) -> None:
+    rig.call("collective_rpc", b"b", method="rank")
+    rig.call("pause_generation", b"a")
+    rig.replies()
+    assert rig.control.client_vanished(b"a")
+    number = rig.command().number
+    for rank in range(2):
+        rig.control.hear(CommandResult(rank, number))
+    rig.replies()
+    assert rig.paused() is Pause.NOTHING
+
+
+def test_a_pause_that_another_client_has_taken_over_stays(rig: Rig) -> None:
+    for client in (b"a", b"b"):
+        rig.call("pause_generation", client)
+        rig.replies()
+    rig.control.client_vanished(b"a")
+    rig.replies()
+    assert rig.paused() is Pause.EVERYTHING
+
+
+def test_memory_is_not_taken_back_for_a_dead_client(rig: Rig) -> None:
+    rig.call("sleep", b"a")
+    rig.replies()
+    number = rig.command().number
+    for rank in range(2):
+        rig.control.hear(CommandResult(rank, number))
+    rig.replies()
+    assert rig.control.client_vanished(b"a")
+    rig.replies()
+    assert (rig.control.sleep_level, rig.paused()) == (1, Pause.EVERYTHING)
+
+
 def test_refusals(rig: Rig) -> None:
     for method, arguments in (("exec", {}), ("sleep", {"level": 3}), ("sleep", {"x": 1})):
         with pytest.raises(RequestError):

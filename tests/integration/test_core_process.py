@@ -278,6 +278,22 @@ def test_a_vanished_client_frees_and_disturbs_nobody(connect: Connect) -> None:
     stays.wait_until_free()
 
 
+def test_a_client_that_vanishes_takes_its_pause_along(connect: Connect) -> None:
+    stays, goes = connect("stays"), connect("goes")
+    stays.add(1, [8, 9], 3000)
+    while not stays.streams:
+        stays.recv()
+    goes.socket.send(Call(78, "pause_generation", {"mode": "keep"}))
+    while not isinstance(goes.recv(), Reply):
+        pass
+    assert stays.call("is_paused").ok
+    assert 1 not in stays.finished
+    goes.vanish()
+    stays.wait_for(1)
+    stays.expect(1, [8, 9], 3000)
+    assert not stays.call("is_paused").ok
+
+
 @pytest.mark.parametrize(
     ("changes", "parameter"),
     [
