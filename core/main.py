@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 from contextlib import suppress
@@ -33,6 +34,9 @@ LOGGER = logging.getLogger(__name__)
 def run(payload: bytes) -> None:
     """Serve as `payload` (a `CoreStart`) says, and exit with an `ExitCode`."""
     start = msgspec.json.decode(payload, type=CoreStart)
+    # libzmq aborts the process when a connection finds no descriptor left; shells allow 1024 unless asked.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # A child reports on its status pipe: its log is for what nobody expects.
     daemon = start.daemon or Daemon()
     logs.configure(daemon.log_format, logging.WARNING if start.daemon is None else logging.INFO)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import select
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
@@ -19,6 +18,7 @@ from ..ipc.errors import ErrorInfo
 from ..ipc.inspection import activity, print_stacks
 from ..ipc.logs import fields
 from ..ipc.messages import Allocate, Command, CommandResult, Fatal, Loaded, Progress, StepPlan, StepResult
+from ..ipc.pipe import wait
 from .ranks import Ranks, WorkerError
 from .watch import LOOK_SECONDS, Watch
 
@@ -78,7 +78,7 @@ class Workers:
             left = self._since + START_SECONDS - time.monotonic()
             if left < 0:
                 raise ranks.laggard()
-            select.select(ranks.descriptors(), [], [], left)
+            wait(ranks.descriptors(), left)
         self._enter(_State.SERVING)
         assert self._allocate is not None
         return self._allocate

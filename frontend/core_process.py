@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from ..ipc.errors import EngineDeadError
 from ..ipc.inspection import activity, descendants, print_stacks
 from ..ipc.messages import EngineInfo, Fatal, FromStarting, Progress, Ready
 from ..ipc.payloads import CoreStart
+from ..ipc.pipe import wait
 from .status_lines import StatusLines
 
 logger = logging.getLogger("headrace")
@@ -159,7 +159,7 @@ class CoreProcess:
     def _read(self, deadline: float, seconds: float) -> list[FromStarting]:
         """Wait for the next lines of the status pipe."""
         left = deadline - time.monotonic()
-        if left <= 0 or not select.select([self.status_fd], [], [], left)[0]:
+        if left <= 0 or not wait([self.status_fd], left):
             phase = self._display.last or "the first sign of life"
             raise EngineDeadError(f"the engine did not start within {seconds:g} s; it is at: {phase}")
         data = os.read(self.status_fd, 65536)

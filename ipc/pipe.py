@@ -6,6 +6,7 @@ is the other side's death. Frames are a little-endian uint32 length and a Messag
 
 from __future__ import annotations
 
+import math
 import select
 import socket
 import struct
@@ -67,8 +68,7 @@ class Pipe(Generic[Send, Recv]):
             try:
                 view = view[self._sock.send(view) :]
             except BlockingIOError:
-                readable, _, _ = select.select([self], [self], [])
-                if readable:
+                if wait([self.fileno()], None, select.POLLIN | select.POLLOUT)[0][1] & select.POLLIN:
                     self._read()
             except ConnectionError as error:
                 raise PipeClosedError("the other process is gone") from error
@@ -95,8 +95,7 @@ class Pipe(Generic[Send, Recv]):
         Raises PipeClosedError, and msgspec.DecodeError for what cannot be read.
         """
         while (message := self._take()) is None:
-            ready, _, _ = select.select([self], [], [], timeout)
-            if not ready:
+            if not wait([self.fileno()], timeout):
                 return None
             self._read()
         return message
@@ -145,5 +144,18 @@ def poll_pipes(pipes: Sequence[Pipe[Any, Any]], timeout: float | None) -> list[i
     ready = [i for i, pipe in enumerate(pipes) if pipe.has_buffered()]
     if ready:
         return ready
-    readable, _, _ = select.select(pipes, [], [], timeout)
-    return [i for i, pipe in enumerate(pipes) if pipe in readable]
+    readable = {number for number, _ in wait([pipe.fileno() for pipe in pipes], timeout)}
+    return [i for i, pipe in enumerate(pipes) if pipe.fileno() in readable]
+
+
+def wait(
+    descriptors: Sequence[int], timeout: float | None, events: int = select.POLLIN
+) -> list[tuple[int, int]]:
+    """Those that have news (and which), after `timeout` seconds at most.
+
+    `select.select` raises for descriptors beyond 1023, which a process with many connections has.
+    """
+    poller = select.poll()
+    for number in descriptors:
+        poller.register(number, events)
+    return poller.poll(None if timeout is None else math.ceil(1000 * timeout))

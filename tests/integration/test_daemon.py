@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -547,6 +549,38 @@ def test_frontends_come_and_go(
         out, _ = other.communicate(timeout=TIMEOUT)
         assert json.loads(out) == [oracle_stream([i + 1, 2], i, 400, VOCAB_SIZE) for i in range(3)]
     client.expect(1, 2, 3, max_tokens=700)
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[Callable[[int], None]]:
+    """`few_descriptors(n)`: so many are allowed from now on, unless a process asks for more."""
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < 3000:
+        pytest.skip("this machine does not allow 3000 descriptors")
+    yield lambda count: resource.setrlimit(resource.RLIMIT_NOFILE, (count, most))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
+
+
+def test_more_connections_than_descriptors_by_default(
+    daemon: Start, connect: Connect, few_descriptors: Callable[[int], None]
+) -> None:
+    """More than 1024 descriptors, too: there `select` ends."""
+    few_descriptors(1024)
+    core = daemon()
+    client = connect(core.wait_ready())
+    client.start(*range(8), max_tokens=1900)
+    few_descriptors(3000)
+    with contextlib.ExitStack() as stack:
+        for _ in range(1200):
+            crowd = stack.enter_context(socket.socket(socket.AF_UNIX))
+            crowd.connect(core.address.removeprefix("ipc://"))
+        while len(os.listdir(f"/proc/{core.process.pid}/fd")) < 1200:
+            client.stats()
+        core.worker().kill()
+        while not client.stats().num_restarts:
+            pass
+        client.expect(*range(8), max_tokens=1900)
+    assert core.end() == 0
 
 
 def _free_port() -> int:

@@ -62,3 +62,5 @@ def test_the_core_of_the_unit(oracle_folder: Path, tmp_path: Path) -> None:
             core.wait()
     drain = float(words[words.index("--drain-timeout") + 1])
     assert float(setting("headrace-core.service", "TimeoutStopSec")) > drain
+    assert setting("headrace-core.service", "MemoryMax") == "90%"  # behind what the core bounds itself
+    assert int(setting("headrace-core.service", "LimitNOFILE")) > 10_000

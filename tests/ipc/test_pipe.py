@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -161,6 +163,29 @@ def test_poll_sees_data_buffers_and_ends(ends: Ends) -> None:
     assert poll_pipes([core, worker], 0) == []
     core.close()
     assert poll_pipes([worker], 1) == [0]
+
+
+def test_descriptors_beyond_those_of_select() -> None:
+    """A process with a thousand connections has none below 1024 left."""
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < 1101:
+        pytest.skip("this machine does not allow 1101 descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    pair = socket_pair()
+    for number, sock in enumerate(pair):
+        os.dup2(sock.fileno(), 1099 + number)
+        sock.close()
+    core: Pipe[ToWorker, FromWorker] = Pipe(socket.socket(fileno=1099), FromWorker)
+    worker: Pipe[FromWorker, ToWorker] = Pipe(socket.socket(fileno=1100), ToWorker)
+    thread = threading.Thread(target=core.send, args=(plan(1, 10 << 20),))  # has to wait for room
+    thread.start()
+    assert worker.recv(5) == plan(1, 10 << 20)
+    thread.join()
+    worker.send(StepResult(1, b""))
+    assert poll_pipes([core], 5) == [0]
+    core.close()
+    worker.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
 
 
 def test_an_unreadable_frame_is_an_error(ends: Ends) -> None:
