@@ -178,6 +178,14 @@ class FrontendMetrics:
             ("generation_tokens", self._generation_tokens, "Generated tokens."),
         ):
             yield Counter(name=f"vllm:{name}", help=text, labels=labels, value=value)
+        computed = self._prompt_tokens - self._cached_tokens
+        for source, value in (("local_compute", computed), ("local_cache_hit", self._cached_tokens)):
+            yield Counter(
+                name="vllm:prompt_tokens_by_source",
+                help="Prompt tokens of requests that have left the queue, by where their KV came from.",
+                labels=labels | {"source": source},
+                value=value,
+            )
         for reason, count in sorted(self._ends.items()):
             yield Counter(
                 name="vllm:request_success",
@@ -210,6 +218,14 @@ def engine_records(
         ("kv_cache_usage_perc", used, "Share of KV blocks in use, 0 to 1."),
     ):
         yield Gauge(name=f"vllm:{name}", help=text, labels=labels, value=amount)
+    # Nothing is deferred for other reasons than a lack of slots, blocks or budget.
+    for reason, amount in (("capacity", stats.num_waiting), ("deferred", 0)):
+        yield Gauge(
+            name="vllm:num_requests_waiting_by_reason",
+            help="Requests in the queue, by why they wait.",
+            labels=labels | {"reason": reason},
+            value=amount,
+        )
     for state, level in (("awake", None), ("weights_offloaded", 1), ("discard_all", 2)):
         yield Gauge(
             name="vllm:engine_sleep_state",

@@ -51,6 +51,7 @@ def test_the_names_that_dashboards_know(make_config: Callable[..., EngineConfig]
     assert {(type(record), record.name) for record in engine} == {
         (Gauge, "vllm:num_requests_running"),
         (Gauge, "vllm:num_requests_waiting"),
+        (Gauge, "vllm:num_requests_waiting_by_reason"),
         (Gauge, "vllm:kv_cache_usage_perc"),
         (Counter, "vllm:num_preemptions"),
         (Counter, "vllm:prefix_cache_queries"),
@@ -71,6 +72,7 @@ def test_the_names_that_dashboards_know(make_config: Callable[..., EngineConfig]
     assert {record.name.removeprefix("vllm:") for record in metrics.records(LABELS)} == {
         "prompt_tokens",
         "prompt_tokens_cached",
+        "prompt_tokens_by_source",
         "generation_tokens",
         "request_success",
         "time_to_first_token_seconds",
@@ -99,6 +101,8 @@ def test_a_request_is_counted_once_in_everything() -> None:
     metrics = table.metrics
     assert counter(metrics, "prompt_tokens") == 3
     assert counter(metrics, "prompt_tokens_cached") == 2
+    assert counter(metrics, "prompt_tokens_by_source", source="local_cache_hit") == 2
+    assert counter(metrics, "prompt_tokens_by_source", source="local_compute") == 1
     assert counter(metrics, "generation_tokens") == 5
     assert counter(metrics, "request_success", finished_reason="stop") == 1
     assert counter(metrics, "request_success", finished_reason="length") == 1
