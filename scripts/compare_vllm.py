@@ -33,9 +33,12 @@ CASES: dict[str, dict[str, Any]] = {
     "all penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.2},
     "stop strings": {"stop": [".", "\n", " the"]},
     "stop strings shown": {"stop": ["e", "in"], "include_stop_str_in_output": True, "min_tokens": 5},
+    "stop strings that overlap": {"stop": ["the river", "river", "er", "水", "1, 2, 3, 4"], "min_tokens": 1},
     "min tokens": {"stop_token_ids": [28, 30, 198], "min_tokens": 10},
     "logit bias": {"logit_bias": {28: -100.0, 281: 5.0}},
     "allowed tokens": {"allowed_token_ids": list(range(200, 400))},
+    "given tokens": {"logprob_token_ids": [28, 30, 198, 0, 49151]},
+    "prompt logprobs": {"prompt_logprobs": 5, "max_tokens": 1},
     "bad words": {"bad_words": ["the", "and", "a time", "return"]},
     "no special tokens": {"skip_special_tokens": False, "ignore_eos": True},
 }
@@ -50,18 +53,24 @@ STRUCTURED: dict[str, dict[str, Any]] = {
             "additionalProperties": False,
         }
     },
+    "json without whitespace": {
+        "json": {"type": "array", "items": {"enum": ["mill", "wheel", 7]}, "minItems": 2, "maxItems": 5},
+        "disable_any_whitespace": True,
+    },
+    "grammar": {"grammar": 'root ::= number (" + " number){1,3}\nnumber ::= [1-9] [0-9]?\n'},
 }
 
 
-def run(package: str, model: str, out: Path) -> None:
-    """Ask one engine everything."""
+def run(package: str, model: str, out: Path, grammars: str | None) -> None:
+    """Ask one engine everything; `grammars` is its structured output's backend."""
     api = importlib.import_module(package)
     sampling = importlib.import_module("vllm.sampling_params" if package == "vllm" else "headrace")
-    params = [api.SamplingParams(temperature=0, max_tokens=48, **wanted) for wanted in CASES.values()]
+    params = [api.SamplingParams(**{"temperature": 0, "max_tokens": 48} | wanted) for wanted in CASES.values()]
     for wanted in STRUCTURED.values():
         rules = sampling.StructuredOutputsParams(**wanted)
         params.append(api.SamplingParams(temperature=0, max_tokens=48, structured_outputs=rules))
-    llm = api.LLM(model=model, dtype="float32", max_model_len=512, max_num_seqs=16)
+    config = {} if grammars is None else {"structured_outputs_config": {"backend": grammars}}
+    llm = api.LLM(model=model, dtype="float32", max_model_len=512, max_num_seqs=16, **config)
     answers = {}
     for name, each in zip([*CASES, *STRUCTURED], params, strict=True):
         outputs = llm.generate(PROMPTS, each, use_tqdm=False)
@@ -137,12 +146,13 @@ def main() -> None:
     asking.add_argument("engine", choices=("headrace", "vllm"))
     asking.add_argument("--model", required=True, help="a folder with config, tokenizer and safetensors")
     asking.add_argument("--out", type=Path, required=True)
+    asking.add_argument("--grammars", help="the structured output's backend, such as guidance (default: auto)")
     comparing = commands.add_parser("diff", help="compare what two have said")
     comparing.add_argument("ours", type=Path)
     comparing.add_argument("theirs", type=Path)
     args = parser.parse_args()
     if args.command == "run":
-        run(args.engine, args.model, args.out)
+        run(args.engine, args.model, args.out, args.grammars)
     else:
         print(json.dumps(diff(json.loads(args.ours.read_text()), json.loads(args.theirs.read_text()))))
 
