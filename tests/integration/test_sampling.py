@@ -45,6 +45,30 @@ def tokens(llm: LLM, prompt: list[int] | str, **changes: Any) -> list[int]:
     return run(llm, prompt, **changes).outputs[0].token_ids
 
 
+def test_a_seed_gives_the_same_alone_and_among_128_others(llm: LLM) -> None:
+    """Whatever the others ask for; they preempt it, too. Its logits differ in their last digits at most."""
+    seeded = SamplingParams(seed=7, max_tokens=24, ignore_eos=True, logprobs=0)
+    prompt = list(b"the wheel turns")
+    (alone,) = llm.generate(prompt, seeded, use_tqdm=False)
+    others = [
+        SamplingParams(
+            temperature=i % 3 / 2,
+            top_k=i % 5,
+            min_p=i % 2 / 50,
+            presence_penalty=i % 4 / 2,
+            max_tokens=8 + i % 20,
+        )
+        for i in range(128)
+    ]
+    for repeat in range(2):
+        company = [prompt, *([i % 256, *prompt[: i % 16]] for i in range(128))]
+        output = llm.generate(company, [seeded, *others], use_tqdm=False)[0]
+        assert output.outputs[0].token_ids == alone.outputs[0].token_ids, repeat
+        assert output.outputs[0].cumulative_logprob == pytest.approx(
+            alone.outputs[0].cumulative_logprob, abs=1e-4
+        )
+
+
 def test_only_allowed_tokens_come(llm: LLM) -> None:
     assert set(tokens(llm, "abc", allowed_token_ids=[5, 9, 200])) <= {5, 9, 200}
 

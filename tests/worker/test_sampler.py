@@ -174,8 +174,8 @@ COMBINATIONS = [
         presence_penalty=presence,
         frequency_penalty=frequency,
     )
-    for temperature, top_k, top_p, min_p, (repetition, presence, frequency) in itertools.product(
-        (0.6, 1.0, 1.6), (0, 6), (1.0, 0.8), (0.0, 0.05), ((1.0, 0.0, 0.0), (1.4, 0.5, -0.3), (0.8, 0.0, 0.7))
+    for temperature, top_k, top_p, min_p, repetition, presence, frequency in itertools.product(
+        (0.6, 1.0, 1.6), (0, 6), (1.0, 0.8), (0.0, 0.05), (1.0, 1.4), (0.0, 0.5), (0.0, -0.3)
     )
 ]
 
