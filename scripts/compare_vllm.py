@@ -65,7 +65,9 @@ def run(package: str, model: str, out: Path, grammars: str | None) -> None:
     """Ask one engine everything; `grammars` is its structured output's backend."""
     api = importlib.import_module(package)
     sampling = importlib.import_module("vllm.sampling_params" if package == "vllm" else "headrace")
-    params = [api.SamplingParams(**{"temperature": 0, "max_tokens": 48} | wanted) for wanted in CASES.values()]
+    params = [
+        api.SamplingParams(**{"temperature": 0, "max_tokens": 48} | wanted) for wanted in CASES.values()
+    ]
     for wanted in STRUCTURED.values():
         rules = sampling.StructuredOutputsParams(**wanted)
         params.append(api.SamplingParams(temperature=0, max_tokens=48, structured_outputs=rules))
@@ -146,7 +148,7 @@ def main() -> None:
     asking.add_argument("engine", choices=("headrace", "vllm"))
     asking.add_argument("--model", required=True, help="a folder with config, tokenizer and safetensors")
     asking.add_argument("--out", type=Path, required=True)
-    asking.add_argument("--grammars", help="the structured output's backend, such as guidance (default: auto)")
+    asking.add_argument("--grammars", help="structured output by this backend, such as guidance")
     comparing = commands.add_parser("diff", help="compare what two have said")
     comparing.add_argument("ours", type=Path)
     comparing.add_argument("theirs", type=Path)
