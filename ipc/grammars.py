@@ -7,8 +7,6 @@ and on every machine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import llguidance
 import numpy as np
 from numpy.typing import NDArray
@@ -52,26 +50,6 @@ def check(matcher: llguidance.LLMatcher) -> None:
     if matcher.is_error():
         reason = matcher.get_error().partition("\n<")[0].strip()
         raise RequestError(f"structured_outputs: {reason}", parameter="structured_outputs")
-
-
-def consume(executor: llguidance.LLExecutor, tokens: list[tuple[llguidance.LLMatcher, int]]) -> None:
-    """Let each matcher consume its token. `check` tells afterwards which could not."""
-    if tokens:
-        executor.consume_token_par(tokens)
-
-
-def fill_masks(
-    executor: llguidance.LLExecutor, matchers: Mapping[int, llguidance.LLMatcher], masks: NDArray[np.int32]
-) -> None:
-    """`fill_mask` of rows of `masks`, for matchers that have not given up; `check` tells which have now.
-
-    Args:
-        masks: int32 [rows, ceil(vocabulary / 32)], contiguous.
-    """
-    going = [(matcher, row) for row, matcher in matchers.items() if not matcher.is_error()]
-    if going:
-        assert masks.flags.c_contiguous
-        executor.unsafe_compute_mask_ptr(going, masks.ctypes.data, masks.strides[0], len(masks))
 
 
 def fill_mask(matcher: llguidance.LLMatcher, mask: NDArray[np.int32]) -> None:

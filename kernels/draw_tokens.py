@@ -52,6 +52,7 @@ def draw_tokens(
     slots: Tensor | None = None,
     *,
     share: Share | None = None,
+    thresholds: Tensor | None = None,
 ) -> Tensor:
     """The tokens drawn, int64 [rows]. Of equal scores the first wins.
 
@@ -61,17 +62,27 @@ def draw_tokens(
         positions: [rows], index of the drawn token in its sequence.
         slots: integer [rows], where row i finds temperature and seed; None: at i.
         share: the columns are those of one rank; the result is the same on all.
+        thresholds: float32 [rows], below which logits are out of the race; None: none are.
     """
     if logits.is_cuda:
-        return draw_tokens_triton(logits, temperatures, seeds, positions, slots, share=share)
+        return draw_tokens_triton(
+            logits, temperatures, seeds, positions, slots, share=share, thresholds=thresholds
+        )
     assert share is None
-    return draw_tokens_reference(logits, temperatures, seeds, positions, slots)
+    return draw_tokens_reference(logits, temperatures, seeds, positions, slots, thresholds)
 
 
 def draw_tokens_reference(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, slots: Tensor | None = None
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    slots: Tensor | None = None,
+    thresholds: Tensor | None = None,
 ) -> Tensor:
     """`draw_tokens` in torch."""
+    if thresholds is not None:
+        logits = logits.masked_fill(logits.float() < thresholds[:, None], -torch.inf)
     if slots is not None:
         temperatures, seeds = temperatures[slots.long()], seeds[slots.long()]
     greedy = temperatures == 0
@@ -91,6 +102,7 @@ def draw_tokens_triton(
     slots: Tensor | None = None,
     *,
     share: Share | None = None,
+    thresholds: Tensor | None = None,
 ) -> Tensor:
     """`draw_tokens` in two launches."""
     rows, columns = logits.shape
@@ -109,6 +121,7 @@ def draw_tokens_triton(
         seeds,
         positions,
         positions if slots is None else slots,
+        temperatures if thresholds is None else thresholds,
         best,
         winner,
         columns,
@@ -117,6 +130,7 @@ def draw_tokens_triton(
         seeds.stride(0),
         0 if share is None else share.first,
         HAS_SLOTS=slots is not None,
+        HAS_THRESHOLDS=thresholds is not None,
         BLOCK=block,
         **options,
     )
@@ -181,6 +195,7 @@ def _draw_block_kernel(
     seeds_ptr,
     positions_ptr,
     slots_ptr,
+    thresholds_ptr,
     best_ptr,
     winner_ptr,
     columns,
@@ -189,6 +204,7 @@ def _draw_block_kernel(
     seed_stride,
     first_token,
     HAS_SLOTS: tl.constexpr,
+    HAS_THRESHOLDS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -205,6 +221,9 @@ def _draw_block_kernel(
     column = block * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     score = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=-float("inf")).to(tl.float32)
+    if HAS_THRESHOLDS:
+        inside &= score >= tl.load(thresholds_ptr + row)
+        score = tl.where(inside, score, -float("inf"))
     if temperature > 0:
         score = tl.where(
             inside, score * (1.0 / temperature) + _noise(first_token + column, seed, position), -float("inf")

@@ -27,6 +27,7 @@ from benchlib.linear_bench import bench_linear, bench_splits, bench_tilings, for
 from headrace.kernels.decode_attention import DecodeTuning
 from headrace.kernels.decode_plan import DecodePlan, plan_decode
 from headrace.kernels.draw_tokens import draw_tokens
+from headrace.kernels.stay_thresholds import stay_thresholds
 from torch import Tensor
 
 
@@ -88,18 +89,36 @@ def bench_steps(shape: Shape, weights: Weights, batches: list[int], contexts: li
 
 
 def bench_sampling(vocab: int, device: torch.device) -> list[Row]:
-    """Drawing tokens, greedily and at a temperature."""
+    """Drawing tokens greedily, at a temperature, and with filters, from flat and from peaked logits."""
     rows = []
-    for batch, temperature in itertools.product((1, 8, 128, 256), (0.0, 0.6)):
-        logits = torch.randn(batch, vocab, device=device).bfloat16()
+    wishes = {"greedy": (0.0, 0, 1.0), "temperature": (0.6, 0, 1.0), "top_p": (1.0, 0, 0.9)}
+    wishes |= {
+        "top_k": (1.0, 20, 1.0),
+        "top_k, top_p": (1.0, 20, 0.95),
+        "top_k 5000, top_p": (1.0, 5000, 0.9),
+    }
+    for batch, spread, (wish, (temperature, top_k, top_p)) in itertools.product(
+        (1, 8, 32, 128, 256), (1, 4), wishes.items()
+    ):
+        logits = (torch.randn(batch, vocab, device=device) * spread).bfloat16()
         temperatures = torch.full((batch,), temperature, device=device)
         seeds = torch.arange(batch, device=device)
+        filters = (
+            torch.full((batch,), top_k, dtype=torch.int32, device=device),
+            torch.full((batch,), top_p, dtype=torch.float64, device=device),
+            torch.full((batch,), -torch.inf, device=device),
+        )
 
-        def run(arguments: tuple[Tensor, ...] = (logits, temperatures, seeds, seeds)) -> None:
+        def run(
+            arguments: tuple[Tensor, Tensor, Tensor, Tensor] = (logits, temperatures, seeds, seeds),
+            filters: tuple[Tensor, Tensor, Tensor] = filters,
+            filtered: bool = top_k > 0 or top_p < 1,
+        ) -> None:
             for _ in range(10):
-                draw_tokens(*arguments)
+                thresholds = stay_thresholds(arguments[0], arguments[1], *filters) if filtered else None
+                draw_tokens(*arguments, thresholds=thresholds)
 
-        rows.append({"rows": batch, "temperature": temperature, "us": graph_us(run) / 10})
+        rows.append({"rows": batch, "spread": spread, "wish": wish, "us": graph_us(run) / 10})
     return rows
 
 
@@ -150,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = ["llama-3.2-1b", "qwen3-0.6b", "qwen2.5-1.5b", "opt-125m", "llama-3.1-8b"]
     parser.add_argument(
-        "--models", nargs="+", default=names, choices=sorted(p.name for p in MODELS.iterdir())
+        "--models", nargs="*", default=names, choices=sorted(p.name for p in MODELS.iterdir())
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 32, 128])
     parser.add_argument("--contexts", nargs="+", type=int, default=[64, 1024])

@@ -85,6 +85,8 @@ class Driver:
         while not pending.ready():
             pass
         self._scheduler.update(pending.result())
+        if self._under_way:  # as a worker does: it may now be possible to draw
+            self._under_way[0].ready()
 
 
 def kernels_of(trace: Any) -> list[tuple[str, float, float]]:

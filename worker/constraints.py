@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, RequestError
 from ..ipc.messages import Admit, FailedRow, Sampling
-from .grammar import Grammar, Grammars, Team
+from .grammar import Grammar, Grammars
 from .rules import BadWords, Fixed, Thinking, TokenRules
 
 LOGGER = logging.getLogger(__name__)
@@ -104,7 +104,6 @@ class Constraints:
 
     def __init__(self, build: Build = no_constraints) -> None:
         self._build = build
-        self._team = Team()
         self._rules: dict[int, Rules] = {}
         self._errors: dict[int, ErrorInfo] = {}
         self._unheard: deque[_Unheard] = deque()
@@ -185,23 +184,30 @@ class Constraints:
 
     def _fill(self, slots: Sequence[int], masks: NDArray[np.int32]) -> list[bool]:
         """Write what may come next in each slot; False: everything may, or the request has failed."""
-        rules = [self._rules[slot] for slot in slots]
-        grammars = {row: mine[0] for row, mine in enumerate(rules) if isinstance(mine[0], Grammar)}
-        failed = self._team.fill(grammars, masks) if grammars else {}
-        bound = [row in grammars for row in range(len(slots))]
-        for row, mine in enumerate(rules):
-            if row not in grammars:
-                masks[row] = -1
-            try:
-                filled = [rule.fill(masks[row]) for rule in mine if not isinstance(rule, Grammar)]
-                bound[row] |= any(filled)
-            except Exception as error:
-                failed.setdefault(row, error)
+        # One after the other: on threads of llguidance's executor 32 masks take three times as long.
+        bound = [self._fill_one(slot, mask) for slot, mask in zip(slots, masks, strict=True)]
         for row in np.flatnonzero(~masks.any(axis=1)).tolist():
-            failed.setdefault(row, RequestError("what one parameter allows to come next, others forbid"))
-        for row, reason in failed.items():
-            bound[row] = False
-            self._fail(slots[row], reason)
+            if bound[row]:
+                bound[row] = False
+                error = RequestError("what one parameter allows to come next, others forbid")
+                self._fail(slots[row], error)
+        return bound
+
+    def _fill_one(self, slot: int, mask: Mask) -> bool:
+        first, *others = self._rules[slot]
+        try:
+            if isinstance(first, Grammar):
+                first.write(mask)
+                bound = True
+            else:
+                mask.fill(-1)
+                bound = first.fill(mask)
+            for rule in others:
+                assert not isinstance(rule, Grammar)
+                bound |= rule.fill(mask)
+        except Exception as error:
+            self._fail(slot, error)
+            return False
         return bound
 
     def _room(self, masks: int, words: int) -> NDArray[np.int32]:

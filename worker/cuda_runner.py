@@ -8,65 +8,34 @@ from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ipc.config import EngineConfig
-from ..ipc.messages import Admit, Argument, FailedRow, Sampling, StepPlan, StepResult, pack
+from ..ipc.messages import Admit, Argument, Sampling, StepPlan, pack
 from ..kernels.causal_attention import padded_lengths
 from .constraints import ConstraintBuilder, Constraints
 from .device_slots import DeviceSlots, Work
-from .device_step import MORE_RESULTS, RESULTS, DeviceStep, Logits, Shown
+from .device_step import MORE_RESULTS, RESULTS, DeviceStep, Logits
 from .fused import fold_norms
 from .graphs import Graphs, Recorder, graph_sizes, most_useful
 from .host_memory import keep_freed_memory
 from .invariance import check_fixed_order
 from .kv_cache import CacheSize, cuda_budget, size_cache
-from .logprobs import prompt_to_wire, to_wire
 from .models import build_model
 from .models.causal_lm import CausalLM, LayerCache
 from .packed_graphs import MAX_TOKENS, PackedGraphs, Shape
 from .parallel import TensorParallel, check_devices, connect, open_mailboxes
-from .rules import PromptRow
-from .slots import I32, I64, new_blocks
+from .slots import I64, new_blocks
+from .under_way import Drawn, UnderWay
 from .weights import load_weights, weights_bytes, weights_checksum
 
 _WARM_UP_TOKENS = 32
-
-
-class Under(NamedTuple):
-    """A step on the device."""
-
-    step: int
-    event: torch.cuda.Event
-    row: Tensor
-    """int32, pinned; written once `event` has come."""
-    places: I64 | slice
-    """Where in it the tokens are."""
-    failed: Sequence[FailedRow] = ()
-    shown: Shown | None = None
-    prompts: Sequence[PromptRow] = ()
-
-    def ready(self) -> bool:
-        return bool(self.event.query())
-
-    def tokens(self) -> bytes:
-        self.event.synchronize()
-        tokens: I32 = self.row.numpy()[self.places]
-        return tokens.tobytes()
-
-    def result(self) -> StepResult:
-        tokens = self.tokens()
-        if self.shown is None:
-            return StepResult(self.step, tokens, list(self.failed))
-        sampled, prompts = self.shown
-        messages = prompt_to_wire(self.prompts, prompts)
-        return StepResult(self.step, tokens, list(self.failed), to_wire(sampled), messages)
 
 
 class CudaRunner:
@@ -82,7 +51,10 @@ class CudaRunner:
         self._step: DeviceStep
         self._graphs: Graphs[None] | None = None
         self._special_graphs: Graphs[Logits] | None = None
+        self._filtered_graphs: Graphs[None] | None = None
         self._packed_graphs: PackedGraphs | None = None
+        self._latest: UnderWay | None = None
+        """The step that was submitted last."""
         self._events = [torch.cuda.Event() for _ in range(RESULTS)]
         self._num_events = 0
         self._chores = self._prepare()
@@ -129,6 +101,13 @@ class CudaRunner:
 
             self._graphs = Graphs(recorder, step.decode, rehearse, sizes)
             self._special_graphs = Graphs(recorder, self._special_logits, rehearse, sizes)
+            if step.has_all_logits:
+                self._filtered_graphs = Graphs(
+                    recorder,
+                    partial(step.decode, filtered=True),
+                    partial(step.decode, rehearsal=True, filtered=True),
+                    sizes,
+                )
             self._packed_graphs = PackedGraphs(recorder, step) if step.is_fused else None
 
     @torch.inference_mode()
@@ -181,6 +160,14 @@ class CudaRunner:
         for shape in packed:
             assert packed_graphs is not None
             yield partial(packed_graphs.use, shape)
+        self._step.prepare_rules()
+        yield lambda: None
+        others: tuple[Graphs[Any] | None, ...] = (self._filtered_graphs, self._special_graphs)
+        for kind in others:
+            for size in () if kind is None else most_useful(sizes):
+                assert kind is not None
+                kind.record(size)
+                yield partial(kind.use, size)
         if graphs is not None:
             for size in sizes:
                 graphs.record(size)
@@ -192,7 +179,8 @@ class CudaRunner:
     def release(self, keep_weights: bool) -> None:
         """Everything on the device goes, the graphs with it: they hold addresses."""
         torch.cuda.synchronize()
-        self._graphs = self._special_graphs = self._packed_graphs = None
+        self._graphs = self._special_graphs = self._filtered_graphs = self._packed_graphs = None
+        self._latest = None
         self._chores = iter(())
         self._prepared.clear()
         self._num_in_use = self._num_results = 0
@@ -231,48 +219,60 @@ class CudaRunner:
     # --- steps ---------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def submit(self, plan: StepPlan) -> Under:
-        """Queue the step's kernels."""
+    def submit(self, plan: StepPlan) -> UnderWay:
+        """Queue the step's kernels, but for a draw that must know the tokens of the step before."""
+        if self._latest is not None:
+            self._latest.settle()
         if self._config.poison_blocks:
             self._step.poison(new_blocks(plan, self._config.block_size))
         work = self._step.slots.apply(plan)
         places: I64 | slice = slice(work.num_sampling)
         appended = work.num_sampling > 0
-        shown = None
+        logits: Logits | None = None
         if work.decode and work.num_rows:
-            shown = self._decode(work)
+            logits = self._decode(work)
         elif work.num_rows:
             found = None if self._packed_graphs is None else self._packed_graphs.run(work)
             if found is None:
-                shown = run_packed(self._step, work)
+                logits = run_packed(self._step, work)
             else:
                 places, appended = found, True
         event = self._events[self._num_events % RESULTS]
         self._num_events += 1
-        event.record()
         row = self._step.results[self._num_results % RESULTS]
         self._num_results += appended
-        if not work.needs_host:
-            return Under(plan.step, event, row, places)
-        constraints, sampled = self._step.slots.constraints, work.slots[work.sampling]
-        under = Under(plan.step, event, row, places, constraints.failed(sampled), shown, work.prompts)
-        constraints.expect(sampled, under.tokens)
+        under = UnderWay(plan.step, event, row, places, work.prompts)
+        if logits is None:
+            under.launched()
+        else:
+            under.draw_later(partial(self._draw, logits, work, under), self._latest if work.ruled else None)
+        self._latest = under
         return under
 
-    def _decode(self, work: Work) -> Shown | None:
-        step = self._step
-        if work.needs_host:
-            logits = (
-                step.decode_logits(work.num_rows)
-                if self._special_graphs is None
-                else self._special_graphs.run(work.num_rows)
-            )
-            return step.draw_special(logits, work)
-        if self._graphs is None:
-            step.decode(work.num_rows)
+    def _decode(self, work: Work) -> Logits | None:
+        """Run a decode step; where the host has a part in its draw, this remains to be done."""
+        step, rows = self._step, work.num_rows
+        if work.needs_host or (work.filtered and not step.has_all_logits):
+            graphs = self._special_graphs
+            logits = step.decode_logits(rows) if graphs is None else graphs.run(rows)
+            if work.needs_host:
+                return logits
+            step.draw(logits, filtered=True)
+        elif self._graphs is None:
+            step.decode(rows, filtered=work.filtered)
+        elif work.filtered:
+            assert self._filtered_graphs is not None
+            self._filtered_graphs.run(rows)
         else:
-            self._graphs.run(work.num_rows)
+            self._graphs.run(rows)
         return None
+
+    @torch.inference_mode()
+    def _draw(self, logits: Logits, work: Work, under: UnderWay) -> Drawn:
+        constraints, sampled = self._step.slots.constraints, work.slots[work.sampling]
+        shown = self._step.draw_special(logits, work)
+        constraints.expect(sampled, under.tokens)
+        return Drawn(shown, constraints.failed(sampled))
 
     def _special_logits(self, rows: int) -> Logits:
         """Logits where every graph leaves them: kept apart they would fill the memory."""
@@ -362,13 +362,12 @@ class CudaRunner:
         return self._new_step(rows, length + 2, -(-(length + 1) // self._config.block_size))
 
 
-def run_packed(step: DeviceStep, work: Work) -> Shown | None:
-    """A step of any composition."""
+def run_packed(step: DeviceStep, work: Work) -> Logits | None:
+    """A step of any composition; where the host has a part in its draw, this remains to be done."""
     logits = step.packed_logits(work)
-    if logits is not None and work.needs_host:
-        return step.draw_special(logits, work)
-    if logits is not None:
-        step.draw(logits)
+    if logits is None or work.needs_host:
+        return logits
+    step.draw(logits, filtered=work.filtered)
     return None
 
 

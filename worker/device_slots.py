@@ -7,6 +7,7 @@ operations for one request as for a thousand. Does not know models, sampling or 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,10 +22,10 @@ from .rules import PromptRow, TokenRules, Wish
 from .slots import I32, I64, Bools, SamplingColumns
 from .staging import Staging
 
-NUM_COLUMNS = 4
-"""int32 words that a slot has for its length and what its draw needs: 16 bytes are one load."""
-NUM_COMPUTED, TEMPERATURE, SEED = 0, 1, 2
-"""A float's bits stand for it; the seed takes two words."""
+NUM_COLUMNS = 8
+"""int32 words that a slot has for its length and what its draw needs."""
+NUM_COMPUTED, TEMPERATURE, SEED, TOP_P, TOP_K, LOG_MIN_P = 0, 1, 2, 4, 6, 7
+"""A float's bits stand for it; the seed, and top_p as a float64, take two words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,9 @@ class Work:
     decode: bool
     """Every row continues its request by one token and samples."""
     special: bool
-    """Some row wants more than temperature: top_k, top_p, min_p, penalties, fixed rules on tokens, logprobs;
-    or some prompt wants logprobs."""
+    """Some row wants penalties, fixed rules on tokens or logprobs; or some prompt wants logprobs."""
+    filtered: bool
+    """Some row has top_k, top_p or min_p."""
     ruled: bool
     """Some row has rules that the host applies."""
     slots: I64
@@ -109,6 +111,7 @@ class DeviceSlots:
         self.block_tables = tables.view(-1, max_blocks)
         self.block_tables[self.padding_slot] = self.padding_block
         self.columns = columns.view(-1, NUM_COLUMNS)
+        self.filters[1].fill_(1.0)
         self.rows = row_slots
         self.rows.fill_(self.padding_slot)
         self.counter = counter[:1]
@@ -120,6 +123,7 @@ class DeviceSlots:
         self._num_blocks = np.zeros(num_slots, np.int64)
         self._in_use = np.zeros(num_slots, np.bool_)
         self._special = np.zeros(num_slots, np.bool_)
+        self._filtered = np.zeros(num_slots, np.bool_)
         self._ruled = np.zeros(num_slots, np.bool_)
         self.num_prompt = np.zeros(num_slots, np.int64)
         self.sampling = SamplingColumns.empty(num_slots)
@@ -128,7 +132,7 @@ class DeviceSlots:
         self._room = 0
         """Decode steps for which the current rows have blocks, counted from `_behind` = 0."""
         none = np.zeros(0, np.int64)
-        self._work = Work(0, 0, True, False, False, none, none, none, none > 0, none, True)
+        self._work = Work(0, 0, True, False, False, False, none, none, none, none > 0, none, True)
 
     @property
     def lengths(self) -> Tensor:
@@ -144,6 +148,12 @@ class DeviceSlots:
     def seeds(self) -> Tensor:
         """int64 [num_slots + 1]"""
         return self.columns.view(torch.int64)[:, SEED // 2]
+
+    @property
+    def filters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """top_k int32, top_p float64 and the logarithm of min_p float32, all [num_slots + 1]"""
+        floats, doubles = self.columns.view(torch.float32), self.columns.view(torch.float64)
+        return self.columns[:, TOP_K], doubles[:, TOP_P // 2], floats[:, LOG_MIN_P]
 
     def history(self, slots: I64, length: int) -> Tensor:
         """int32 [len(slots), length], the first tokens of these slots."""
@@ -232,6 +242,7 @@ class DeviceSlots:
             num_sampling=len(sampling),
             decode=len(sampling) == len(rows) and bool(continuing.all()),
             special=bool(prompts) or bool(self._special[rows[sampling]].any()),
+            filtered=bool(self._filtered[rows[sampling]].any()),
             ruled=bool(self._ruled[rows[sampling]].any()),
             slots=rows,
             starts=starts,
@@ -256,6 +267,7 @@ class DeviceSlots:
         self._num_blocks[slot], self.num_prompt[slot] = len(blocks), admit.num_prompt_tokens
         self.sampling.set(slot, admit)
         self._special[slot] = _is_special(admit.sampling)
+        self._filtered[slot] = _is_filtered(admit.sampling)
         self._ruled[slot] = self.constraints.admit(admit)
         self._changes.add(self._tokens_at + slot * self._length, tokens)
         if len(blocks):
@@ -315,19 +327,25 @@ def _columns(admit: Admit) -> I32:
     column[NUM_COMPUTED] = admit.num_computed
     floats[TEMPERATURE] = wanted.temperature
     column[SEED : SEED + 2] = np.array([wanted.seed], np.uint64).view(np.int32)
+    column[TOP_P : TOP_P + 2] = np.array([wanted.top_p], np.float64).view(np.int32)
+    column[TOP_K] = max(wanted.top_k, 0)
+    floats[LOG_MIN_P] = math.log(wanted.min_p) if wanted.min_p > 0 else -math.inf
     return column
 
 
 def _is_special(wanted: Sampling) -> bool:
-    """The draw needs more than temperature and noise."""
+    """The draw needs more than temperature, filters and noise."""
     stops = wanted.eos_token_id is not None or bool(wanted.stop_token_ids)
     held_back = wanted.min_tokens > 0 and stops and wanted.grammar is None  # a grammar does so itself
     penalized = (
         wanted.presence_penalty != 0 or wanted.frequency_penalty != 0 or wanted.repetition_penalty != 1
     )
-    filtered = wanted.temperature > 0 and (wanted.top_k > 0 or wanted.top_p < 1 or wanted.min_p > 0)
     ruled = TokenRules.of(wanted) is not None or Wish.of(wanted) is not None
-    return held_back or penalized or filtered or ruled
+    return held_back or penalized or ruled
+
+
+def _is_filtered(wanted: Sampling) -> bool:
+    return wanted.temperature > 0 and (wanted.top_k > 0 or wanted.top_p < 1 or wanted.min_p > 0)
 
 
 def _round_up(value: int, multiple: int) -> int:

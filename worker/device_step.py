@@ -18,9 +18,11 @@ from torch import Tensor
 from ..ipc.config import LogprobsMode
 from ..kernels.causal_attention import SHORTEST, padded_length, prepare
 from ..kernels.draw_tokens import draw_tokens
+from ..kernels.forbid_tokens import forbid_tokens
 from ..kernels.paged_attention import AttentionMetadata
 from ..kernels.paged_prefill import tile_tokens
 from ..kernels.slot_table import StepInputs, append_tokens, decode_inputs, packed_inputs
+from ..kernels.stay_thresholds import stay_thresholds
 from .constraints import Constraints
 from .device_slots import DeviceSlots, Work
 from .fixed_order import FixedOrder
@@ -153,6 +155,11 @@ class DeviceStep:
     def is_fused(self) -> bool:
         return self._fused is not None
 
+    @property
+    def has_all_logits(self) -> bool:
+        """This rank computes the logits of all tokens: filters can stand in a CUDA graph."""
+        return self._fused is None or self._fused.share is None
+
     # --- decode steps: nothing here depends on anything on the host but `rows` -----------------------
 
     def poison(self, blocks: list[int]) -> None:
@@ -161,12 +168,12 @@ class DeviceStep:
             keys[blocks] = POISON
             values[blocks] = POISON
 
-    def decode(self, rows: int, rehearsal: bool = False) -> None:
-        """A whole step of the first `rows` slots of `slots.rows`, sampled with temperature alone.
+    def decode(self, rows: int, rehearsal: bool = False, filtered: bool = False) -> None:
+        """A whole step of the first `rows` slots of `slots.rows`, sampled as `draw` does.
 
         A rehearsal launches the same kernels for padding and leaves no trace.
         """
-        self.draw(self.decode_logits(rows, rehearsal), rehearsal)
+        self.draw(self.decode_logits(rows, rehearsal), rehearsal, filtered)
 
     def decode_logits(self, rows: int, rehearsal: bool = False) -> Logits:
         """The first part of `decode`: run the model."""
@@ -179,13 +186,25 @@ class DeviceStep:
         hidden = self._model(inputs.input_ids, inputs.positions, self._caches, meta)
         return Logits(self._model.compute_logits(hidden), slots, inputs.seq_lens)
 
-    def draw(self, drawn: Logits, rehearsal: bool = False) -> None:
-        """Sample with temperature alone, and append."""
-        table = self.slots
+    def draw(self, drawn: Logits, rehearsal: bool = False, filtered: bool = False) -> None:
+        """Sample by temperature and, with `filtered`, top_k, top_p and min_p; append."""
+        table, logits = self.slots, drawn.logits
         share = None if self._fused is None else self._fused.share
+        thresholds = None
+        if filtered:
+            logits, share = self._of_all_tokens(logits), None
+            thresholds = stay_thresholds(logits, table.temperatures, *table.filters, drawn.slots)
         tokens = draw_tokens(
-            drawn.logits, table.temperatures, table.seeds, drawn.ends, drawn.slots, share=share
+            logits,
+            table.temperatures,
+            table.seeds,
+            drawn.ends,
+            drawn.slots,
+            share=share,
+            thresholds=thresholds,
         )
+        if filtered:  # probabilities may round differently from GPU to GPU; the ranks may not part
+            self._tp.broadcast(tokens)
         self._append(tokens, drawn, rehearsal)
 
     def draw_special(self, drawn: Logits, work: Work) -> Shown:
@@ -203,7 +222,7 @@ class DeviceStep:
             share = None if self._fused is None else self._fused.share
             first = 0 if share is None else share.first
             self._masks.apply(rows.logits, table.constraints, sampled, self._model.vocab_size, first)
-            self.draw(rows)
+            self.draw(rows, filtered=work.filtered)
             return Shown((), prompts)
         num_tokens = table.num_tokens.copy()
         num_tokens[sampled] -= 1
@@ -219,7 +238,7 @@ class DeviceStep:
             one_each=work.decode,
             changed=work.changed,
         )
-        logits = self._of_all_tokens(drawn.logits[:count])
+        logits = self._of_all_tokens(drawn.logits[:count]).float()
         tokens, shown = self._sampler.sample(logits, requests, batch)
         # The stages' sums over a row may round differently from GPU to GPU; the ranks may not part.
         self._tp.broadcast(tokens)
@@ -232,12 +251,12 @@ class DeviceStep:
         at_slots, at_places = self.staging.send(slots, places)
         chosen = self.slots.tokens[at_slots.long(), at_places.long()].long()
         stage = LogprobStage(prompt_wishes(prompts), lambda values: upload(values, self.slots.device))
-        scores = scores_to_show(self._of_all_tokens(logits), self._logprobs_mode)
+        scores = scores_to_show(self._of_all_tokens(logits).float(), self._logprobs_mode)
         return [entries.send_home() for entries in stage.gather(scores, chosen)]
 
     def _of_all_tokens(self, logits: Tensor) -> Tensor:
-        """float32 [rows, vocab], on all ranks."""
-        return (logits if self._fused is None else self._fused.gather(logits)).float()
+        """[rows, vocab], on all ranks."""
+        return logits if self._fused is None else self._fused.gather(logits)
 
     def _append(self, tokens: Tensor, drawn: Logits, rehearsal: bool = False) -> None:
         table, scene = self.slots, self._rehearsed if rehearsal else self._real
@@ -339,6 +358,13 @@ class DeviceStep:
             length, self.num_heads, heads, head_dim, head_dim**-0.5, blocks.dtype, blocks.device
         ):
             self._whole_lengths.append(length)
+
+    def prepare_rules(self) -> None:
+        """Compile what the first step with rules would otherwise wait for."""
+        device, words = self.slots.device, -(-self._model.vocab_size // 32)
+        logits = torch.zeros(1, self._model.vocab_size, dtype=self._caches[0][0].dtype, device=device)
+        index = torch.full((1,), -1, dtype=torch.int32, device=device)
+        forbid_tokens(logits, torch.zeros(1, words, dtype=torch.int32, device=device), index)
 
     def _packed_metadata(
         self,

@@ -6,9 +6,8 @@ a grammar may cost is bounded by `ipc.grammars`.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import llguidance
@@ -17,13 +16,10 @@ from numpy.typing import NDArray
 
 from ..ipc import grammars
 from ..ipc.config import EngineConfig
-from ..ipc.errors import RequestError
 from ..ipc.messages import Sampling
 
 _KEPT = 64
 """Grammars that are kept for the requests to come."""
-_MOST_THREADS = 16
-"""A mask takes some 5 us, a thread's waking as long: more would have nothing to do."""
 
 
 class Grammars:
@@ -57,7 +53,7 @@ class Grammar:
     """The rule that the text so far can be continued to one that the grammar describes.
 
     When nothing can follow, only end-of-sequence tokens may, whatever `min_tokens` says; until then it holds
-    back `stops`. `Team` fills its masks.
+    back `stops`.
     """
 
     def __init__(
@@ -79,66 +75,27 @@ class Grammar:
         self._unmatched.append(token)
         self._num_held_back -= 1
 
-    def catch_up(self) -> tuple[llguidance.LLMatcher, int | None]:
-        """The matcher, and the token that it has yet to consume before it knows the text so far.
+    def write(self, mask: NDArray[np.int32]) -> None:
+        """Write what may come next; what `mask` holds does not matter.
 
-        Raises RequestError for a grammar that cannot be built, or has taken too much work.
+        Raises RequestError for a grammar that cannot be built, or takes too much work on the way.
         """
         if self._matcher is None:
             self._matcher = self._built.result().deep_copy()
-        matcher, last = self._matcher, None
         for token in self._unmatched:
-            if last is not None:
-                matcher.consume_token(last)
             # Behind the end there may be any number of these: the request ignores them, or steps ran ahead.
-            last = None if matcher.is_stopped() and token in self._ends else token
+            if not (self._matcher.is_stopped() and token in self._ends):
+                self._matcher.consume_token(token)
         self._unmatched = []
-        grammars.check(matcher)
-        return matcher, last
-
-    def hold_back(self, mask: NDArray[np.int32]) -> None:
-        """Clear the stops in the grammar's mask, unless they are all that is left."""
+        grammars.fill_mask(self._matcher, mask)
         if self._num_held_back > 0:
-            others = mask.copy()
-            words = others.view(np.uint32)
-            for token in self._stops:
-                words[token >> 5] &= ~np.uint32(1 << (token & 31))
-            if others.any():
-                mask[:] = others
+            self._hold_back(mask)
 
-
-class Team:
-    """Fills the masks of many grammars at once: threads share the work, and the interpreter is free."""
-
-    def __init__(self) -> None:
-        self._executor: llguidance.LLExecutor | None = None
-
-    def fill(self, wanted: Mapping[int, Grammar], masks: NDArray[np.int32]) -> dict[int, Exception]:
-        """What may come next by each grammar into its row of `masks`; whatever else is there is overwritten.
-
-        Args:
-            masks: int32 [rows, ceil(vocabulary / 32)], contiguous.
-
-        Returns: for which of them it failed, and why.
-        """
-        failed: dict[int, Exception] = {}
-        matchers: dict[int, llguidance.LLMatcher] = {}
-        unmatched: list[tuple[llguidance.LLMatcher, int]] = []
-        for row, grammar in wanted.items():
-            try:
-                matchers[row], token = grammar.catch_up()
-                if token is not None:
-                    unmatched.append((matchers[row], token))
-            except Exception as error:
-                failed[row] = error
-        if self._executor is None:
-            self._executor = llguidance.LLExecutor(min(len(os.sched_getaffinity(0)), _MOST_THREADS))
-        grammars.consume(self._executor, unmatched)
-        grammars.fill_masks(self._executor, matchers, masks)
-        for row, matcher in matchers.items():
-            try:
-                grammars.check(matcher)
-                wanted[row].hold_back(masks[row])
-            except RequestError as error:
-                failed[row] = error
-        return failed
+    def _hold_back(self, mask: NDArray[np.int32]) -> None:
+        """Clear the stops, unless they are all that is left."""
+        others = mask.copy()
+        words = others.view(np.uint32)
+        for token in self._stops:
+            words[token >> 5] &= ~np.uint32(1 << (token & 31))
+        if others.any():
+            mask[:] = others

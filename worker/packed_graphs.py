@@ -129,6 +129,8 @@ class PackedGraphs:
         """
         num_decodes = int(work.continuing.sum())
         tokens = int(work.num_scheduled.sum()) - num_decodes
+        if work.filtered and not self._step.has_all_logits:
+            return None
         if work.needs_host or work.num_rows - num_decodes > MAX_PROMPTS:
             return None
         fitting = (s for s in self._in_use if s.decodes >= num_decodes and s.tokens >= tokens)
@@ -145,4 +147,5 @@ class PackedGraphs:
         decodes, tokens = form.shape
         logits = self._step.run_packed(form.tensors, decodes + tokens, tokens, decodes, ())
         assert logits is not None
-        self._step.draw(logits, rehearsal)
+        # Rows without a filter cost next to nothing.
+        self._step.draw(logits, rehearsal, filtered=self._step.has_all_logits)

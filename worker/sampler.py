@@ -265,6 +265,8 @@ def _final(logits: Tensor, shown: _Shown) -> Tensor:
 
 
 def _draw_filtered(scores: Tensor, nucleus: Nucleus, seeds: Tensor, positions: Tensor) -> Tensor:
+    if scores.is_cuda:
+        return gumbel_argmax(keep_of_all(scores, nucleus), seeds, positions)
     likeliest, token_ids, complete = keep_likeliest(scores, nucleus)
     columns = gumbel_argmax(likeliest, seeds, positions, token_ids)
     tokens = token_ids.gather(1, columns[:, None]).squeeze(1)

@@ -18,7 +18,8 @@ from headrace.core.request import Phase, Request
 from headrace.core.scheduler import Scheduler
 from headrace.ipc.config import EngineConfig
 from headrace.ipc.messages import Sampling, pack, unpack
-from headrace.worker.cuda_runner import CudaRunner, Under
+from headrace.worker.cuda_runner import CudaRunner
+from headrace.worker.under_way import UnderWay
 
 from .peers import VOCAB, Answer, make_peer, regrets
 
@@ -48,7 +49,7 @@ class Soak:
         self._block_size = config.block_size
         self._rng = random.Random(seed)
         self._prefixes = [self._tokens(length) for length in (40, 100, 200)]
-        self._under_way: deque[Under] = deque()
+        self._under_way: deque[UnderWay] = deque()
         self._num_prepared = 0
 
     def turn(self) -> None:

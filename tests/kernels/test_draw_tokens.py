@@ -8,7 +8,9 @@ from headrace.kernels.draw_tokens import draw_tokens, draw_tokens_reference, dra
 from torch import Tensor
 
 
-def make(device: torch.device, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def make(
+    device: torch.device, rows: int, columns: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(rows + columns)
     logits = torch.randn(rows, columns).to(device, dtype) * 3
     temperatures = torch.tensor([0.0, 0.5, 1.0, 2.0]).repeat(rows)[:rows].to(device)
@@ -44,3 +46,14 @@ def test_the_first_of_equal_scores_wins(device: torch.device) -> None:
     logits[0, [1500, 4000]] = 1.0
     zero = torch.zeros(1, device=device)
     assert draw_tokens_triton(logits, zero, zero.long(), zero.int()).tolist() == [1500]
+
+
+def test_what_is_below_its_rows_threshold_is_out_of_the_race(device: torch.device) -> None:
+    arguments = make(device, 8, 3001, torch.bfloat16)
+    thresholds = arguments[0].float().quantile(torch.linspace(0.1, 0.999, 8, device=device), dim=1).diagonal()
+    thresholds = thresholds.contiguous()
+    thresholds[3] = -torch.inf
+    drawn = draw_tokens_triton(*arguments, thresholds=thresholds)
+    assert drawn.tolist() == draw_tokens_reference(*arguments, thresholds=thresholds).tolist()
+    assert (arguments[0].float().gather(1, drawn[:, None]).squeeze(1) >= thresholds).all()
+    assert drawn.tolist() != draw_tokens_triton(*arguments).tolist()

@@ -20,7 +20,7 @@ from headrace.ipc.messages import Admit, Sampling, StepPlan, StepResult, Thinkin
 from headrace.worker.constraints import ConstraintBuilder, Constraints
 from headrace.worker.cuda_runner import run_packed
 from headrace.worker.device_slots import DeviceSlots
-from headrace.worker.device_step import RESULTS, DeviceStep, Shown
+from headrace.worker.device_step import RESULTS, DeviceStep
 from headrace.worker.in_order import InOrder
 from headrace.worker.logprobs import prompt_to_wire, to_wire
 from headrace.worker.models import build_model
@@ -71,13 +71,12 @@ class OnDevice:
     def submit(self, plan: StepPlan) -> StepResult:
         step = self.step
         work = step.slots.apply(plan)
-        shown: Shown | None = None
-        if not work.decode:
-            shown = run_packed(step, work)
-        elif work.needs_host:
-            shown = step.draw_special(step.decode_logits(work.num_rows), work)
-        elif work.num_rows:
-            step.decode(work.num_rows)
+        logits = None if work.decode else run_packed(step, work)
+        if work.decode and work.needs_host:
+            logits = step.decode_logits(work.num_rows)
+        elif work.decode and work.num_rows:
+            step.decode(work.num_rows, filtered=work.filtered)
+        shown = None if logits is None else step.draw_special(logits, work)
         row = step.results[self._num_results % RESULTS, : work.num_sampling]
         self._num_results += work.num_sampling > 0
         step.slots.constraints.expect(work.slots[work.sampling], row.numpy().tobytes)
