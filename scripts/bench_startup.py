@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -37,23 +37,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--idle-seconds", type=float, default=10.0)
 
 
-def measure(args: argparse.Namespace) -> Figures:
+def measure(args: argparse.Namespace) -> Iterator[Figures]:
     rng = random.Random(args.seed)
     begun = time.perf_counter()
     with started(args) as engine:
-        figures = {"start to ready, s": time.perf_counter() - begun}
+        yield {"start to ready, s": time.perf_counter() - begun}
         (trace,) = engine.run([Request(random_prompt(rng, 8), 1)])
-        figures["start to first token, s"] = trace.outputs[0][0] - begun
-        figures |= _idle(args.idle_seconds)
+        yield {"start to first token, s": trace.outputs[0][0] - begun}
+        yield _idle(args.idle_seconds)
 
         def first_token() -> float:
             return engine.run([Request(random_prompt(rng, 8), 1)])[0].ttft
 
-        figures |= _rested("first token", first_token, args.idle_seconds)
-        figures |= _rested("a plain function", _work, args.idle_seconds)
-    figures["import AsyncLLM, s"] = _wall([sys.executable, "-c", _IMPORTS[args.engine]])
-    figures["--help, s"] = _wall([str(Path(sys.executable).with_name(args.engine)), "--help"])
-    return figures
+        yield _rested("first token", first_token, args.idle_seconds)
+        yield _rested("a plain function", _work, args.idle_seconds)
+    yield {"import AsyncLLM, s": _wall([sys.executable, "-c", _IMPORTS[args.engine]])}
+    yield {"--help, s": _wall([str(Path(sys.executable).with_name(args.engine)), "--help"])}
 
 
 def _idle(seconds: float) -> Figures:
