@@ -57,6 +57,7 @@ class Driver:
                 max_num_batched_tokens=16384,
                 max_model_len=length,
                 enforce_eager=args.enforce_eager,
+                batch_invariant=args.batch_invariant,
                 enable_prefix_caching=False,
             )
         )
@@ -178,6 +179,7 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--grammar", help="that texts follow, as Lark or as llguidance's JSON")
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--trace", metavar="FILE", help="write a trace of the last case for Perfetto")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
