@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -11,9 +12,10 @@ from typing import Any, TypeAlias
 import psutil
 import pytest
 import torch
-from headrace import LLM, RequestOutput, SamplingParams
+from headrace import LLM, ConfigError, RequestOutput, SamplingParams
 from headrace.ipc.config import EngineConfig
 from headrace.ipc.messages import Sampling
+from headrace.kernels import fixed_order_linear
 from headrace.worker.invariance import check_fixed_order
 
 from .peers import VOCAB, make_peer, regrets, regrets_of_bfloat16
@@ -140,3 +142,10 @@ def test_this_gpu_adds_in_order(heads: tuple[int, int, int], dtype: torch.dtype)
     if dtype == torch.float32 and heads[2] > 128:
         pytest.skip("refused")
     check_fixed_order(*heads, dtype, torch.device("cuda", 0))
+
+
+def test_another_order_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = itertools.cycle((8, 4))
+    monkeypatch.setattr(fixed_order_linear, "pieces", lambda out_features, in_features: next(orders))
+    with pytest.raises(ConfigError, match="batch_invariant"):
+        check_fixed_order(8, 2, 64, torch.bfloat16, torch.device("cuda", 0))
