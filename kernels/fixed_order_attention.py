@@ -5,8 +5,8 @@ tile, and the chunks' results are put together in their order. A token that deco
 middle of a prompt so go through the same operations; what it must not see adds exact zeros.
 
 One program computes a tile of query tokens of one row with all heads that share a key head, as in
-`paged_prefill`. Where few rows decode, their chunks are spread over programs, and the one that finishes last
-puts them together.
+`paged_prefill`. The chunks of decoding rows go through memory, spread over programs where rows are few; the
+program that finishes last puts them together.
 """
 
 from __future__ import annotations
@@ -21,14 +21,24 @@ from .pdl import allow_next, pdl_options, wait_previous
 
 CHUNK = 256
 """Keys."""
-_TILE = 64
-"""Keys at a time, for everybody."""
-_FEW = 264
-"""Programs below which chunks are spread: two for each of an H200's multiprocessors."""
+_TILE_ROWS = 64
+"""(query token, head) pairs of a tile of prompt tokens: one warp group's, 16 for each warp."""
+_DECODE_ROWS = 16
+"""Of a tile of one token: one warp's. A warp computes its rows like every other one."""
 _SPREAD = 1056
-"""Programs to spread them over."""
-_ROOM = 1 << 26
-"""Bytes for spread chunks at most, unless one row needs more."""
+"""Programs to spread the chunks of decoding rows over: eight for each of an H200's multiprocessors."""
+_ROOM = 1 << 27
+"""Bytes for chunks of decoding rows at most, unless one row needs more."""
+
+
+def tile_tokens(heads: int, kv_heads: int) -> int:
+    """Query tokens of one tile, more than one."""
+    return max(2, _TILE_ROWS // int(triton.next_power_of_2(heads // kv_heads)))
+
+
+def _tile(head_dim: int) -> int:
+    """Keys at a time, for everybody: more of wide heads do not fit into a warp's registers."""
+    return 64 if head_dim <= 64 else 32
 
 
 class Workspace(NamedTuple):
@@ -43,11 +53,17 @@ class Workspace(NamedTuple):
 
     @classmethod
     def empty(
-        cls, heads: int, kv_heads: int, head_dim: int, max_tokens: int, device: torch.device
+        cls,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        max_rows: int,
+        max_tokens: int,
+        device: torch.device,
     ) -> Workspace:
-        """For sequences of up to `max_tokens`."""
+        """For up to `max_rows` decoding rows of up to `max_tokens` tokens, or for as many as there is room."""
         chunks = triton.cdiv(max_tokens, CHUNK)
-        rows = max(1, min(_FEW // kv_heads, _ROOM // (chunks * heads * head_dim * 4)))
+        rows = max(1, min(max_rows, _ROOM // (chunks * heads * head_dim * 4)))
         return cls(
             torch.empty(rows, chunks, heads, head_dim, dtype=torch.float32, device=device),
             torch.empty(rows, chunks, heads, 2, dtype=torch.float32, device=device),
@@ -69,10 +85,6 @@ def fixed_order_attention(
     scale: float,
     workspace: Workspace,
     out: Tensor | None = None,
-    num_warps: int | None = None,
-    num_stages: int | None = None,
-    rows: int | None = None,
-    splits: int | None = None,
 ) -> Tensor:
     """Causal attention of the query tokens of `tiles` over their rows' sequences.
 
@@ -85,14 +97,11 @@ def fixed_order_attention(
     padded_group = triton.next_power_of_2(group)
     if out is None:
         out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
-    if tile_tokens == 1:
-        padded_group = max(padded_group, rows or 16)
-        if splits is None:
-            splits = 1
-            if len(tiles) <= len(workspace.partial):
-                splits = min(workspace.partial.shape[1], triton.cdiv(_SPREAD, len(tiles) * kv_heads))
-    num_warps = num_warps or max(1, min(8, tile_tokens * padded_group // 16))
-    _fixed_order_kernel[len(tiles), kv_heads, splits or 1](
+    spread = tile_tokens == 1 and len(tiles) <= len(workspace.partial)
+    splits = min(workspace.partial.shape[1], triton.cdiv(_SPREAD, len(tiles) * kv_heads)) if spread else 1
+    if tile_tokens == 1:  # two warps would share the rows in another way
+        padded_group = max(padded_group, _DECODE_ROWS if padded_group <= _DECODE_ROWS else _TILE_ROWS)
+    _fixed_order_kernel[len(tiles), kv_heads, splits](
         q,
         k_cache,
         v_cache,
@@ -116,11 +125,11 @@ def fixed_order_attention(
         WIDTH=triton.next_power_of_2(head_dim),
         BLOCK_SIZE=block_size,
         TOKENS=tile_tokens,
-        SPREAD=(splits or 1) > 1,
-        TILE=_TILE,
+        SPREAD=spread,
+        TILE=_tile(head_dim),
         CHUNK=CHUNK,
-        num_warps=num_warps,
-        num_stages=num_stages or _stages(head_dim, q.dtype),
+        num_warps=max(1, tile_tokens * padded_group // 16),
+        num_stages=_stages(head_dim, q.dtype),
         **pdl_options(q),
     )
     return out

@@ -121,6 +121,7 @@ class DeviceStep:
         batch_invariant: bool = False,
     ) -> None:
         self.num_heads = num_heads
+        self.tile_tokens = tile_tokens(num_heads, model.num_kv_heads)
         self.slots = slots
         self._model, self._caches = model, caches
         self._tp = tp or TensorParallel()
@@ -130,6 +131,7 @@ class DeviceStep:
         if batch_invariant:
             room = len(slots.rows), slots.tokens.shape[1]
             self._fused = FixedOrder(model, caches, slots.block_tables, num_heads, *room)
+            self.tile_tokens = self._fused.tile_tokens
         elif on_gpu:
             self._fused = fuse(model, caches, slots.block_tables, num_heads, len(slots.rows))
         self._sampler = Sampler(device, logprobs_mode)
@@ -146,7 +148,6 @@ class DeviceStep:
         )
         self.staging = Staging(device)
         self._whole_lengths: list[int] = []
-        self.tile_tokens = tile_tokens(num_heads, model.num_kv_heads)
         starts = torch.arange(len(slots.rows) + 1, dtype=torch.int32, device=device)
         self._each_row = starts
         self._each_tile = torch.stack((starts, torch.zeros_like(starts)), dim=1)

@@ -23,7 +23,6 @@ from ..kernels.fixed_order_linear import fixed_order_linear
 from ..kernels.fused_linear import Activation
 from ..kernels.kv_write import finish_heads
 from ..kernels.layer_norm import layer_norm
-from ..kernels.paged_prefill import tile_tokens
 from ..kernels.rms_norm import rms_norm
 from ..kernels.silu_mul import silu_mul
 from ..kernels.slot_table import StepInputs
@@ -65,10 +64,12 @@ class FixedOrder:
             raise ConfigError(message, parameter="batch_invariant", value=True, limit=limit)
         self._model, self._caches, self._tables = model, caches, block_tables
         _, _, kv_heads, self._head_dim = caches[0][0].shape
-        self._num_heads, self._tile_tokens = num_heads, tile_tokens(num_heads, kv_heads)
+        self._num_heads, self.tile_tokens = num_heads, attention.tile_tokens(num_heads, kv_heads)
         device = block_tables.device
         self._products = linear.Workspace.empty(device)
-        self._chunks = attention.Workspace.empty(num_heads, kv_heads, self._head_dim, max_tokens, device)
+        self._chunks = attention.Workspace.empty(
+            num_heads, kv_heads, self._head_dim, max_rows, max_tokens, device
+        )
         self._starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._each = torch.stack((self._starts, torch.zeros_like(self._starts)), dim=1)
 
@@ -110,7 +111,7 @@ class FixedOrder:
             bias=heads.bias,
         )
         out = torch.empty(len(qkv), self._num_heads * self._head_dim, dtype=qkv.dtype, device=qkv.device)
-        parts = ((self._each[: step.num_decodes], 1), (step.tiles, self._tile_tokens))
+        parts = ((self._each[: step.num_decodes], 1), (step.tiles, self.tile_tokens))
         for tiles, tokens in parts:
             if len(tiles):
                 fixed_order_attention(

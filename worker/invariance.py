@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from ..ipc.errors import ConfigError
 from ..kernels import fixed_order_attention, fixed_order_linear
 from ..kernels.invariant_attention import LONG, invariant_attention, plan_invariant
-from ..kernels.paged_prefill import tile_tokens
 
 _MULTIPLES = (1, 2, 4, 16, 32)
 _COUNTS = (1, 2, 3, 5, 7, 8, 9, 11, 12, 16, 17, 31, 33, 48, 64, 65, 97, 300, 512, 1000)
@@ -76,7 +75,7 @@ def find_query_multiple(heads: int, kv_heads: int, head_dim: int, dtype: torch.d
 
 
 _GPU_ROWS = (1, 16, 17, 40, 65, 129, 300, 700)
-"""That are multiplied together: some for every tiling."""
+"""That are multiplied together: some for every way and tiling."""
 _GPU_SHAPES = ((128, 1024), (8192, 256))
 """Matrices whose columns are cut into runs, and not."""
 
@@ -114,7 +113,7 @@ def _attends_alike(
     length, size = 2 * fixed_order_attention.CHUNK + 88, 8
     sequence = _sequence(length, size, heads, kv_heads, head_dim, dtype, generator)
     q, keys, values = (part.to(device) for part in sequence)
-    workspace = fixed_order_attention.Workspace.empty(heads, kv_heads, head_dim, length, device)
+    workspace = fixed_order_attention.Workspace.empty(heads, kv_heads, head_dim, 8, length, device)
     ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
 
     def attend(queries: Tensor, ends: list[int], per_tile: int) -> Tensor:
@@ -135,7 +134,7 @@ def _attends_alike(
             workspace=workspace,
         )
 
-    tokens = tile_tokens(heads, kv_heads)
+    tokens = fixed_order_attention.tile_tokens(heads, kv_heads)
     whole = attend(q, [length], tokens)
     cut = fixed_order_attention.CHUNK + 17
     pieces = [attend(q[:cut], [cut], tokens), attend(q[cut:], [length], tokens)]

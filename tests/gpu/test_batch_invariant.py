@@ -146,6 +146,6 @@ def test_this_gpu_adds_in_order(heads: tuple[int, int, int], dtype: torch.dtype)
 
 def test_another_order_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     orders = itertools.cycle((8, 4))
-    monkeypatch.setattr(fixed_order_linear, "pieces", lambda out_features, in_features: next(orders))
+    monkeypatch.setattr(fixed_order_linear, "runs", lambda out_features, in_features: next(orders))
     with pytest.raises(ConfigError, match="batch_invariant"):
         check_fixed_order(8, 2, 64, torch.bfloat16, torch.device("cuda", 0))

@@ -36,8 +36,8 @@ def test_linear(
     product = x.double() @ weight.double().T + bias.double()
     expected = ACTIVATIONS[activation](product) + residual.double()
     workspace = linear.Workspace.empty(device)
-    for spread in (True, False):
-        how = Tiling(64, 16, 64, spread, 4, 2)
+    described = [Tiling(64, 16, 64, 4, 2, descriptors=True)] if k % 8 == 0 else []
+    for how in (None, Tiling(64, 16, 64, 4, 2), *described):
         out = linear.fixed_order_linear(
             x, weight, bias, workspace=workspace, activation=activation, residual=residual.clone(), chosen=how
         )
@@ -47,7 +47,7 @@ def test_linear(
 
 @pytest.mark.parametrize(("n", "k"), [(2048, 2048), (2048, 8192), (16384, 2048), (128256, 2048), (768, 768)])
 def test_runs_divide_the_columns(n: int, k: int) -> None:
-    runs = linear.pieces(n, k)
+    runs = linear.runs(n, k)
     assert k % runs == 0
     assert k // runs % 64 == 0
 
@@ -56,7 +56,7 @@ def attend(rows: Rows, shape: tuple[int, int, int], device: torch.device, dtype:
     case = make_case(rows, shape, dtype, device)
     meta, (heads, kv_heads, head_dim) = case.meta, shape
     most = max(seq for _, seq in rows)
-    workspace = attention.Workspace.empty(heads, kv_heads, head_dim, most, device)
+    workspace = attention.Workspace.empty(heads, kv_heads, head_dim, 2, most, device)
     out = torch.zeros_like(case.q).flatten(1)
     decodes = meta.num_decodes
     per_tile = {1: [[row, 0] for row in range(decodes)]}
