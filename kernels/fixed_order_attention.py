@@ -61,7 +61,7 @@ class Workspace(NamedTuple):
         max_tokens: int,
         device: torch.device,
     ) -> Workspace:
-        """For up to `max_rows` decoding rows of up to `max_tokens` tokens, or for as many as there is room."""
+        """For up to `max_rows` decoding rows of up to `max_tokens`, or for as many as there is room."""
         chunks = triton.cdiv(max_tokens, CHUNK)
         rows = max(1, min(max_rows, _ROOM // (chunks * heads * head_dim * 4)))
         return cls(
