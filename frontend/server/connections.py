@@ -1,19 +1,30 @@
-"""Connections: uvicorn's HTTP protocol, with limits to how long a client may take to ask and to read."""
+"""Connections: uvicorn's HTTP protocol, with limits to their number and to how long a client may take."""
 
 from __future__ import annotations
 
 import asyncio
+import resource
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _LOOKS = 8
 """Within the time that a client may leave its answer unread."""
+_RESERVED = 128
+"""File descriptors for the engine: libzmq aborts the process when it finds none."""
+
+
+def most_connections() -> int:
+    """How many there may be at once, now that the process may have as many files as it ever may."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return max(most - _RESERVED, most // 2)
 
 
 class _Protocol(HttpToolsProtocol):
     head_seconds: float
     stall_seconds: float
+    most_connections: int
     _due: asyncio.TimerHandle | None = None
     _next_look: asyncio.TimerHandle | None = None
     _unread = 0
@@ -22,6 +33,9 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if len(self.connections) > self.most_connections:
+            transport.abort()
+            return
         self._arm()
         self._look_later()
 
@@ -67,4 +81,5 @@ class _Protocol(HttpToolsProtocol):
 def protocol(head_seconds: float, stall_seconds: float) -> type[asyncio.Protocol]:
     """The class for uvicorn. A connection is closed whose client takes longer to say what it wants, and one
     whose client reads nothing for as long as `stall_seconds` of what is kept for it."""
-    return type("Protocol", (_Protocol,), {"head_seconds": head_seconds, "stall_seconds": stall_seconds})
+    limits = {"head_seconds": head_seconds, "stall_seconds": stall_seconds}
+    return type("Protocol", (_Protocol,), {**limits, "most_connections": most_connections()})

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -40,9 +40,10 @@ class Server:
 
 
 @contextmanager
-def running(*words: str, **environ: str) -> Iterator[Server]:
+def running(*words: str, prefix: Sequence[str] = (), **environ: str) -> Iterator[Server]:
+    """`prefix` is a command that runs the one after it."""
     # Nobody reads standard error while it serves: a full pipe would stop it.
-    command = [*COMMAND, "--no-access-log", *words, "--port", "0"]
+    command = [*prefix, *COMMAND, "--no-access-log", *words, "--port", "0"]
     environment = {**os.environ, **environ}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

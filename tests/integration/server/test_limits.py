@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 SECONDS = 60
@@ -204,6 +205,22 @@ def test_a_full_queue_says_when_to_come_back(serve: Callable[..., Any]) -> None:
             assert refused.json()["error"]["type"] == "rate_limit_error"
             assert int(refused.headers["retry-after"]) >= 1
         assert client.get("/health/ready").status_code == 200  # busy is not ill
+
+
+def test_connections_leave_the_engine_its_files(serve: Callable[..., Any]) -> None:
+    """More idle ones than the process may have: the first are served, and the core can still be replaced."""
+    few = ["sh", "-c", 'ulimit -n 200 && exec "$@"', "sh"]
+    server = serve("--body-timeout", "60", prefix=few)
+    with server.client() as client, ExitStack() as stack:
+        assert client.get("/health").status_code == 200  # its connection stays
+        for _ in range(300):
+            stack.enter_context(socket.create_connection(_address(server), timeout=SECONDS))
+        (core, *_) = psutil.Process(server.process.pid).children()
+        core.kill()
+        wait_until(lambda: client.get("/health").status_code == 200 and not core.is_running())
+        assert client.post("/v1/completions", json={"prompt": "Hello"}).status_code == 200
+        with server.client() as late, pytest.raises(httpx.TransportError):
+            late.get("/health")
 
 
 def test_https(serve: Callable[..., Any], tmp_path: Path) -> None:
