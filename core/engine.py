@@ -46,6 +46,7 @@ from .ranks import SERVING, WorkerError
 from .request import Request
 from .scheduler import Scheduler
 from .steps import BadResultError, Ended, Outputs
+from .turns import Grant, Turns
 from .workers import Workers
 
 LOGGER = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class Engine:
         self._control = Control(
             self._scheduler, config.tensor_parallel_size, lambda: workers.are_serving, self._abort_all
         )
+        self._turns = Turns()
         self._clients: dict[bytes, Client] = {}
         self._num_clients = 0
         """Who ever came."""
@@ -241,6 +243,7 @@ class Engine:
             LOGGER.warning("refused an unknown key", extra=fields(address=address))
         for identity in list(self._clients):
             self._send(identity, StepOutputs(b"", b""))
+        self._grant(self._turns.expire(now))
 
     def _handle(self, identity: bytes, message: ToCore | msgspec.DecodeError) -> None:
         client = self._clients.get(identity)
@@ -325,11 +328,21 @@ class Engine:
                 self._send(identity, Reply(call.call, ok=self._control.is_paused))
             case "is_sleeping":
                 self._send(identity, Reply(call.call, ok=self._control.sleep_level is not None))
+            case "take_turn":
+                self._grant(self._turns.ask(identity, call.call, time.monotonic()))
+            case "pass_turn":
+                self._send(identity, Reply(call.call))
+                self._grant(self._turns.leave(identity, time.monotonic()))
             case _:
                 try:
                     self._control.call(identity, call)
                 except RequestError as error:
                     self._send(identity, Reply(call.call, ok=False, error=ErrorInfo.of(error)))
+
+    def _grant(self, grant: Grant | None) -> None:
+        """Tell a client that it is its turn; when it turns out to be gone, `_forget` finds the next."""
+        if grant is not None:
+            self._send(grant.client, Reply(grant.call))
 
     def _stats(self, call: Call) -> Reply:
         now = time.monotonic()
@@ -352,6 +365,7 @@ class Engine:
         if client is not None:
             for request in client.requests.values():
                 self._scheduler.abort(request)
+            self._grant(self._turns.leave(identity, time.monotonic()))
             LOGGER.info(f"client {how}", extra=fields(client=client.name, requests=len(client.requests)))
             if how == Delivery.GONE.value and self._control.client_vanished(identity):
                 LOGGER.warning(

@@ -81,8 +81,12 @@ class Requests(Protocol):
     def owes_replays(self) -> bool:
         """`replays` is to be asked."""
 
-    def replays(self) -> list[AddRequest]:
-        """What to tell the new core now."""
+    @property
+    def has_suspects(self) -> bool:
+        """Cores may have died of some of them: these are tried one by one, when it is our turn."""
+
+    def replays(self, *, may_try: bool) -> list[AddRequest]:
+        """What to tell the new core now; of suspects only with `may_try`."""
 
 
 @dataclass
@@ -136,6 +140,9 @@ class CoreClient:
         self._next_call = 0
         self._drain_is_due = False
         self._outage: _Outage | None = None
+        self._turn_call = -1
+        """Of the call by which we asked the core for the turn to try suspects; -1: we did not."""
+        self._has_turn = False
         self._silence = 0.0
         """Seconds without a message: a core sends at least one a second."""
         self._last_look = 0.0
@@ -222,8 +229,7 @@ class CoreClient:
         Raises the reply's error, EngineDeadError, TimeoutError, and RequestCrashedError when cores die of it.
         """
         self.use_running_loop()
-        number = self._next_call
-        self._next_call = (number + 1) % 2**31
+        number = self._new_call()
         message = Call(number, method, arguments or {})
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._calls[number] = _PendingCall(message, future)
@@ -281,8 +287,11 @@ class CoreClient:
                     self._losses.clear()
                 if unwanted := self._requests.apply(message):
                     sock.send(Abort(unwanted))  # the drain that we are in goes on until nothing comes
-                if self._requests.owes_replays:
+                if self._requests.owes_replays or self._turn_call >= 0:
                     self._send_replays(sock)
+            case Reply() if message.call == self._turn_call:
+                self._has_turn = True
+                self._send_replays(sock)
             case Reply():
                 pending = self._calls.get(message.call)
                 if pending is not None and not pending.future.done():
@@ -333,7 +342,8 @@ class CoreClient:
 
     def _lose(self, cause: str, *, is_alive: bool = False) -> None:
         """The core is gone, or knows us no more: get another one, or greet it anew."""
-        if self._outage is None or self._connection.core is not None:
+        awaits_turn = self._turn_call >= 0 and not self._has_turn
+        if (self._outage is None and not awaits_turn) or self._connection.core is not None:
             self._losses.append(cause)
         if len(self._losses) > MAX_LOSSES:
             self._die(f"the engine is gone: {self._losses[0]}; it did not come back: {cause}")
@@ -342,8 +352,9 @@ class CoreClient:
         if self._outage is None:
             now = time.monotonic()
             self._outage = _Outage(cause, now, now + self._patience)
-            doubt = any(pending.num_losses for pending in self._calls.values())
+            doubt = any(pending.num_losses for pending in self._calls.values()) or not self._may_try
             self._requests.lose_core(self.config.max_replays, beyond_doubt=not doubt)
+            self._turn_call, self._has_turn = -1, False
             self._fail_suspect_calls(cause)
         core = self._connection.core
         if is_alive:
@@ -420,9 +431,31 @@ class CoreClient:
             if not pending.future.done():
                 sock.send(pending.message)
 
+    @property
+    def _may_try(self) -> bool:
+        """No other client can do so at the same time."""
+        return self._connection.core is not None or self._has_turn
+
     def _send_replays(self, sock: ClientSocket) -> None:
-        for message in self._requests.replays():
+        for message in self._requests.replays(may_try=self._may_try):
             sock.send(message)
+        if self._connection.core is None and self._requests.has_suspects != (self._turn_call >= 0):
+            self._ask_or_pass(sock)
+
+    def _ask_or_pass(self, sock: ClientSocket) -> None:
+        """Our turn to try suspects: ask for it, or let others have it."""
+        number = self._new_call()
+        if self._turn_call < 0:
+            sock.send(Call(number, "take_turn"))
+            self._turn_call = number
+        else:
+            sock.send(Call(number, "pass_turn"))
+            self._turn_call, self._has_turn = -1, False
+
+    def _new_call(self) -> int:
+        number = self._next_call
+        self._next_call = (number + 1) % 2**31
+        return number
 
     def _fail_suspect_calls(self, cause: str) -> None:
         """End those that are asked again and again while one core after the other is lost."""

@@ -1,7 +1,8 @@
 """What a new core is told of the requests that the old one took along. Pure.
 
 All are sent again at once, each with the tokens that it has brought. Those that had brought none before that
-core died, too, are then sent one after another: who is alone when a core dies is the cause, and ends.
+core died, too, are then sent one after another: who is alone when a core dies is the cause, and ends. Where a
+core has other clients, they wait for their turn: only one client at a time does so.
 """
 
 from __future__ import annotations
@@ -62,11 +63,20 @@ class ReplayQueue:
         """A new one, which came when there was no core."""
         self._together.append(completion)
 
-    def due(self) -> list[Completion]:
-        """Those to be sent now. Look again whenever tokens have come."""
-        due, self._together = self._together, []
+    @property
+    def has_suspects(self) -> bool:
+        """Some are to be sent singly, or one that was is not cleared yet."""
+        return bool(self._singly) or self._is_trying
+
+    @property
+    def _is_trying(self) -> bool:
         alone = self._alone
-        if self._singly and (alone is None or alone.got_further or alone.request.ended):
+        return alone is not None and not alone.got_further and not alone.request.ended
+
+    def due(self, *, may_try: bool) -> list[Completion]:
+        """Those to be sent now. Look again whenever tokens have come. `may_try`: it is our turn."""
+        due, self._together = self._together, []
+        if self._singly and may_try and not self._is_trying:
             self._alone = self._singly.popleft()
             due.append(self._alone)
         return [each for each in due if each.finish_reason is None and not each.request.ended]

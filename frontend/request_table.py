@@ -83,12 +83,15 @@ class RequestTable:
         """`replays` may have something to say."""
         return not self._replays.is_empty
 
-    def replays(self) -> list[AddRequest]:
-        """What to tell the core now of the requests that another one had."""
-        now = time.monotonic()
-        return [
-            replay(each, now) for each in self._replays.due() if self._completions.get(each.number) is each
-        ]
+    @property
+    def has_suspects(self) -> bool:
+        """Cores may have died of some of its requests: these need their turn."""
+        return self._replays.has_suspects
+
+    def replays(self, *, may_try: bool) -> list[AddRequest]:
+        """What to tell the core now of the requests that another one had; of suspects only with `may_try`."""
+        now, due = time.monotonic(), self._replays.due(may_try=may_try)
+        return [replay(each, now) for each in due if self._completions.get(each.number) is each]
 
     def drop(self, request: Request) -> list[int]:
         """Forget it; returns the numbers of its completions that the core still works on."""

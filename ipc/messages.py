@@ -134,6 +134,7 @@ CallMethod: TypeAlias = Literal[
     "collective_rpc",
     "is_paused",
     "is_sleeping",
+    "pass_turn",
     "pause_generation",
     "ping",
     "reset_prefix_cache",
@@ -142,6 +143,7 @@ CallMethod: TypeAlias = Literal[
     "start_profile",
     "stats",
     "stop_profile",
+    "take_turn",
     "wake_up",
 ]
 RpcMethod: TypeAlias = Literal["memory_stats", "rank", "weights_checksum"]

@@ -42,7 +42,7 @@ def test_each_completion_goes_on_with_its_own_tokens_and_seed(table: RequestTabl
     bring(table, _1=9)
     table.lose_core(1, beyond_doubt=True)
     assert table.owes_replays
-    first, second = table.replays()
+    first, second = table.replays(may_try=True)
     assert (first.request, first.n, list(unpack(first.generated))) == (0, 1, [7])
     assert (second.request, second.n, list(unpack(second.generated))) == (1, 1, [8, 9])
     assert (first.sampling.seed, second.sampling.seed) == (2**63 - 1, 0)
@@ -58,7 +58,7 @@ def test_time_goes_on_while_there_is_no_core(table: RequestTable, monkeypatch: p
     table.lose_core(1, beyond_doubt=True)
     later = time.monotonic() + 8
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    waiting, started, speaking = table.replays()
+    waiting, started, speaking = table.replays(may_try=True)
     assert (waiting.queue_timeout, started.queue_timeout, speaking.queue_timeout) == (0.001, None, None)
     assert waiting.first_token_timeout == pytest.approx(2, abs=0.5)
     assert started.first_token_timeout == pytest.approx(2, abs=0.5)
@@ -73,25 +73,42 @@ def test_what_ended_or_came_meanwhile(table: RequestTable) -> None:
     add(table, "new", is_sent=False)
     table.drop(gone)
     gone.abort()
-    assert numbers(table.replays()) == [1, 2]
+    assert numbers(table.replays(may_try=True)) == [1, 2]
 
 
 def test_the_death_of_cores_is_found_and_ends(table: RequestTable) -> None:
     """Request 2 is: nobody else ends, and those that bring tokens are never held back."""
     requests = [add(table, str(number)) for number in range(5)]
     table.lose_core(1, beyond_doubt=True)
-    assert numbers(table.replays()) == [0, 1, 2, 3, 4]
+    assert numbers(table.replays(may_try=True)) == [0, 1, 2, 3, 4]
     bring(table, _0=7)
     table.lose_core(1, beyond_doubt=True)  # the second without a word from 1 to 4: one after the other
-    assert numbers(table.replays()) == [0, 1]
-    assert table.replays() == []
+    assert numbers(table.replays(may_try=True)) == [0, 1]
+    assert table.replays(may_try=True) == []
     bring(table, _0=7, _1=7)
-    assert numbers(table.replays()) == [2]
+    assert numbers(table.replays(may_try=True)) == [2]
     table.lose_core(1, beyond_doubt=True)
     with pytest.raises(RequestCrashedError):
         requests[2].take()
-    assert numbers(table.replays()) == [0, 1, 3, 4]
+    assert numbers(table.replays(may_try=True)) == [0, 1, 3, 4]
     assert not any(request.ended for request in requests if request is not requests[2])
+
+
+def test_suspects_wait_for_their_turn(table: RequestTable) -> None:
+    for name in ("a", "b"):
+        add(table, name)
+    for _ in range(2):
+        table.lose_core(1, beyond_doubt=True)
+        sent = table.replays(may_try=False)
+    assert numbers(sent) == []
+    assert table.has_suspects
+    table.lose_core(1, beyond_doubt=True)  # nothing of ours was there
+    assert numbers(table.replays(may_try=True)) == [0]
+    bring(table, _0=7)
+    assert numbers(table.replays(may_try=True)) == [1]
+    assert table.has_suspects
+    bring(table, _1=7)
+    assert not table.has_suspects
 
 
 def test_nobody_is_blamed_in_doubt(table: RequestTable) -> None:
@@ -99,7 +116,7 @@ def test_nobody_is_blamed_in_doubt(table: RequestTable) -> None:
     for beyond_doubt in (False, False, True):
         assert not request.ended
         table.lose_core(1, beyond_doubt=beyond_doubt)
-        table.replays()
+        table.replays(may_try=True)
     with pytest.raises(RequestCrashedError):
         request.take()
 
