@@ -17,6 +17,7 @@ from headrace.ipc.config import EngineConfig
 from headrace.ipc.messages import Sampling
 from headrace.kernels import fixed_order_linear
 from headrace.worker.invariance import check_fixed_order
+from headrace.worker.logprobs import scores_to_show
 
 from .peers import VOCAB, make_peer, regrets, regrets_of_bfloat16
 from .test_models import generate, requests_of
@@ -149,3 +150,11 @@ def test_another_order_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fixed_order_linear, "runs", lambda out_features, in_features: next(orders))
     with pytest.raises(ConfigError, match="batch_invariant"):
         check_fixed_order(8, 2, 64, torch.bfloat16, torch.device("cuda", 0))
+
+
+def test_logprobs_of_a_row_do_not_depend_on_its_place() -> None:
+    """An odd vocabulary: the rows are aligned differently."""
+    row = torch.randn(5003, device="cuda")
+    alone = scores_to_show(row[None], "raw_logprobs")
+    together = scores_to_show(row.expand(9, -1).contiguous(), "raw_logprobs")
+    assert torch.equal(together, alone.expand(9, -1))
