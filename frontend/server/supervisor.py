@@ -16,7 +16,6 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -95,6 +94,8 @@ class Supervisor:
         self._core: CoreProcess | None = None
         self._watch: CoreWatch | None = None
         """Of our core, while it serves."""
+        self._core_due = math.inf
+        """When our core is to serve, while it starts again."""
         self._config: EngineConfig | None = None
         """Of our core, once it has served."""
         self._servers: dict[int, _Server] = {}
@@ -130,12 +131,13 @@ class Supervisor:
                 one.child.stop(_KILL_SECONDS)
             self._stop_core()
 
-    def _start_core(self, folder: Path | None = None) -> None:
+    def _start_core(self) -> None:
+        """The first one, unless we were told of one; returns when it serves."""
         if self._args.engine_core_address is not None:
             return
-        config = self._config or resolve(self._args)
-        core = CoreProcess(config, folder)
-        info = core.wait_until_ready()
+        config = resolve(self._args)
+        self._core = CoreProcess(config)
+        info = self._core.wait_until_ready()
         # The next one must have room for whatever this one has accepted.
         self._config = msgspec.structs.replace(
             config,
@@ -143,9 +145,8 @@ class Supervisor:
             max_model_len=info.max_model_len,
             max_model_len_is_explicit=True,
         )
-        self._core = core
-        self._selector.register(core.status_fd, selectors.EVENT_READ)
-        self._watch = CoreWatch(core, config.hang_seconds, self._selector)
+        self._selector.register(self._core.status_fd, selectors.EVENT_READ)
+        self._watch = CoreWatch(self._core, config.hang_seconds, self._selector)
 
     def _start_server(self) -> None:
         args = self._args
@@ -186,7 +187,7 @@ class Supervisor:
 
     def _seconds_left(self) -> float | None:
         """Until there is something to do."""
-        next_look = math.inf if self._watch is None else time.monotonic() + LOOK_SECONDS
+        next_look = math.inf if self._core is None else time.monotonic() + LOOK_SECONDS
         due = min([self._deadline, next_look, *self._due])
         return None if due == math.inf else max(due - time.monotonic(), 0.0)
 
@@ -215,9 +216,18 @@ class Supervisor:
         return ExitCode.DONE
 
     def _look_after_core(self) -> None:
-        """Another one, if it is dead or hangs: servers wait for it, and replay what they were answering."""
-        core, watch = self._core, self._watch
-        if core is None or watch is None:
+        """Another one, if it is dead or hangs: servers wait for it, and replay what they were answering.
+
+        Raises HeadraceError when there can be no other.
+        """
+        core, watch, config = self._core, self._watch, self._config
+        if core is None or config is None:
+            return
+        if watch is None:
+            if core.poll() is not None:
+                self._watch = CoreWatch(core, config.hang_seconds, self._selector)
+            elif time.monotonic() > self._core_due:
+                raise EngineDeadError(f"the engine did not start again within {START_DEADLINE_SECONDS:g} s")
             return
         if core.is_dead():
             cause = core.cause_of_death()
@@ -230,7 +240,9 @@ class Supervisor:
             return
         logger.error("%s; another one is started", cause)
         self._stop_core()
-        self._start_core(core.folder)
+        self._core = CoreProcess(config, core.folder)  # at the same address
+        self._core_due = time.monotonic() + START_DEADLINE_SECONDS
+        self._selector.register(self._core.status_fd, selectors.EVENT_READ)
 
     def _stop_core(self) -> None:
         if self._watch is not None:
