@@ -88,7 +88,10 @@ def as_api_error(error: Exception) -> ApiError:
         case RequestCrashedError():
             return ApiError(500, str(error))
         case RequestError():
-            return bad_request(str(error), error.parameter)
+            # The one limit of a prompt that is a number is its length. Clients know this code, and shorten it.
+            is_too_long = error.parameter == "prompt" and (error.limit or "").isdigit()
+            code = "context_length_exceeded" if is_too_long else None
+            return ApiError(400, str(error), param=error.parameter, code=code)
         case EngineDeadError() | RefusedError():
             return unavailable(f"the engine cannot serve: {error}")
         case HTTPException():

@@ -19,6 +19,9 @@ from .service import Service
 from .streaming import event, json_response
 from .tool_calls import CallDelta
 
+_PREFIXES = {"message": "msg", "reasoning": "rs"}
+"""Of items' ids, as OpenAI's are."""
+
 
 class ItemizedAnswer:
     """A run's outputs as items: reasoning, if there is any, then a message, calls of functions, or both.
@@ -131,7 +134,7 @@ class ItemizedAnswer:
         else:
             item["role"] = "assistant"
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        yield from self._open(kind[:3], item)
+        yield from self._open(_PREFIXES[kind], item)
         item["content"].append(part)
         yield self._event("response.content_part.added", part=part, **self._where(content_index=0))
 

@@ -222,6 +222,11 @@ def test_bad_requests_are_named(http: httpx.Client, change: dict[str, Any], para
     assert error(http.post("/v1/completions", json=body), 400)["param"] == param
 
 
+def test_a_prompt_that_is_too_long_has_a_code_of_its_own(http: httpx.Client) -> None:
+    for change, code in (({"prompt": [1] * 3000}, "context_length_exceeded"), ({"prompt": ""}, None)):
+        assert error(http.post("/v1/completions", json={**GOOD, **change}), 400)["code"] == code
+
+
 @pytest.mark.parametrize(
     ("messages", "part"),
     [
