@@ -88,7 +88,7 @@ def as_api_error(error: Exception) -> ApiError:
         case RequestCrashedError():
             return ApiError(500, str(error))
         case RequestError():
-            # The one limit of a prompt that is a number is its length. Clients know this code, and shorten it.
+            # The one limit of a prompt that is a number is its length. Clients know this code and shorten it.
             is_too_long = error.parameter == "prompt" and (error.limit or "").isdigit()
             code = "context_length_exceeded" if is_too_long else None
             return ApiError(400, str(error), param=error.parameter, code=code)
