@@ -97,13 +97,18 @@ def stay_thresholds_triton(
     assert logits.stride(1) == 1
     device = logits.device
     blocks = triton.cdiv(columns, block)
+    wishes = torch.empty(rows, 4, dtype=torch.float64, device=device)
     best = torch.empty(rows, blocks, dtype=torch.float32, device=device)
-    counts = torch.empty(2, rows, blocks, _EDGES, dtype=torch.int32, device=device)
-    masses = torch.empty(2, rows, blocks, _EDGES, dtype=torch.int64, device=device)
+    sums = torch.empty(2, rows, 2, blocks, _EDGES, dtype=torch.int64, device=device)
     gathered = torch.empty(rows, columns, dtype=torch.float32, device=device)
     num_gathered = torch.empty(rows, dtype=torch.int32, device=device)
     thresholds = torch.empty(rows, dtype=torch.float32, device=device)
-    wanted = (
+    sizes = (columns, logits.stride(0))
+    options = pdl_options(logits)
+    wide = {"BLOCKS": triton.next_power_of_2(blocks), "EDGES": _EDGES, **options}
+    grid = (blocks, rows)
+    _begin_kernel[grid](
+        logits,
         temperatures,
         top_k,
         top_p,
@@ -113,29 +118,29 @@ def stay_thresholds_triton(
         top_k.stride(0),
         top_p.stride(0),
         log_min_p.stride(0),
+        wishes,
+        best,
+        num_gathered,
+        *sizes,
+        HAS_SLOTS=slots is not None,
+        DEPTH=_DEPTH,
+        BLOCK=block,
+        **options,
     )
-    sizes = (columns, logits.stride(0))
-    options = {"HAS_SLOTS": slots is not None, **pdl_options(logits)}
-    wide = {"BLOCK": block, "BLOCKS": triton.next_power_of_2(blocks), "EDGES": _EDGES, "DEPTH": _DEPTH}
-    grid = (blocks, rows)
-    _best_kernel[grid](logits, *wanted, best, num_gathered, *sizes, BLOCK=block, **options)
     for level in (0, 1):
-        _count_kernel[grid](
-            logits, *wanted, best, counts, masses, *sizes, LEVEL=level, num_warps=8, **wide, **options
-        )
+        _count_kernel[grid](logits, wishes, best, sums, *sizes, LEVEL=level, BLOCK=block, num_warps=8, **wide)
     _gather_kernel[grid](
-        logits, *wanted, best, counts, masses, gathered, num_gathered, *sizes, num_warps=8, **wide, **options
+        logits, wishes, best, sums, gathered, num_gathered, *sizes, BLOCK=block, num_warps=8, **wide
     )
-    wide["BLOCK"] = last_block
     _bisect_kernel[(rows,)](
-        *wanted, best, counts, masses, gathered, num_gathered, thresholds, columns, blocks, **wide, **options
+        wishes, best, sums, gathered, num_gathered, thresholds, columns, blocks, BLOCK=last_block, **wide
     )
     return thresholds
 
 
 @triton.jit
-def _wishes(
-    row,
+def _begin_kernel(
+    logits_ptr,
     temperatures_ptr,
     top_k_ptr,
     top_p_ptr,
@@ -145,9 +150,20 @@ def _wishes(
     top_k_stride,
     top_p_stride,
     log_min_p_stride,
+    wishes_ptr,
+    best_ptr,
+    num_gathered_ptr,
+    columns,
+    row_stride,
     HAS_SLOTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """A row's parameters; the last says whether it has a filter."""
+    """Note what each row wishes (see `_wish`), and the best logit of each of its blocks."""
+    row = tl.program_id(1).to(tl.int64)
+    allow_next(PDL)
+    wait_previous(PDL)
     slot = row
     if HAS_SLOTS:
         slot = tl.load(slots_ptr + row).to(tl.int64)
@@ -156,208 +172,66 @@ def _wishes(
     top_p = tl.load(top_p_ptr + slot * top_p_stride)
     log_min_p = tl.load(log_min_p_ptr + slot * log_min_p_stride)
     filtered = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (log_min_p > -float("inf")))
-    return temperature, top_k, top_p, log_min_p, filtered
-
-
-@triton.jit
-def _mass(logit, best, temperature):
-    """What a token counts for: 2^40 times its probability beside the likeliest's. int64."""
-    return (tl.exp2((logit - best) * (1.4426950408889634 / temperature)) * 1099511627776.0).to(tl.int64)
-
-
-@triton.jit
-def _is_finite(value):
-    return tl.abs(value) < float("inf")
-
-
-@triton.jit
-def _depth(log_min_p, DEPTH: tl.constexpr):
-    """How far below the best, in units of the temperature, anything may stay."""
-    return tl.minimum(-log_min_p, DEPTH)
-
-
-@triton.jit
-def _enclosed(
-    row,
-    blocks,
-    best,
-    temperature,
-    top_k,
-    top_p,
-    depth,
-    counts_ptr,
-    masses_ptr,
-    rows,
-    LEVELS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    EDGES: tl.constexpr,
-):
-    """What LEVELS rounds of counting say: the threshold is at least `low` and below `high` (logits).
-
-    Returns: low, high, and count and mass of the tokens at or above `high`, and of all.
-    """
-    edge = tl.arange(0, EDGES)
-    block = tl.arange(0, BLOCKS)
-    low = best - depth * temperature
-    high = tl.full([], float("inf"), tl.float32)
-    count_above = tl.full([], 0, tl.int32)
-    mass_above = tl.full([], 0, tl.int64)
-    total = tl.full([], 0, tl.int64)
-    for level in tl.static_range(LEVELS):
-        at = ((level * rows + row) * blocks + block[:, None]) * EDGES + edge[None, :]
-        inside = block[:, None] < blocks
-        count = tl.sum(tl.load(counts_ptr + at, mask=inside, other=0), 0)
-        mass = tl.sum(tl.load(masses_ptr + at, mask=inside, other=0), 0)
-        if level == 0:
-            total = tl.max(mass, 0)
-        # Counts and masses rise from edge to edge: the edges that suffice are the last ones.
-        enough = count >= top_k
-        if top_k <= 0:
-            enough = mass.to(tl.float64) >= top_p * total.to(tl.float64)
-        short = EDGES - tl.sum(enough.to(tl.int32), 0)
-        values = _edges(edge, best, temperature, depth, low, high, level, EDGES)
-        above = edge == short - 1
-        if short > 0:
-            count_above = tl.sum(tl.where(above, count, 0), 0)
-            mass_above = tl.sum(tl.where(above, mass, 0), 0)
-            high = tl.max(tl.where(above, values, -float("inf")), 0)
-        if short < EDGES:
-            low = tl.max(tl.where(edge == short, values, -float("inf")), 0)
-    return low, high, count_above, mass_above, total
-
-
-@triton.jit
-def _edges(edge, best, temperature, depth, low, high, level: tl.constexpr, EDGES: tl.constexpr):
-    """The edges of a round, from high to low; the last is `low`."""
-    part = (edge + 1).to(tl.float32) / EDGES
-    if level == 0:
-        # Denser where the probability is.
-        values = best - temperature * depth * part * part
-    else:
-        top = tl.minimum(high, best)
-        values = top - (top - low) * part
-    return tl.where(edge == EDGES - 1, low, values)
-
-
-@triton.jit
-def _best_kernel(
-    logits_ptr,
-    temperatures_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    log_min_p_ptr,
-    slots_ptr,
-    temperature_stride,
-    top_k_stride,
-    top_p_stride,
-    log_min_p_stride,
-    best_ptr,
-    num_gathered_ptr,
-    columns,
-    row_stride,
-    BLOCK: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    row = tl.program_id(1).to(tl.int64)
-    allow_next(PDL)
-    wait_previous(PDL)
-    _, _, _, _, filtered = _wishes(
-        row, temperatures_ptr, top_k_ptr, top_p_ptr, log_min_p_ptr, slots_ptr,
-        temperature_stride, top_k_stride, top_p_stride, log_min_p_stride, HAS_SLOTS,
-    )  # fmt: skip
+    if tl.program_id(0) == 0:
+        at = wishes_ptr + row * 4
+        tl.store(at, tl.where(filtered, temperature, 0.0).to(tl.float64))
+        tl.store(at + 1, top_k.to(tl.float64))
+        tl.store(at + 2, top_p)
+        tl.store(at + 3, tl.minimum(-log_min_p, DEPTH).to(tl.float64))
+        tl.store(num_gathered_ptr + row, 0)
     if filtered:
-        column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        logit = tl.load(
-            logits_ptr + row * row_stride + column, mask=column < columns, other=-float("inf")
-        ).to(tl.float32)
+        logit = _load(logits_ptr + row * row_stride, tl.program_id(0), columns, BLOCK)
         tl.store(best_ptr + row * tl.num_programs(0) + tl.program_id(0), tl.max(logit, 0))
-        if tl.program_id(0) == 0:
-            tl.store(num_gathered_ptr + row, 0)
 
 
 @triton.jit
 def _count_kernel(
     logits_ptr,
-    temperatures_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    log_min_p_ptr,
-    slots_ptr,
-    temperature_stride,
-    top_k_stride,
-    top_p_stride,
-    log_min_p_stride,
+    wishes_ptr,
     best_ptr,
-    counts_ptr,
-    masses_ptr,
+    sums_ptr,
     columns,
     row_stride,
     LEVEL: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     EDGES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """How many tokens of a block, and how much mass, are at or above each edge of a row."""
     row = tl.program_id(1).to(tl.int64)
-    rows = tl.num_programs(1)
-    blocks = tl.num_programs(0)
+    rows, blocks = tl.num_programs(1), tl.num_programs(0)
     allow_next(PDL)
     wait_previous(PDL)
-    temperature, top_k, top_p, log_min_p, filtered = _wishes(
-        row, temperatures_ptr, top_k_ptr, top_p_ptr, log_min_p_ptr, slots_ptr,
-        temperature_stride, top_k_stride, top_p_stride, log_min_p_stride, HAS_SLOTS,
-    )  # fmt: skip
-    if filtered & ((top_k > 0) | (top_p < 1)):
+    temperature, top_k, top_p, depth = _wish(wishes_ptr, row)
+    if (temperature > 0) & ((top_k > 0) | (top_p < 1)):
         best = _row_best(best_ptr, row, blocks, BLOCKS)
-        if _is_finite(best):
-            depth = _depth(log_min_p, DEPTH)
-            low, high, _, _, _ = _enclosed(
-                row, blocks, best, temperature, top_k, top_p, depth, counts_ptr, masses_ptr, rows,
-                LEVEL, BLOCKS, EDGES,
-            )  # fmt: skip
+        if tl.abs(best) < float("inf"):
+            low, high, _, _, _ = _enclose(
+                row, rows, blocks, best, temperature, top_k, top_p, depth, sums_ptr, LEVEL, BLOCKS, EDGES
+            )
             edge = tl.arange(0, EDGES)
             values = _edges(edge, best, temperature, depth, low, high, LEVEL, EDGES)
-            column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-            logit = tl.load(
-                logits_ptr + row * row_stride + column, mask=column < columns, other=-float("inf")
-            ).to(tl.float32)
+            logit = _load(logits_ptr + row * row_stride, tl.program_id(0), columns, BLOCK)
             mass = tl.where(logit >= low, _mass(logit, best, temperature), 0)
-            count_at = tl.full([EDGES], 0, tl.int32)
+            count_at = tl.full([EDGES], 0, tl.int64)
             mass_at = tl.full([EDGES], 0, tl.int64)
             for number in range(EDGES):
-                value = tl.max(tl.where(edge == number, values, -float("inf")), 0)
-                reaches = logit >= value
-                count_at = tl.where(edge == number, tl.sum(reaches.to(tl.int32), 0), count_at)
+                reaches = logit >= tl.max(tl.where(edge == number, values, -float("inf")), 0)
+                count = tl.sum(reaches.to(tl.int32), 0).to(tl.int64)
+                count_at = tl.where(edge == number, count, count_at)
                 mass_at = tl.where(edge == number, tl.sum(tl.where(reaches, mass, 0), 0), mass_at)
-            at = ((LEVEL * rows + row) * blocks + tl.program_id(0)) * EDGES + edge
-            tl.store(counts_ptr + at, count_at)
-            tl.store(masses_ptr + at, mass_at)
-
-
-@triton.jit
-def _row_best(best_ptr, row, blocks, BLOCKS: tl.constexpr):
-    block = tl.arange(0, BLOCKS)
-    return tl.max(tl.load(best_ptr + row * blocks + block, mask=block < blocks, other=-float("inf")), 0)
+            at = sums_ptr + ((LEVEL * rows + row) * 2 * blocks + tl.program_id(0)) * EDGES + edge
+            tl.store(at, count_at)
+            tl.store(at + blocks * EDGES, mass_at)
 
 
 @triton.jit
 def _gather_kernel(
     logits_ptr,
-    temperatures_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    log_min_p_ptr,
-    slots_ptr,
-    temperature_stride,
-    top_k_stride,
-    top_p_stride,
-    log_min_p_stride,
+    wishes_ptr,
     best_ptr,
-    counts_ptr,
-    masses_ptr,
+    sums_ptr,
     gathered_ptr,
     num_gathered_ptr,
     columns,
@@ -365,33 +239,21 @@ def _gather_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     EDGES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Gather the logits of a row among which its threshold is."""
     row = tl.program_id(1).to(tl.int64)
-    blocks = tl.num_programs(0)
+    rows, blocks = tl.num_programs(1), tl.num_programs(0)
     allow_next(PDL)
     wait_previous(PDL)
-    temperature, top_k, top_p, log_min_p, filtered = _wishes(
-        row, temperatures_ptr, top_k_ptr, top_p_ptr, log_min_p_ptr, slots_ptr,
-        temperature_stride, top_k_stride, top_p_stride, log_min_p_stride, HAS_SLOTS,
-    )  # fmt: skip
-    if filtered & ((top_k > 0) | (top_p < 1)):
+    temperature, top_k, top_p, depth = _wish(wishes_ptr, row)
+    if (temperature > 0) & ((top_k > 0) | (top_p < 1)):
         best = _row_best(best_ptr, row, blocks, BLOCKS)
-        if _is_finite(best):
-            low, high, _, _, _ = _enclosed(
-                row, blocks, best, temperature, top_k, top_p, _depth(log_min_p, DEPTH), counts_ptr,
-                masses_ptr, tl.num_programs(1), 2, BLOCKS, EDGES,
-            )  # fmt: skip
-            if (top_k > 0) & (top_p < 1):
-                high = tl.full(
-                    [], float("inf"), tl.float32
-                )  # top_p's threshold may be anywhere above top_k's
-            column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-            logit = tl.load(
-                logits_ptr + row * row_stride + column, mask=column < columns, other=-float("inf")
-            ).to(tl.float32)
+        if tl.abs(best) < float("inf"):
+            low, high, _, _, _ = _enclose(
+                row, rows, blocks, best, temperature, top_k, top_p, depth, sums_ptr, 2, BLOCKS, EDGES
+            )
+            logit = _load(logits_ptr + row * row_stride, tl.program_id(0), columns, BLOCK)
             wanted = (logit >= low) & (logit < high)
             number = tl.sum(wanted.to(tl.int32), 0)
             if number > 0:
@@ -401,18 +263,9 @@ def _gather_kernel(
 
 @triton.jit
 def _bisect_kernel(
-    temperatures_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    log_min_p_ptr,
-    slots_ptr,
-    temperature_stride,
-    top_k_stride,
-    top_p_stride,
-    log_min_p_stride,
+    wishes_ptr,
     best_ptr,
-    counts_ptr,
-    masses_ptr,
+    sums_ptr,
     gathered_ptr,
     num_gathered_ptr,
     thresholds_ptr,
@@ -421,59 +274,148 @@ def _bisect_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     EDGES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Find each row's threshold among what was gathered."""
     row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0)
     allow_next(PDL)
     wait_previous(PDL)
-    temperature, top_k, top_p, log_min_p, filtered = _wishes(
-        row, temperatures_ptr, top_k_ptr, top_p_ptr, log_min_p_ptr, slots_ptr,
-        temperature_stride, top_k_stride, top_p_stride, log_min_p_stride, HAS_SLOTS,
-    )  # fmt: skip
+    temperature, top_k, top_p, depth = _wish(wishes_ptr, row)
     threshold = tl.full([], -float("inf"), tl.float32)
-    if filtered:
+    if temperature > 0:
         best = _row_best(best_ptr, row, blocks, BLOCKS)
-        depth = _depth(log_min_p, DEPTH)
-        threshold = best - depth * temperature  # nothing to search where the best is not finite
-        if ((top_k > 0) | (top_p < 1)) & _is_finite(best):
-            low, high, count_above, mass_above, total = _enclosed(
-                row, blocks, best, temperature, top_k, top_p, depth, counts_ptr, masses_ptr,
-                tl.num_programs(0), 2, BLOCKS, EDGES,
-            )  # fmt: skip
-            both = (top_k > 0) & (top_p < 1)
-            if both:
-                high = tl.full([], float("inf"), tl.float32)
-                count_above = tl.full([], 0, tl.int32)
-                mass_above = tl.full([], 0, tl.int64)
+        threshold = best - depth * temperature  # and nothing to search where the best is not finite
+        if ((top_k > 0) | (top_p < 1)) & (tl.abs(best) < float("inf")):
+            low, high, count, mass, total = _enclose(
+                row, rows, blocks, best, temperature, top_k, top_p, depth, sums_ptr, 2, BLOCKS, EDGES
+            )
             number = tl.load(num_gathered_ptr + row)
-            logits_ptr = gathered_ptr + row * columns
+            some_ptr = gathered_ptr + row * columns
             needed = top_p * total.to(tl.float64)
             if top_k > 0:
                 needed = top_k.to(tl.float64)
-            top = tl.minimum(high, best)
+            high = tl.minimum(high, best)
             threshold = _bisect(
-                logits_ptr, number, low, top, top_k > 0, needed, count_above, mass_above, best, temperature,
-                BLOCK,
-            )  # fmt: skip
-            if both:
-                kept = _reached(
-                    logits_ptr, number, threshold, False, count_above, mass_above, best, temperature, BLOCK
-                )
+                some_ptr, number, low, high, top_k > 0, needed, count, mass, best, temperature, BLOCK
+            )
+            if (top_k > 0) & (top_p < 1):
+                kept = _reached(some_ptr, number, threshold, False, count, mass, best, temperature, BLOCK)
                 threshold = _bisect(
-                    logits_ptr, number, threshold, best, False, top_p * kept, count_above, mass_above, best,
-                    temperature, BLOCK,
-                )  # fmt: skip
+                    some_ptr,
+                    number,
+                    threshold,
+                    best,
+                    False,
+                    top_p * kept,
+                    count,
+                    mass,
+                    best,
+                    temperature,
+                    BLOCK,
+                )
     tl.store(thresholds_ptr + row, threshold)
 
 
 @triton.jit
+def _wish(wishes_ptr, row):
+    """A row's temperature (0: no filter), top_k, top_p, and how far below the best anything stays."""
+    at = wishes_ptr + row * 4
+    temperature, depth = tl.load(at).to(tl.float32), tl.load(at + 3).to(tl.float32)
+    return temperature, tl.load(at + 1).to(tl.int32), tl.load(at + 2), depth
+
+
+@triton.jit
+def _load(row_ptr, block, columns, BLOCK: tl.constexpr):
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(row_ptr + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def _row_best(best_ptr, row, blocks, BLOCKS: tl.constexpr):
+    block = tl.arange(0, BLOCKS)
+    return tl.max(tl.load(best_ptr + row * blocks + block, mask=block < blocks, other=-float("inf")), 0)
+
+
+@triton.jit
+def _mass(logit, best, temperature):
+    """What a token counts for: 2^40 times its probability beside the likeliest's. int64."""
+    return (tl.exp2((logit - best) * (1.4426950408889634 / temperature)) * 1099511627776.0).to(tl.int64)
+
+
+@triton.jit
+def _edges(edge, best, temperature, depth, low, high, LEVEL: tl.constexpr, EDGES: tl.constexpr):
+    """The edges of a round of counting, from high to low; the last is `low`."""
+    part = (edge + 1).to(tl.float32) / EDGES
+    if LEVEL == 0:  # denser where the probability is
+        values = best - temperature * depth * part * part
+    else:
+        top = tl.minimum(high, best)
+        values = top - (top - low) * part
+    return tl.where(edge == EDGES - 1, low, values)
+
+
+@triton.jit
+def _enclose(
+    row,
+    rows,
+    blocks,
+    best,
+    temperature,
+    top_k,
+    top_p,
+    depth,
+    sums_ptr,
+    LEVELS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EDGES: tl.constexpr,
+):
+    """What LEVELS rounds of counting say: the threshold is at least `low` and below `high`.
+
+    Where both filter these enclose top_k's, and `high` is infinite in the end: top_p's may be anywhere above.
+
+    Returns: low, high, count and mass of the tokens at or above `high`, and the mass of all.
+    """
+    edge = tl.arange(0, EDGES)
+    block = tl.arange(0, BLOCKS)
+    low = best - depth * temperature
+    high = tl.full([], float("inf"), tl.float32)
+    count_above = tl.full([], 0, tl.int64)
+    mass_above = tl.full([], 0, tl.int64)
+    total = tl.full([], 0, tl.int64)
+    for level in tl.static_range(LEVELS):
+        at = ((level * rows + row) * 2 * blocks + block[:, None]) * EDGES + edge[None, :]
+        inside = block[:, None] < blocks
+        count = tl.sum(tl.load(sums_ptr + at, mask=inside, other=0), 0)
+        mass = tl.sum(tl.load(sums_ptr + at + blocks * EDGES, mask=inside, other=0), 0)
+        if level == 0:
+            total = tl.max(mass, 0)
+        # Counts and masses rise from edge to edge: those that suffice are the last ones.
+        enough = count >= top_k
+        if top_k <= 0:
+            enough = mass.to(tl.float64) >= top_p * total.to(tl.float64)
+        short = EDGES - tl.sum(enough.to(tl.int32), 0)
+        values = _edges(edge, best, temperature, depth, low, high, level, EDGES)
+        last_short = edge == short - 1
+        if short > 0:
+            count_above = tl.sum(tl.where(last_short, count, 0), 0)
+            mass_above = tl.sum(tl.where(last_short, mass, 0), 0)
+            high = tl.max(tl.where(last_short, values, -float("inf")), 0)
+        if short < EDGES:
+            low = tl.max(tl.where(edge == short, values, -float("inf")), 0)
+    if (LEVELS == 2) & (top_k > 0) & (top_p < 1):
+        high = tl.full([], float("inf"), tl.float32)
+        count_above = tl.full([], 0, tl.int64)
+        mass_above = tl.full([], 0, tl.int64)
+    return low, high, count_above, mass_above, total
+
+
+@triton.jit
 def _bisect(
-    logits_ptr,
+    some_ptr,
     number,
     low,
-    top,
+    high,
     by_count,
     needed,
     count_above,
@@ -482,15 +424,14 @@ def _bisect(
     temperature,
     BLOCK: tl.constexpr,
 ):
-    """The largest value in [low, top] at or above which there is what is needed; `low` if there is none."""
-    least = _key(low)
-    beyond = _key(top).to(tl.int64) + 1
-    least = least.to(tl.int64)
+    """The largest value in [low, high] at or above which there is what is needed; `low` if there is none."""
+    least = _key(low).to(tl.int64)
+    beyond = _key(high).to(tl.int64) + 1
     while beyond - least > 1:
         middle = (least + beyond) // 2
         value = _value(middle.to(tl.int32))
         reached = _reached(
-            logits_ptr, number, value, by_count, count_above, mass_above, best, temperature, BLOCK
+            some_ptr, number, value, by_count, count_above, mass_above, best, temperature, BLOCK
         )
         if reached >= needed:
             least = middle
@@ -501,14 +442,14 @@ def _bisect(
 
 @triton.jit
 def _reached(
-    logits_ptr, number, value, by_count, count_above, mass_above, best, temperature, BLOCK: tl.constexpr
+    some_ptr, number, value, by_count, count_above, mass_above, best, temperature, BLOCK: tl.constexpr
 ):
     """Count or mass of the tokens at or above `value`, as float64."""
     count = count_above
     mass = mass_above
     for start in range(0, number, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        logit = tl.load(logits_ptr + place, mask=place < number, other=-float("inf"))
+        logit = tl.load(some_ptr + place, mask=place < number, other=-float("inf"))
         reaches = logit >= value
         if by_count:
             count += tl.sum(reaches.to(tl.int32), 0)
