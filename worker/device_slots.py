@@ -20,7 +20,7 @@ from ..kernels.copy_segments import copy_segments
 from .constraints import Constraints
 from .rules import PromptRow, TokenRules, Wish
 from .slots import I32, I64, Bools, SamplingColumns
-from .staging import Staging
+from .staging import Staging, upload
 
 NUM_COLUMNS = 8
 """int32 words that a slot has for its length and what its draw needs."""
@@ -157,7 +157,7 @@ class DeviceSlots:
 
     def history(self, slots: I64, length: int) -> Tensor:
         """int32 [len(slots), length], the first tokens of these slots."""
-        return self.tokens[torch.from_numpy(slots).to(self.device), :length]
+        return self.tokens[upload(slots, self.device), :length]
 
     def apply(self, plan: StepPlan) -> Work:
         """Take in what the plan changes, start its upload, and say what it runs."""
