@@ -7,8 +7,7 @@ and the type, so it is looked for when the model is loaded, with matrices of the
 On GPUs: kernels that sum in a fixed order rest on matrix instructions of different shapes adding alike. They
 are compared in every tiling.
 
-The trials' sums cancel nearly, so that another order of summation shows in most results and not in one of a
-thousand.
+The trials' sums cancel, so that another order of summation shows in most results and not in one of a thousand.
 """
 
 from __future__ import annotations
@@ -30,6 +29,8 @@ _TRIALS = 64
 """Different rows."""
 _LONGEST = 1 << 31
 """Multiplications in a trial: about a second's."""
+_MAGNIFIED = 2.0**12
+"""A scale of attention at which rounding errors alone decide what is attended to."""
 _CUTS = [
     *((begin, begin + 1) for begin in range(0, 700, 13)),
     *((257, 257 + length) for length in range(2, 70)),
@@ -58,13 +59,16 @@ def find_query_multiple(heads: int, kv_heads: int, head_dim: int, dtype: torch.d
     """
     generator = torch.Generator().manual_seed(0)
     length, size = LONG + 188, 4
-    q, keys, values = _sequence(length, size, heads, kv_heads, head_dim, dtype, generator)
-    tables = torch.arange(len(keys), dtype=torch.int32)[None]
+    blocks = length // size
+    q, keys = _vanishing(length * heads, blocks * size * kv_heads, head_dim, dtype, generator)
+    q, keys = q.view(length, heads, head_dim), keys.view(blocks, size, kv_heads, head_dim)
+    values = torch.randn(keys.shape, generator=generator).to(dtype)
+    tables = torch.arange(blocks, dtype=torch.int32)[None]
 
     def attend(begin: int, end: int, multiple: int) -> Tensor:
         decodes = int(end - begin == 1)
         tiles = plan_invariant(tables, [end - begin], [end], decodes, size, heads // kv_heads, multiple)
-        return invariant_attention(q[begin:end], keys, values, tiles, head_dim**-0.5)
+        return invariant_attention(q[begin:end], keys, values, tiles, _MAGNIFIED)
 
     for multiple in _MULTIPLES:
         whole = attend(0, length, multiple)
@@ -149,7 +153,7 @@ def _attends_alike(
 
 def _is_invariant(shape: tuple[int, ...], dtype: torch.dtype, multiple: int) -> bool:
     generator = torch.Generator().manual_seed(0)
-    rows, matrix = _cancelling(_TRIALS, shape[0], shape[1], dtype, generator)
+    rows, matrix = _vanishing(_TRIALS, shape[0], shape[1], dtype, generator)
     expected = F.linear(rows, matrix)
     for count in sorted({-(-count // multiple) * multiple for count in _COUNTS}):
         if count * matrix.numel() > _LONGEST:
@@ -158,6 +162,28 @@ def _is_invariant(shape: tuple[int, ...], dtype: torch.dtype, multiple: int) -> 
         if not torch.equal(F.linear(rows[chosen], matrix), expected[chosen]):
             return False
     return True
+
+
+def _vanishing(
+    rows: int, others: int, size: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """[rows, size] and [others, size] whose products are 0 but for what was rounded on the way.
+
+    That is another number for nearly every order of summation, and its first digits show it in any type.
+    """
+    half = size // 2
+
+    def wide(count: int) -> Tensor:
+        magnitudes = torch.exp2(16 * torch.rand(count, half, generator=generator) - 8)
+        return (torch.randn(count, half, generator=generator) * magnitudes).to(dtype)
+
+    left, right = wide(rows), wide(others)
+    order = torch.randperm(half, generator=generator)
+    odd = size - 2 * half
+    return (
+        torch.cat((left, left[:, order], torch.zeros(rows, odd, dtype=dtype)), dim=1),
+        torch.cat((right, -right[:, order], torch.zeros(others, odd, dtype=dtype)), dim=1),
+    )
 
 
 def _cancelling(
