@@ -7,7 +7,7 @@ and the type, so it is looked for when the model is loaded, with matrices of the
 On GPUs: kernels that sum in a fixed order rest on matrix instructions of different shapes adding alike. They
 are compared in every tiling.
 
-The trials' sums cancel, so that another order of summation shows in most results and not in one of a thousand.
+The trials' sums cancel, so that another order of summation shows in most results, not in one of a thousand.
 """
 
 from __future__ import annotations
