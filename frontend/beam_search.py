@@ -12,13 +12,13 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..ipc.errors import RequestError
 from .async_llm import AsyncLLM
 from .checks import INT32_MAX, integer, real, refusal
 from .logprobs import LogprobsOnePosition
-from .prompts import Prompt, parse_prompt
+from .prompts import Prompt, check_token_ids, parse_prompt
 from .sampling_params import RequestOutputKind, SamplingParams
 
 MAX_BEAM_WIDTH = 1024
@@ -76,6 +76,24 @@ class BeamSearchOutput:
     sequences: list[BeamSearchSequence]
 
 
+class _Candidate(NamedTuple):
+    """A sequence and one more token. Most are dropped, so that nothing is copied yet."""
+
+    beam: BeamSearchSequence
+    position: LogprobsOnePosition
+    token: int
+    cum_logprob: float
+
+    def sequence(self, finish_reason: str | None) -> BeamSearchSequence:
+        return BeamSearchSequence(
+            [*self.beam.tokens, self.token],
+            [*self.beam.logprobs, self.position],
+            self.cum_logprob,
+            finish_reason=finish_reason,
+            stop_reason=None if finish_reason is None else self.token,
+        )
+
+
 async def beam_search(
     engine: AsyncLLM,
     prompt: Prompt,
@@ -97,33 +115,34 @@ async def beam_search(
     ids = parsed.token_ids
     if ids is None:
         ids = engine.get_tokenizer().encode(parsed.text or "")
-    if not 0 < len(ids) < engine.max_model_len:
-        limit = f"1 to {engine.max_model_len - 1} tokens"
-        raise RequestError(
-            f"prompt must be {limit}, got {len(ids)}", parameter="prompt", value=len(ids), limit=limit
-        )
+    check_token_ids(ids, engine.config.vocab_size, engine.max_model_len)
     stops = frozenset() if params.ignore_eos else frozenset(engine.config.eos_token_ids)
     beams, done = [BeamSearchSequence(list(ids))], list[BeamSearchSequence]()
 
-    def score(beam: BeamSearchSequence) -> float:
+    def score(candidate: _Candidate) -> float:
+        length = len(candidate.beam.tokens) + (candidate.token not in stops)
+        return candidate.cum_logprob / float(length**params.length_penalty)
+
+    def final_score(beam: BeamSearchSequence) -> float:
         length = len(beam.tokens) - (beam.tokens[-1] in stops)
         return beam.cum_logprob / float(length**params.length_penalty)
 
-    why_ended = "length"
+    width, why_ended = params.beam_width, "length"
     for _ in range(min(params.max_tokens, engine.max_model_len - len(ids))):
         if time.monotonic() >= deadline:
             why_ended = "timeout"
             break
         positions = await _ask(engine, beams, params, parsed.cache_salt, priority, num_logprobs)
-        grown = _grow(beams, positions, 2 * params.beam_width, stops)
-        done += [beam for beam in grown if beam.finish_reason is not None]
-        going = [beam for beam in grown if beam.finish_reason is None]
-        beams = heapq.nlargest(params.beam_width, going, key=score)
+        candidates = _candidates(beams, positions, 2 * width)
+        ended = heapq.nlargest(width, (one for one in candidates if one.token in stops), key=score)
+        going = heapq.nlargest(width, (one for one in candidates if one.token not in stops), key=score)
+        done = heapq.nlargest(width, done + [one.sequence("stop") for one in ended], key=final_score)
+        beams = [one.sequence(None) for one in going]
         if not beams:
             break
     for beam in beams:
         beam.finish_reason = why_ended
-    best = heapq.nlargest(params.beam_width, done + beams, key=score)
+    best = heapq.nlargest(width, done + beams, key=final_score)
     _show(engine, best, params)
     return BeamSearchOutput(best)
 
@@ -157,28 +176,16 @@ async def _ask(
     return await asyncio.gather(*map(candidates, beams))
 
 
-def _grow(
-    beams: Sequence[BeamSearchSequence],
-    positions: Sequence[LogprobsOnePosition],
-    width: int,
-    stops: frozenset[int],
-) -> list[BeamSearchSequence]:
+def _candidates(
+    beams: Sequence[BeamSearchSequence], positions: Sequence[LogprobsOnePosition], count: int
+) -> list[_Candidate]:
     """Each beam with each of its likeliest next tokens: twice as many as beams, for as many may end."""
-    grown: list[BeamSearchSequence] = []
-    for beam, position in zip(beams, positions, strict=True):
+    return [
+        _Candidate(beam, position, token, beam.cum_logprob + entry.logprob)
+        for beam, position in zip(beams, positions, strict=True)
         # The token that was sampled is told too, likely or not.
-        for token, entry in heapq.nlargest(width, position.items(), key=lambda item: item[1].logprob):
-            is_end = token in stops
-            grown.append(
-                BeamSearchSequence(
-                    [*beam.tokens, token],
-                    [*beam.logprobs, position],
-                    beam.cum_logprob + entry.logprob,
-                    finish_reason="stop" if is_end else None,
-                    stop_reason=token if is_end else None,
-                )
-            )
-    return grown
+        for token, entry in heapq.nlargest(count, position.items(), key=lambda item: item[1].logprob)
+    ]
 
 
 def _show(engine: AsyncLLM, sequences: Sequence[BeamSearchSequence], params: BeamSearchParams) -> None:

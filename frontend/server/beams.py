@@ -12,6 +12,7 @@ from ..beam_search import BeamSearchParams, BeamSearchSequence, beam_search
 from ..logprobs import LogprobsOnePosition
 from ..outputs import CompletionOutput, RequestOutput
 from ..sampling_params import SamplingParams
+from ..timeouts import checked_timeouts
 from .protocol import SAMPLING, Choices
 
 _MEANT = frozenset(
@@ -48,6 +49,7 @@ def refuse_unsearchable(body: Choices, params: SamplingParams, engine: AsyncLLM)
         limit = f"at most {most // 2} with use_beam_search, half of the engine's max_logprobs"
         raise _refusal("n", params.n, limit)
     _search_params(body, params, engine.max_model_len)
+    checked_timeouts(body.timeout)
     if body.stream:
         raise _refusal("stream", True, "false with use_beam_search: the best is known at the end")
 

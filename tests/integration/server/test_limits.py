@@ -129,16 +129,22 @@ def test_an_answer_may_have_a_limit(guarded: Any) -> None:
 
 
 def test_a_client_that_goes_away_ends_its_request(oracle: Any) -> None:
-    """Whether it streams or waits for the whole answer."""
-    body: dict[str, Any] = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "n": 64}
+    """Whether it streams, waits for the whole answer, or for the end of a search."""
+    body: dict[str, Any] = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True}
+    wishes: list[dict[str, Any]] = [
+        {"n": 64, "stream": True},
+        {"n": 64},
+        {"n": 10, "use_beam_search": True},
+    ]
     with oracle.client() as watcher:
-        for stream in (True, False):
+        for wish in wishes:
             with socket.create_connection(_address(oracle), timeout=SECONDS) as sock:
-                _post(sock, {**body, "stream": stream})
+                _post(sock, {**body, **wish})
                 wait_until(lambda: watcher.get("/load").json() == {"server_load": 1})
             began = time.monotonic()
             wait_until(lambda: watcher.get("/load").json() == {"server_load": 0})
             assert time.monotonic() - began < 2  # the answer itself would take tens of seconds
+            wait_until(lambda: watcher.get("/stats").json()["engine"]["num_running"] == 0)
 
 
 UNREAD = {

@@ -199,6 +199,7 @@ BAD = [  # (change to a good request, parameter named)
     ({"use_beam_search": True, "n": 11}, "n"),
     ({"use_beam_search": True, "echo": True, "logprobs": 1}, "prompt_logprobs"),
     ({"use_beam_search": True, "length_penalty": 99}, "length_penalty"),
+    ({"use_beam_search": True, "timeout": -1}, "timeout"),
     ({"length_penalty": 0.5}, "length_penalty"),
     ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
     ({"truncation_side": "middle"}, "truncation_side"),
