@@ -59,7 +59,8 @@ class Watch:
         elapsed = min(now - self._last_look, 2 * LOOK_SECONDS)
         self._last_look = now
         stopped = [rank for rank, each in ranks.items() if each.state in STOPPED]
-        if self._is_answered or not (is_due or stopped):
+        # Rank 0 may go on answering when another one is stopped: the oracle's ranks do not need each other.
+        if not stopped and (self._is_answered or not is_due):
             self._silent = self._quiet = 0.0
         else:
             self._silent += elapsed

@@ -57,6 +57,17 @@ def test_a_stopped_rank_is_blamed_whatever_the_others_do(is_due: bool) -> None:
     assert "worker 1: stopped" in watch.verdict.text
 
 
+def test_a_stopped_rank_is_noticed_while_the_others_answer() -> None:
+    watch = make()
+    for _ in range(8):
+        watch.answered()
+        run(watch, "ST", 1)
+    assert watch.has_hung
+    watch.answered()
+    run(watch, "SS", 1)
+    assert watch.verdict is None
+
+
 def test_idle_ranks_and_a_core_that_was_stopped_itself() -> None:
     watch = make()
     run(watch, "SS", 1000, is_due=False)

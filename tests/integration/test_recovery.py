@@ -150,27 +150,27 @@ async def first_trouble(engine: AsyncLLM) -> str:
         await asyncio.sleep(0.1)
 
 
-@pytest.mark.parametrize("busy", [True, False])
+@pytest.mark.parametrize(("busy", "num_ranks"), [(True, 1), (False, 1), (True, 2)])
 def test_a_stopped_worker_turns_health_false(
-    oracle_args: Args, busy: bool, capfd: pytest.CaptureFixture[str]
+    oracle_args: Args, busy: bool, num_ranks: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Within 10 seconds, with everybody's stacks in the log; then all goes on."""
 
     async def main(engine: AsyncLLM) -> None:
-        (victim,) = workers(engine)
+        victim = workers(engine)[-1]  # whichever rank it is: the first alone has to answer
         good = [asyncio.create_task(stream(engine, number, 1900)) for number in range(8 if busy else 0)]
         await asyncio.sleep(0.05)
         await engine.check_health()
         began = time.monotonic()
         victim.suspend()
-        assert "worker 0: stopped" in await first_trouble(engine)
+        assert f"worker {num_ranks - 1}: stopped" in await first_trouble(engine)
         assert time.monotonic() - began < 10
         await wait_for_restart(engine, 1)
         assert await asyncio.gather(*good) == [right(number, 1900) for number in range(len(good))]
         assert await stream(engine, 99, 10) == right(99, 10)
         await engine.check_health()
 
-    engine = AsyncLLM(oracle_args(hang_seconds=3))
+    engine = AsyncLLM(oracle_args(hang_seconds=3, tensor_parallel_size=num_ranks))
     asyncio.run(asyncio.wait_for(main(engine), 60))
     engine.shutdown()
     log = capfd.readouterr().err
