@@ -10,6 +10,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _LOOKS = 8
 """Within the time that a client may leave its answer unread."""
+_GOODBYE_SECONDS = 0.5
 _RESERVED = 128
 """File descriptors for the engine: libzmq aborts the process when it finds none."""
 
@@ -52,6 +53,12 @@ class _Protocol(HttpToolsProtocol):
         if self._next_look is not None:
             self._next_look.cancel()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.transport.is_closing() and not self.transport.get_write_buffer_size():
+            # TLS would wait half a minute for the client's goodbye.
+            self.loop.call_later(_GOODBYE_SECONDS, self.transport.abort)
 
     def _arm(self) -> None:
         self._disarm()

@@ -248,6 +248,9 @@ def test_https(serve: Callable[..., Any], tmp_path: Path) -> None:
     with httpx.Client(verify=ssl.create_default_context(cafile=cert)) as client:
         assert client.get(f"{url}/health").status_code == 200
         assert client.post(f"{url}/v1/completions", json={"prompt": "Hello"}).status_code == 200
+        began = time.monotonic()
+        assert server.end() == 0
+        assert time.monotonic() - began < 20  # without the client's goodbye, which TLS gives 30 s
 
 
 def test_a_unix_socket(serve: Callable[..., Any], tmp_path: Path) -> None:
