@@ -1,0 +1,305 @@
+"""The linear layers of a decode step for batches of 17 to 256 tokens, by Hopper's warpgroup instructions.
+
+    y = x W^T + b,   r += x W^T + b,   y = silu(s * x G^T) * (s * x U^T)
+
+with W = [G; U] and s the scale of x's RMS norm, whose weight is in W already.
+
+A product of so few tokens is bound by reading W, so W is the instructions' left side (64 rows at a time) and
+the tokens are its columns: a batch of 32 costs a quarter of one of 128. A program owns `rows` rows of W and
+brings W and x through a ring of tiles in shared memory by bulk copies; the first tiles of W are under way
+before the wait for the kernel in front (see `pdl`). What W costs beside its own bytes is x, which every
+program reads from the second-level cache: as many bytes again at 128 rows and 128 tokens.
+
+Where there are too few rows for all processors, programs share the columns (`Tiling.shares`). Each leaves its
+sums in memory, waits for the others' and adds up a part of the tokens, always in the same order. They wait for
+each other in a loop, so there are never more of them than run at once.
+"""
+
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+from functools import cache
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .pdl import pdl_options
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # an experimental part of Triton may move; then cuBLAS serves these batches
+    AVAILABLE = False
+    gluon = SimpleNamespace(jit=lambda function: function, constexpr_function=lambda function: function)
+    gl = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
+    gdc_wait = gdc_launch_dependents = None
+else:
+    AVAILABLE = True
+
+
+class Tiling(NamedTuple):
+    """A program's part of a product."""
+
+    rows: int
+    """Of W: 64, 128 or 256. Gated: half of them the gate's."""
+    tokens: int
+    """A power of two from 16 to 256; a larger batch is several programs' per row."""
+    block_k: int
+    stages: int
+    """Tiles of `block_k` columns in the ring."""
+    shares: int = 1
+    """Programs that share the columns of the same rows."""
+    num_warps: int = 4
+
+
+@gluon.jit
+def _load_weights(weight_desc, buffer, bar, first, k, N: gl.constexpr, GATED: gl.constexpr, pred):
+    """`buffer`'s rows of W, from column `k` on; gated, as many of the gate above the same of up."""
+    if GATED:
+        HALF: gl.constexpr = buffer.shape[0] // 2
+        tma.async_copy_global_to_shared(weight_desc, [first, k], bar, buffer.slice(0, HALF), pred)
+        tma.async_copy_global_to_shared(weight_desc, [N + first, k], bar, buffer.slice(HALF, HALF), pred)
+    else:
+        tma.async_copy_global_to_shared(weight_desc, [first, k], bar, buffer, pred)
+
+
+@gluon.jit
+def _sum_of_squares(x, WARPS: gl.constexpr):
+    """Of each row of a tile [TOKENS, BLOCK_K] in shared memory. A row lies in few threads."""
+    TOKENS: gl.constexpr = x.shape[0]
+    BLOCK_K: gl.constexpr = x.shape[1]
+    LANES: gl.constexpr = 32 * WARPS // TOKENS if TOKENS < 32 * WARPS else 1
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, BLOCK_K // LANES], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    exact = x.load(LAYOUT).to(gl.float32)
+    return gl.sum(exact * exact, 1)
+
+
+@gluon.jit
+def _medium_batch_kernel(
+    x_desc,  # [tokens, K]
+    weight_desc,  # [N, K]; gated: [2 * N, K]
+    bias_ptr,  # [N]
+    residual_ptr,  # [tokens, N]; may be out_ptr
+    out_ptr,  # [tokens, N]
+    sums_ptr,  # float32 [tiles, SHARES, TOKENS, ROWS]
+    arrivals_ptr,  # int32 [tiles], zero
+    tokens,
+    eps,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    GATED: gl.constexpr,
+    NORM: gl.constexpr,
+    RELU: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    ROWS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    SHARES: gl.constexpr,
+    WARPS: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    OUTPUTS: gl.constexpr = ROWS // 2 if GATED else ROWS
+    STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    BYTES: gl.constexpr = (ROWS + TOKENS) * BLOCK_K * 2
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, TOKENS, 16]
+    )
+    dtype: gl.constexpr = x_desc.dtype
+    weights = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], weight_desc.layout)
+    x = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, BLOCK_K], x_desc.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars.index(i), count=1)
+    first = gl.program_id(0) * OUTPUTS
+    share = gl.program_id(1)
+    first_token = gl.program_id(2) * TOKENS
+    begin = STEPS * share // SHARES
+    steps = STEPS * (share + 1) // SHARES - begin
+    if PDL:
+        gdc_launch_dependents()
+    for i in gl.static_range(STAGES):
+        bar = bars.index(i)
+        mbarrier.expect(bar, BYTES, i < steps)
+        _load_weights(weight_desc, weights.index(i), bar, first, (begin + i) * BLOCK_K, N, GATED, i < steps)
+    if PDL:
+        gdc_wait()
+    for i in gl.static_range(STAGES):
+        tma.async_copy_global_to_shared(
+            x_desc, [first_token, (begin + i) * BLOCK_K], bars.index(i), x.index(i), i < steps
+        )
+    sums = gl.zeros([ROWS, TOKENS], gl.float32, ACC)
+    LANES: gl.constexpr = 32 * WARPS // TOKENS if TOKENS < 32 * WARPS else 1
+    SQUARES: gl.constexpr = gl.SliceLayout(
+        1, gl.BlockedLayout([1, BLOCK_K // LANES], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    )
+    squares = gl.zeros([TOKENS], gl.float32, SQUARES)
+    for i in range(steps):
+        stage = i % STAGES
+        mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
+        sums = warpgroup_mma(weights.index(stage), x.index(stage).permute((1, 0)), sums, is_async=True)
+        if NORM:
+            squares += _sum_of_squares(x.index(stage), WARPS)
+        # The product before this one has ended in all warps: its place in the ring takes a new tile.
+        sums = warpgroup_mma_wait(1, deps=(sums,))
+        gl.thread_barrier()
+        following = i - 1 + STAGES
+        more = (i > 0) & (following < steps)
+        free = (i + STAGES - 1) % STAGES
+        bar = bars.index(free)
+        k = (begin + following) * BLOCK_K
+        mbarrier.expect(bar, BYTES, more)
+        _load_weights(weight_desc, weights.index(free), bar, first, k, N, GATED, more)
+        tma.async_copy_global_to_shared(x_desc, [first_token, k], bar, x.index(free), more)
+    sums = warpgroup_mma_wait(0, deps=(sums,))
+    if NORM:
+        scale = gl.rsqrt(squares / K + eps)
+        sums = sums * gl.convert_layout(scale, gl.SliceLayout(0, ACC))[None, :]
+    if GATED:
+        gate, up = gl.split(gl.permute(gl.reshape(sums, [2, OUTPUTS, TOKENS]), [1, 2, 0]))
+        sums = gate / (1.0 + gl.exp(-gate)) * up
+    if SHARES == 1:
+        # Neighbours in a row of the output in one thread.
+        WIDE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
+        sums = gl.permute(gl.convert_layout(sums, WIDE), [1, 0])
+    else:
+        tile = gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)
+        sums = _add_up(sums, sums_ptr, arrivals_ptr + tile, tile, share, ROWS, TOKENS, SHARES, WARPS)
+        first_token += share * (TOKENS // SHARES)
+    OUT_LAYOUT: gl.constexpr = sums.type.layout
+    TAKEN: gl.constexpr = sums.shape[0]
+    output = first + gl.arange(0, OUTPUTS, layout=gl.SliceLayout(0, OUT_LAYOUT))
+    token = first_token + gl.arange(0, TAKEN, layout=gl.SliceLayout(1, OUT_LAYOUT))
+    inside = (token < tokens)[:, None] & (output < N)[None, :]
+    place = token[:, None] * N + output[None, :]
+    if HAS_BIAS:
+        sums += gl.load(bias_ptr + output, mask=output < N, other=0.0).to(gl.float32)[None, :]
+    if RELU:
+        sums = gl.maximum(sums, 0.0)
+    if HAS_RESIDUAL:
+        sums += gl.load(residual_ptr + place, mask=inside, other=0.0).to(gl.float32)
+    gl.store(out_ptr + place, sums.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _add_up(
+    sums,
+    sums_ptr,
+    arrivals,
+    tile,
+    share,
+    ROWS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    SHARES: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """The sums over all columns of this share's tokens, [TOKENS // SHARES, ROWS]."""
+    ACC: gl.constexpr = sums.type.layout
+    sums_ptr += tile * SHARES * TOKENS * ROWS
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, ACC))
+    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, ACC))
+    gl.store(sums_ptr + share * TOKENS * ROWS + token[None, :] * ROWS + row[:, None], sums)
+    gl.thread_barrier()
+    gl.atomic_add(arrivals, 1, sem="release", scope="gpu")
+    while gl.atomic_add(arrivals, 0, sem="acquire", scope="gpu") < SHARES:
+        pass
+    TAKEN: gl.constexpr = TOKENS // SHARES
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, WIDE))
+    token = share * TAKEN + gl.arange(0, TAKEN, layout=gl.SliceLayout(1, WIDE))
+    place = sums_ptr + token[:, None] * ROWS + row[None, :]
+    total = gl.load(place, cache_modifier=".cg")
+    for i in gl.static_range(1, SHARES):
+        total += gl.load(place + i * TOKENS * ROWS, cache_modifier=".cg")
+    # The last to leave leaves zero for the next product.
+    if gl.atomic_add(arrivals, 1, sem="relaxed", scope="gpu") == 2 * SHARES - 1:
+        gl.store(arrivals, 0)
+    return total
+
+
+@cache
+def _arrivals(device: torch.device) -> Tensor:
+    """Counters, zero between products. One stream's: products that overlap would count together."""
+    return torch.zeros(4096, dtype=torch.int32, device=device)
+
+
+@cache
+def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> object:
+    return gl.NVMMASharedLayout.get_default_for(
+        [rows, columns], gl.float16 if dtype == torch.float16 else gl.bfloat16
+    )
+
+
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> object:
+    layout = _shared_layout(rows, columns, matrix.dtype)
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], layout)
+
+
+def medium_batch_linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    tiling: Tiling,
+    bias: Tensor | None = None,
+    eps: float | None = None,
+    gated: bool = False,
+    relu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """All of the module's formulas: x [tokens, in_features], weight [out_features, in_features], contiguous.
+
+    `eps`: of x's RMS norm, whose scale is applied; None: no norm. `gated`: the weight's first half are the
+    gate's rows; the result is half as wide. `residual` [tokens, out_features] is added to in place and
+    returned.
+    """
+    tokens, in_features = x.shape
+    out_features = len(weight) // 2 if gated else len(weight)
+    out = residual
+    if out is None:
+        out = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
+    rows, block_tokens, block_k, stages, shares, num_warps = tiling
+    outputs = rows // 2 if gated else rows
+    tiles, token_tiles = -(-out_features // outputs), -(-tokens // block_tokens)
+    sums = out
+    if shares > 1:
+        size = token_tiles * tiles * shares * block_tokens * rows
+        sums = torch.empty(size, dtype=torch.float32, device=x.device)
+    _medium_batch_kernel[tiles, shares, token_tiles](
+        _descriptor(x, block_tokens, block_k),
+        _descriptor(weight, outputs, block_k),
+        x if bias is None else bias,
+        out,
+        out,
+        sums,
+        _arrivals(x.device),
+        tokens,
+        0.0 if eps is None else eps,
+        N=out_features,
+        K=in_features,
+        GATED=gated,
+        NORM=eps is not None,
+        RELU=relu,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        ROWS=rows,
+        TOKENS=block_tokens,
+        BLOCK_K=block_k,
+        STAGES=stages,
+        SHARES=shares,
+        WARPS=num_warps,
+        num_warps=num_warps,
+        **pdl_options(x),
+    )
+    return out

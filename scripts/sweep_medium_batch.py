@@ -1,0 +1,296 @@
+"""Products of 32 to 256 tokens: every tiling of `medium_batch_linear` that is worth a try, beside cuBLAS.
+
+    python scripts/sweep_medium_batch.py --seconds 120 --out DIR
+
+For each matrix of the models of scripts/models and each number of tokens: microseconds of one product in a
+CUDA graph of many, whose weights together exceed the second-level cache; then a layer's four products in a
+row, by cuBLAS and by the best tilings. Each result is compared with float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from benchlib.decode_chain import Shape
+from benchlib.graph_timing import BYTES_PER_US, compiled_in_parallel, graph_us
+from headrace.kernels.medium_batch_linear import Tiling, medium_batch_linear
+from headrace.kernels.silu_mul import silu_mul
+from torch import Tensor
+
+SHARED = 227 * 1024
+SMS = 132
+MODELS = ["qwen2.5-1.5b", "llama-3.2-1b", "llama-3.1-8b", "qwen3-0.6b"]
+EPS = 1e-5
+LIMIT = 0.006
+"""Of the relative error; bfloat16's own rounding gives 0.002 to 0.004."""
+
+
+class Op(NamedTuple):
+    """A linear operation of a layer."""
+
+    name: str
+    outputs: int
+    inputs: int
+    gated: bool = False
+    adds: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.outputs * (2 if self.gated else 1)
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.inputs
+
+
+def ops_of(shape: Shape) -> list[Op]:
+    heads = shape.heads * shape.head_dim
+    return [
+        Op("qkv", heads + 2 * shape.kv_heads * shape.head_dim, shape.hidden),
+        Op("out", shape.hidden, heads, adds=True),
+        Op("up", shape.inner, shape.hidden, gated=not shape.is_opt),
+        Op("down", shape.hidden, shape.inner, adds=True),
+        Op("head", shape.vocab, shape.hidden),
+    ]
+
+
+def candidates(op: Op, tokens: int) -> list[Tiling]:
+    """Tilings that give most processors something to do and fit into shared memory."""
+    found = []
+    widest = 1 << (tokens - 1).bit_length()
+    for rows, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
+        outputs = rows // 2 if op.gated else rows
+        for block_tokens in sorted({widest, widest // 2, max(widest // 4, 32)}, reverse=True):
+            sums = rows * block_tokens // (32 * warps)
+            if block_tokens < 32 or sums > 128 or outputs < 16 * warps:
+                continue
+            if (warps == 8 and sums < 128) or (widest > 128 and block_tokens < 128):
+                continue
+            if (warps, block_tokens) == (4, 256):  # spills
+                continue
+            tiles = -(-op.outputs // outputs) * (-(-tokens // block_tokens))
+            for shares in (1, 2, 4, 8, 16):
+                programs = tiles * shares
+                if shares > 1 and (op.gated or programs > 2 * SMS or block_tokens % shares):
+                    continue
+                if programs < (40 if op.gated else 88) or (block_tokens == widest // 4 and shares > 2):
+                    continue
+                found += staged(op, Tiling(rows, block_tokens, 64, 0, shares, warps), programs)
+    return found
+
+
+def staged(op: Op, tiling: Tiling, programs: int) -> list[Tiling]:
+    """With rings that leave room for one program a processor, or for two."""
+    found = []
+    sums = tiling.rows * tiling.tokens // (32 * tiling.num_warps)
+    pairs = (sums + 40) * 32 * tiling.num_warps <= 1 << 15
+    for block_k in (64, 128):
+        stage = (tiling.rows + tiling.tokens) * block_k * 2
+        steps = -(-op.inputs // block_k) // tiling.shares
+        for room in (SHARED // 2 - 2048, SHARED - 4096) if pairs else (SHARED - 4096,):
+            stages = min(room // stage, 8, max(steps, 2))
+            alone = not pairs or stages * stage > SHARED // 2 - 2048
+            if stages < 2 or (alone and tiling.shares > 1 and programs > SMS):
+                continue
+            if alone and pairs and tiling.shares == 1 and programs > SMS:
+                continue
+            if block_k == 128 and stages * 2 < 6 and op.inputs > 4 * block_k * tiling.shares:
+                continue
+            found.append(tiling._replace(block_k=block_k, stages=stages))
+    return list(dict.fromkeys(found))
+
+
+class Bench:
+    """Products whose weights are slices of one big random tensor."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.pool = torch.empty(640_000_000, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
+        self.device = device
+
+    def weights(self, op: Op) -> list[Tensor]:
+        copies = max(2, min(48, -(-200_000_000 // (2 * op.size))))
+        copies = max(1, min(copies, self.pool.numel() // op.size))
+        return [self.pool[i * op.size : (i + 1) * op.size].view(op.rows, op.inputs) for i in range(copies)]
+
+    def inputs(self, op: Op, tokens: int) -> tuple[Tensor, Tensor]:
+        """x, and what `out` and `down` add to."""
+        x = torch.randn(tokens, op.inputs, device=self.device).bfloat16()
+        return x, torch.randn(tokens, op.outputs, device=self.device).bfloat16()
+
+
+def by_cublas(op: Op, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    if op.adds:
+        return residual.addmm_(x, weight.t())
+    return silu_mul(F.linear(x, weight), x, EPS) if op.gated else F.linear(x, weight)
+
+
+def by_tiling(op: Op, x: Tensor, weight: Tensor, residual: Tensor, tiling: Tiling) -> Tensor:
+    if op.gated:
+        return medium_batch_linear(x, weight, tiling=tiling, eps=EPS, gated=True)
+    return medium_batch_linear(x, weight, tiling=tiling, residual=residual if op.adds else None)
+
+
+def exact(op: Op, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    x, weight = x.double(), weight.double()
+    y = x @ weight.t()
+    if op.gated:
+        y = y * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+        gate, up = y.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return y + residual.double() if op.adds else y
+
+
+def error(out: Tensor, expected: Tensor) -> float:
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def sweep_op(bench: Bench, op: Op, tokens: int, tilings: list[Tiling]) -> dict[str, Any]:
+    """Times of all tilings, best first; those that are wrong are named."""
+    weights, (x, residual) = bench.weights(op), bench.inputs(op, tokens)
+    expected = exact(op, x, weights[0], residual)
+    repeats = 4 if op.size > 50_000_000 else 8
+
+    def us(call: Callable[[Tensor], object]) -> float:
+        scratch = residual * 0.01
+        return graph_us(lambda: [call(w) for w in weights], repeats) / len(weights) + 0 * float(scratch[0, 0])
+
+    cublas = us(lambda w: by_cublas(op, x, w, residual))
+    residual.normal_()
+    if op.adds:
+        expected = exact(op, x, weights[0], residual)
+    timed, wrong = [], []
+    for tiling in tilings:
+        start = residual.clone()
+        first = error(by_tiling(op, x, weights[0], start, tiling), expected)
+        again = by_tiling(op, x, weights[0], residual.clone(), tiling)
+        if not (first < LIMIT and error(again, expected) < LIMIT):
+            wrong.append([list(tiling), first])
+            continue
+        sink = torch.zeros_like(residual)
+        timed.append(
+            (us(lambda w, t=tiling, s=sink: by_tiling(op, x, w, s, t)), list(tiling), round(first, 5))
+        )
+    timed.sort()
+    return {"cublas": cublas, "timed": timed, "wrong": wrong}
+
+
+def bench_layer(bench: Bench, shape: Shape, tokens: int, best: dict[str, Tiling]) -> dict[str, float]:
+    """Microseconds of a layer's four products in a row, each waiting for the one before."""
+    ops = {op.name: op for op in ops_of(shape)}
+    names = ["qkv", "out", "up", "down"]
+    size = sum(ops[name].size for name in names)
+    copies = max(1, min(16, bench.pool.numel() // size))
+    layers, place = [], 0
+    for _ in range(copies):
+        layer = {}
+        for name in names:
+            op = ops[name]
+            layer[name] = bench.pool[place : place + op.size].view(op.rows, op.inputs)
+            place += op.size
+        layers.append(layer)
+    stream = torch.randn(tokens, shape.hidden, device=bench.device).bfloat16()
+    attended = torch.randn(tokens, shape.heads * shape.head_dim, device=bench.device).bfloat16()
+
+    def chain(product: Callable[..., Tensor]) -> None:
+        for layer in layers:
+            product(ops["qkv"], stream, layer["qkv"], stream)
+            product(ops["out"], attended, layer["out"], stream)
+            hidden = product(ops["up"], stream, layer["up"], stream)
+            product(ops["down"], hidden, layer["down"], stream)
+
+    def mixed(op: Op, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        return by_tiling(op, x, weight, residual, best[op.name])
+
+    found = {"cublas": graph_us(lambda: chain(by_cublas), 4) / copies}
+    stream.normal_()
+    found["tiled"] = graph_us(lambda: chain(mixed), 4) / copies
+    # Results of graphs replayed often are equal to those of plain launches.
+    start = stream.normal_().clone()
+    chain(mixed)
+    expected = stream.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(mixed)
+    different = 0
+    for _ in range(30):
+        stream.copy_(start)
+        graph.replay()
+        different += int(not torch.equal(stream, expected))
+    return found | {"floor": 2 * size / BYTES_PER_US, "replays that differ": different}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "--models", nargs="+", default=["qwen2.5-1.5b", "llama-3.2-1b", "llama-3.1-8b", "qwen3-0.6b"]
+    )
+    parser.add_argument("--tokens", nargs="+", type=int, default=[128, 64, 32, 256])
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--out", type=Path, default=Path("."))
+    args = parser.parse_args()
+    begun = time.monotonic()
+    bench = Bench(torch.device("cuda"))
+    results: dict[str, Any] = {}
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+
+    for tokens in args.tokens:
+        for name in args.models:
+            if time.monotonic() - begun > args.seconds:
+                say(f"{name} {tokens}: no time left")
+                continue
+            shape = Shape.of(name)
+            try:
+                sweep_model(bench, shape, tokens, results, say)
+            except Exception as failure:
+                say(f"{name} {tokens} failed: {failure!r}")
+                if "CUDA error" in str(failure):
+                    raise
+            (args.out / "sweep.json").write_text(json.dumps(results))
+            (args.out / "sweep.txt").write_text("\n".join(lines))
+    say(f"{time.monotonic() - begun:.0f} s")
+
+
+def sweep_model(
+    bench: Bench, shape: Shape, tokens: int, results: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    tilings = {op.name: candidates(op, tokens) for op in ops_of(shape)}
+    begun = time.monotonic()
+    with compiled_in_parallel():
+        for op in ops_of(shape):
+            weight, (x, residual) = bench.weights(op)[0], bench.inputs(op, tokens)
+            for tiling in tilings[op.name]:
+                by_tiling(op, x, weight, residual, tiling)
+    compiled = time.monotonic() - begun
+    best = {}
+    for op in ops_of(shape):
+        found = sweep_op(bench, op, tokens, tilings[op.name])
+        results[f"{shape.name} {op.name} {tokens}"] = found
+        floor = 2 * op.size / BYTES_PER_US
+        top = "  ".join(f"{us:.2f} {tuple(t)}" for us, t, _ in found["timed"][:3])
+        bad = f" WRONG {found['wrong'][:2]}" if found["wrong"] else ""
+        say(
+            f"{shape.name} {tokens:3d} {op.name:4s} floor {floor:6.2f} cublas {found['cublas']:6.2f} | {top}{bad}"
+        )
+        if found["timed"]:
+            best[op.name] = Tiling(*found["timed"][0][1])
+    if {"qkv", "out", "up", "down"} <= set(best):
+        layer = bench_layer(bench, shape, tokens, best)
+        results[f"{shape.name} layer {tokens}"] = layer
+        say(f"{shape.name} {tokens:3d} layer {json.dumps({k: round(v, 2) for k, v in layer.items()})}")
+    say(f"   ({sum(map(len, tilings.values()))} tilings, {compiled:.1f} s to compile)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Linear layers by warpgroup instructions, against float64. Gluon has no interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from headrace.kernels.fused_linear import linear_add_reference, norm_linear_reference
+from headrace.kernels.medium_batch_linear import Tiling, medium_batch_linear
+from torch import Tensor
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+BF16 = 1 / 200
+"""Relative error of a result in bfloat16."""
+EPS = 1e-5
+
+
+def random(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(device, torch.bfloat16)
+
+
+def assert_close(out: Tensor, expected: Tensor) -> None:
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < BF16, f"relative error {error:.2e}"
+
+
+TILINGS = [
+    Tiling(64, 32, 64, 4),
+    Tiling(64, 64, 128, 2, 4),
+    Tiling(64, 128, 64, 4, 2),
+    Tiling(128, 64, 64, 4, 8),
+    Tiling(128, 128, 64, 3),
+    Tiling(256, 128, 64, 3, 2, 8),
+    Tiling(128, 256, 64, 2, 1, 8),
+]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("tokens", [17, 100, 128, 250])
+@pytest.mark.parametrize(("n", "k"), [(300, 1536), (1000, 840), (64, 8960)])
+def test_linear(device: torch.device, tokens: int, n: int, k: int, tiling: Tiling) -> None:
+    x, weight, bias = random(device, tokens, k), random(device, n, k, scale=k**-0.5), random(device, n)
+    out = medium_batch_linear(x, weight, tiling=tiling, bias=bias, relu=True)
+    expected = norm_linear_reference(x.double(), weight.double(), bias.double(), activation="relu")
+    assert_close(out, expected)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("tiling", [t for t in TILINGS if t.shares == 1 and t.rows > 64], ids=str)
+@pytest.mark.parametrize("tokens", [17, 100, 200])
+def test_gate_up(device: torch.device, tokens: int, tiling: Tiling) -> None:
+    x, weight = random(device, tokens, 256, scale=3.0), random(device, 400, 256, scale=0.1)
+    out = medium_batch_linear(x, weight, tiling=tiling, eps=EPS, gated=True)
+    scale = torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS)
+    gate, up = ((x.double() * scale) @ weight.double().t()).chunk(2, dim=-1)
+    assert_close(out, torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+def test_residual_in_place(device: torch.device, tiling: Tiling) -> None:
+    x, weight = random(device, 77, 3072), random(device, 200, 3072, scale=0.02)
+    residual = random(device, 77, 200)
+    expected = linear_add_reference(x.double(), weight.double(), None, residual.double())
+    assert medium_batch_linear(x, weight, tiling=tiling, residual=residual) is residual
+    assert_close(residual, expected)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("tiling", [t for t in TILINGS if t.shares > 1], ids=str)
+def test_shares_add_up_in_the_same_order(device: torch.device, tiling: Tiling) -> None:
+    x, weight = random(device, 128, 4096), random(device, 1024, 4096, scale=0.02)
+    first = medium_batch_linear(x, weight, tiling=tiling)
+    for _ in range(50):
+        assert torch.equal(medium_batch_linear(x, weight, tiling=tiling), first)
