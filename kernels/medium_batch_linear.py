@@ -11,8 +11,8 @@ before the wait for the kernel in front (see `pdl`). What W costs beside its own
 program reads from the second-level cache: as many bytes again at 128 rows and 128 tokens.
 
 Where there are too few rows for all processors, programs share the columns (`Tiling.shares`). Each leaves
-its sums in memory, waits for the others' and adds up a part of the tokens, always in the same order. They wait
-for each other in a loop, so there are never more of them than run at once.
+its sums in memory, waits for the others' and adds up a part of the tokens, always in the same order. They
+wait for each other in a loop, so there are never more of them than run at once.
 """
 
 # mypy: disable-error-code="assignment"
