@@ -19,12 +19,13 @@ from ..kernels.causal_attention import causal_attention, padded_length
 from ..kernels.decode_attention import decode_attention
 from ..kernels.decode_plan import DecodePlan, plan_decode
 from ..kernels.draw_tokens import Share
-from ..kernels.fused_linear import Activation, linear_add, norm_gate_up_silu, norm_linear
+from ..kernels.fused_linear import linear_add, norm_gate_up_silu, norm_linear
 from ..kernels.kv_write import finish_heads
 from ..kernels.layer_norm import layer_norm
 from ..kernels.paged_prefill import paged_prefill
 from ..kernels.silu_mul import silu_mul
 from ..kernels.slot_table import StepInputs
+from ..kernels.vector_linear import Activation
 from .layers import ColumnLinear, LayerNorm, RowLinear, VocabTable
 from .models.causal_lm import CausalLM, LayerCache
 from .models.llama import Llama, LlamaLayer

@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import torch
-from headrace.kernels import fused_linear, small_batch_linear
-from headrace.kernels.fused_linear import Tiling
+from headrace.kernels import fused_linear, small_batch_linear, vector_linear
 from headrace.kernels.small_batch_linear import Split
+from headrace.kernels.vector_linear import Tiling
 from torch import Tensor
 
 from benchlib.decode_chain import LayerWeights, Shape, Weights
@@ -99,8 +99,8 @@ def bench_tilings(shape: Shape, weights: Weights) -> list[Row]:
     """Each operation at one token under every neighbouring tiling; the best five of each."""
     rows = []
     chosen: dict[tuple[int, int, bool], Tiling] = {}
-    original = fused_linear.tiling
-    fused_linear.tiling = lambda *key: chosen.get(key) or original(*key)  # type: ignore[assignment]
+    original = vector_linear.tiling
+    vector_linear.tiling = lambda *key: chosen.get(key) or original(*key)  # type: ignore[assignment]
     keys = {
         "qkv": ((shape.heads + 2 * shape.kv_heads) * shape.head_dim, shape.hidden, False),
         "out": (shape.hidden, shape.heads * shape.head_dim, False),
@@ -136,7 +136,7 @@ def bench_tilings(shape: Shape, weights: Weights) -> list[Row]:
                     )
                 chosen.clear()
     finally:
-        fused_linear.tiling = original
+        vector_linear.tiling = original
     return rows
 
 

@@ -5,19 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from headrace.kernels.fused_linear import (
-    Activation,
-    Tiling,
     linear_add,
     linear_add_reference,
-    linear_add_triton,
     norm_gate_up_silu,
     norm_gate_up_silu_reference,
-    norm_gate_up_silu_triton,
     norm_linear,
     norm_linear_reference,
-    norm_linear_triton,
-    tiling,
 )
+from headrace.kernels.vector_linear import Activation, Tiling, tiling, vector_linear
 from torch import Tensor
 
 BF16 = 1 / 128
@@ -42,7 +37,7 @@ def test_norm_linear(device: torch.device, tokens: int, n: int, k: int, norm: st
     weight, bias = random(device, n, k, scale=k**-0.5), random(device, n)
     norm_weight = None if norm == "none" else 1 + random(device, k, seed=1) / 8
     norm_bias = random(device, k, seed=2) if norm == "layer" else None
-    out = norm_linear_triton(x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=1e-5)
+    out = vector_linear(x, weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=1e-5)
     expected = norm_linear_reference(
         x.double(),
         weight.double(),
@@ -58,7 +53,7 @@ def test_norm_linear(device: torch.device, tokens: int, n: int, k: int, norm: st
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_activation_without_bias(device: torch.device, programs: int | None, activation: Activation) -> None:
     x, weight = random(device, 1, 96), random(device, 50, 96, scale=0.1)
-    out = norm_linear_triton(x, weight, activation=activation, tiles=Tiling(4, 32, 4, programs))
+    out = vector_linear(x, weight, activation=activation, tiles=Tiling(4, 32, 4, programs))
     expected = norm_linear_reference(x.double(), weight.double(), activation=activation)
     assert_close(out, expected)
     assert activation == "gelu" or (out == 0).any()
@@ -70,7 +65,9 @@ def test_activation_without_bias(device: torch.device, programs: int | None, act
 def test_gate_up(device: torch.device, tokens: int, programs: int | None, size: int, k: int) -> None:
     x, norm_weight = random(device, tokens, k), 1 + random(device, k, seed=1) / 8
     weight = random(device, 2 * size, k, scale=k**-0.5)
-    out = norm_gate_up_silu_triton(x, norm_weight, weight, 1e-6, tiles=Tiling(4, 64, 4, programs))
+    out = vector_linear(
+        x, weight, norm_weight=norm_weight, eps=1e-6, gated=True, tiles=Tiling(4, 64, 4, programs)
+    )
     expected = norm_gate_up_silu_reference(x.double(), norm_weight.double(), weight.double(), 1e-6)
     assert_close(out, expected)
 
@@ -84,7 +81,7 @@ def test_linear_add_is_in_place(device: torch.device, tokens: int, with_bias: bo
     expected = linear_add_reference(
         x.double(), weight.double(), None if bias is None else bias.double(), residual.double()
     )
-    out = linear_add_triton(x, weight, bias, residual)
+    out = vector_linear(x, weight, bias=bias, residual=residual)
     assert out is residual
     assert_close(out, expected)
 

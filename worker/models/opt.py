@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ipc.errors import ConfigError
-from ...kernels.fused_linear import ACTIVATIONS, Activation
+from ...kernels.fused_linear import ACTIVATIONS
 from ...kernels.kv_write import kv_write
 from ...kernels.paged_attention import AttentionMetadata, paged_attention
+from ...kernels.vector_linear import Activation
 from ..layers import (
     ColumnLinear,
     LayerNorm,
