@@ -2,11 +2,12 @@
 
     norm_linear         y = act(norm(x) W^T + b)
     norm_gate_up_silu   y = silu(norm(x) G^T) * (norm(x) U^T),  W = [G; U]
+    late_gate_up_silu   the same, the norm's weight being in W
     linear_add          r = r + x W^T + b, in place
 
 A decode layer is four of these around an attention. For one token each is one kernel of `vector_linear` that
-streams its weights at the memory's speed; for a few, one of `small_batch_linear`; above, a cuBLAS product and
-the norm's or gate's kernel.
+streams its weights at the memory's speed; for a few, one of `small_batch_linear`; to some hundred, one of
+`medium_batch_linear` and the norm's; above, a cuBLAS product and the norm's or gate's kernel.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import medium_batch_linear as medium_batch
 from . import small_batch_linear as small_batch
 from .layer_norm import layer_norm
 from .rms_norm import rms_norm
@@ -30,7 +32,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 MAX_TOKENS = 1
-"""Largest batch of `vector_linear`. More are `small_batch_linear`'s, up to its limit, and then cuBLAS's."""
+"""Largest batch of `vector_linear`; the others have limits of their own."""
 
 
 def norm_linear(
@@ -67,6 +69,11 @@ def norm_linear(
             x, weight, norm_weight=norm_weight, eps=eps, bias=bias, relu=activation == "relu"
         )
     x = _norm(x, norm_weight, norm_bias, eps)
+    tiling = None if activation == "gelu" else medium_batch.chosen(x, weight)
+    if tiling is not None:
+        return medium_batch.medium_batch_linear(
+            x, weight, tiling=tiling, bias=bias, relu=activation == "relu"
+        )
     if activation == "relu" and bias is not None and x.is_cuda:
         return torch.ops.aten._addmm_activation(bias, x, weight.t(), use_gelu=False)  # type: ignore[no-any-return]
     return ACTIVATIONS[activation](F.linear(x, weight, bias))
@@ -81,7 +88,19 @@ def norm_gate_up_silu(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float
         return vector_linear(x, weight, norm_weight=norm_weight, eps=eps, gated=True)
     if small_batch.serves(x, weight):
         return small_batch.small_batch_linear(x, weight, norm_weight=norm_weight, eps=eps, gated=True)
-    return silu_mul(F.linear(_norm(x, norm_weight, None, eps), weight))
+    x = _norm(x, norm_weight, None, eps)
+    tiling = medium_batch.chosen(x, weight, gated=True)
+    if tiling is not None:
+        return medium_batch.medium_batch_linear(x, weight, tiling=tiling, gated=True)
+    return silu_mul(F.linear(x, weight))
+
+
+def late_gate_up_silu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`norm_gate_up_silu` of many rows, the norm's weight being multiplied into `weight`."""
+    tiling = medium_batch.chosen(x, weight, gated=True)
+    if tiling is not None:
+        return medium_batch.medium_batch_linear(x, weight, tiling=tiling, eps=eps, gated=True)
+    return silu_mul(F.linear(x, weight), x, eps)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -90,6 +109,9 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
         return vector_linear(x, weight, bias=bias, residual=residual)
     if small_batch.serves(x, weight):
         return small_batch.small_batch_linear(x, weight, bias=bias, residual=residual)
+    tiling = medium_batch.chosen(x, weight)
+    if tiling is not None:
+        return medium_batch.medium_batch_linear(x, weight, tiling=tiling, bias=bias, residual=residual)
     if bias is not None:
         residual += bias
     return residual.addmm_(x, weight.t())

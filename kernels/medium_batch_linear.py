@@ -63,6 +63,43 @@ class Tiling(NamedTuple):
     num_warps: int = 4
 
 
+MAX_TOKENS = 128
+"""Largest batch; with more, cuBLAS is bound by arithmetic and near the limit."""
+_PROCESSORS = 132
+_SHARED = 113 * 1024
+"""Bytes of shared memory for each of two programs on a processor."""
+
+
+@cache
+def tiling(tokens: int, out_features: int, in_features: int, gated: bool = False) -> Tiling | None:
+    """How to multiply so many tokens with a matrix; None where cuBLAS should."""
+    if not AVAILABLE or not 16 < tokens <= MAX_TOKENS or in_features % 8:
+        return None
+    block_tokens = max(32, 1 << (tokens - 1).bit_length())
+    for rows in (128, 64):
+        tiles = -(-out_features // (rows // 2 if gated else rows))
+        shares = 1
+        while not gated and shares < 16 and 2 * tiles * shares <= _PROCESSORS and in_features >= 512 * shares:
+            shares *= 2
+        if gated or tiles * shares >= 88:
+            break
+    stages = min(_SHARED // ((rows + block_tokens) * 128), 8)
+    return Tiling(rows, block_tokens, 64, stages, shares)
+
+
+def chosen(x: Tensor, weight: Tensor, gated: bool = False) -> Tiling | None:
+    """The tiling for x [tokens, in_features]; None where this kernel cannot or should not multiply."""
+    if not x.is_cuda or not _is_hopper(x.device) or weight.data_ptr() % 16 or x.data_ptr() % 16:
+        return None
+    out_features = len(weight) // 2 if gated else len(weight)
+    return tiling(len(x), out_features, x.shape[1], gated)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 @gluon.jit
 def _load_weights(weight_desc, buffer, bar, first, k, N: gl.constexpr, GATED: gl.constexpr, pred):
     """`buffer`'s rows of W, from column `k` on; gated, as many of the gate above the same of up."""

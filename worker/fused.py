@@ -19,11 +19,10 @@ from ..kernels.causal_attention import causal_attention, padded_length
 from ..kernels.decode_attention import decode_attention
 from ..kernels.decode_plan import DecodePlan, plan_decode
 from ..kernels.draw_tokens import Share
-from ..kernels.fused_linear import linear_add, norm_gate_up_silu, norm_linear
+from ..kernels.fused_linear import late_gate_up_silu, linear_add, norm_gate_up_silu, norm_linear
 from ..kernels.kv_write import finish_heads
 from ..kernels.layer_norm import layer_norm
 from ..kernels.paged_prefill import paged_prefill
-from ..kernels.silu_mul import silu_mul
 from ..kernels.slot_table import StepInputs
 from ..kernels.vector_linear import Activation
 from .layers import ColumnLinear, LayerNorm, RowLinear, VocabTable
@@ -278,7 +277,7 @@ def _project(layer: LlamaLayer, residual: Tensor, late: bool) -> Tensor:
     """Queries, keys and values."""
     linear, norm = layer.attention.qkv_proj, layer.input_norm
     if late:
-        return F.linear(residual, linear.weight)
+        return norm_linear(residual, linear.weight)
     return norm_linear(residual, linear.weight, linear.bias, norm_weight=norm.weight, eps=norm.eps)
 
 
@@ -286,7 +285,7 @@ def _gate(layer: LlamaLayer, residual: Tensor, late: bool) -> Tensor:
     """The input of the down projection."""
     weight, norm = layer.mlp.gate_up_proj.weight, layer.mlp_norm
     if late:
-        return silu_mul(F.linear(residual, weight), residual, norm.eps)
+        return late_gate_up_silu(residual, weight, norm.eps)
     return norm_gate_up_silu(residual, norm.weight, weight, norm.eps)
 
 
