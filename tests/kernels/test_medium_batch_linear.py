@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from headrace.kernels.fused_linear import linear_add_reference, norm_linear_reference
-from headrace.kernels.medium_batch_linear import Tiling, medium_batch_linear
+from headrace.kernels.medium_batch_linear import Tiling, medium_batch_linear, tiling
 from torch import Tensor
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -78,3 +78,26 @@ def test_shares_add_up_in_the_same_order(device: torch.device, tiling: Tiling) -
     first = medium_batch_linear(x, weight, tiling=tiling)
     for _ in range(50):
         assert torch.equal(medium_batch_linear(x, weight, tiling=tiling), first)
+
+
+@pytest.mark.parametrize("tokens", [17, 32, 33, 64, 100, 128])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("k", [768, 1024, 1536, 2048, 3072, 4096, 8192, 8960, 14336])
+@pytest.mark.parametrize("n", [768, 1024, 1536, 2048, 3072, 4096, 6144, 8960, 14336, 151936])
+def test_tilings_can_run(n: int, k: int, gated: bool, tokens: int) -> None:
+    chosen = tiling(tokens, n, k, gated)
+    if chosen is None:
+        return
+    outputs = chosen.rows // 2 if gated else chosen.rows
+    programs = -(-n // outputs) * -(-tokens // chosen.tokens) * chosen.shares
+    assert chosen.shares == 1 or programs <= 132, "programs that wait for each other must run at once"
+    assert chosen.tokens % chosen.shares == 0
+    assert chosen.stages >= 2
+    assert chosen.stages * (chosen.rows + chosen.tokens) * chosen.block_k * 2 <= 227 * 1024 - 1024
+    assert chosen.rows * chosen.tokens <= 128 * 32 * chosen.num_warps, "the sums must fit the registers"
+    assert outputs >= 16 * chosen.num_warps or not gated, "gate and up meet in one thread"
+
+
+@pytest.mark.parametrize(("tokens", "k"), [(16, 1024), (129, 1024), (64, 1020)])
+def test_what_is_left_to_others(tokens: int, k: int) -> None:
+    assert tiling(tokens, 1024, k) is None
