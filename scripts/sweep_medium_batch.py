@@ -253,11 +253,9 @@ def main() -> None:
     begun = time.monotonic()
     bench = Bench(torch.device("cuda"))
     results: dict[str, Any] = {}
-    lines: list[str] = []
 
     def say(line: str) -> None:
         print(line, flush=True)
-        lines.append(line)
 
     for tokens in args.tokens:
         for name in args.models:
@@ -272,7 +270,6 @@ def main() -> None:
                 if "CUDA error" in str(failure):
                     raise
             (args.out / "sweep.json").write_text(json.dumps(results))
-            (args.out / "sweep.txt").write_text("\n".join(lines))
     say(f"{time.monotonic() - begun:.0f} s")
 
 
