@@ -29,7 +29,7 @@ from .invariance import check_fixed_order
 from .kv_cache import CacheSize, cuda_budget, size_cache
 from .models import build_model
 from .models.causal_lm import CausalLM, LayerCache
-from .packed_graphs import MAX_TOKENS, PackedGraphs, Shape
+from .packed_graphs import MAX_TOKENS, PackedGraphs, Shape, tokens_while_launching
 from .parallel import TensorParallel, check_devices, connect, open_mailboxes
 from .slots import I64, new_blocks
 from .under_way import Drawn, UnderWay
@@ -108,7 +108,8 @@ class CudaRunner:
                     partial(step.decode, rehearsal=True, filtered=True),
                     sizes,
                 )
-            self._packed_graphs = PackedGraphs(recorder, step) if step.is_fused else None
+            if step.is_fused:
+                self._packed_graphs = PackedGraphs(recorder, step, self._most_packed_tokens())
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -302,6 +303,13 @@ class CudaRunner:
         rows = graph_sizes(config.max_num_seqs)[-1]
         elements = (rows + MAX_TOKENS) * int(config.hf_config["hidden_size"])
         return open_mailboxes(tp, self._device, self._dtype, elements, rows + MORE_RESULTS)
+
+    def _most_packed_tokens(self) -> int:
+        """Of prompts, in a CUDA graph. The mailboxes of several ranks have room for no more."""
+        if self._tp.size > 1:
+            return MAX_TOKENS
+        weights = sum(p.numel() for name, p in self._model.named_parameters() if "layers." in name)
+        return max(MAX_TOKENS, tokens_while_launching(weights // self._model.num_layers))
 
     # --- sizes ---------------------------------------------------------------------------------------
 

@@ -19,12 +19,18 @@ from .graphs import Recorder, Recording
 from .slots import I64
 from .staging import aligned
 
-MAX_PROMPTS = 16
-"""Rows that are not decodes."""
 _DECODES = (0, 8, 32, 64, 128, 256)
 _TOKENS = (32, 128, 512)
+_FEWER_DECODES = (0, 128)
+_MORE_TOKENS = (768, 1024, 1536, 2048, 3072, 4096)
 MAX_TOKENS = _TOKENS[-1]
-"""Of prompts. With more the GPU is the slower one, even with small models."""
+"""Of prompts, whatever the model. With more the GPU is slower than the host, unless the model is small."""
+
+
+def tokens_while_launching(layer_weights: int) -> int:
+    """Tokens that an H200 computes (0.35e15 weights times tokens a second) while the host launches the kernels
+    of a layer of so many weights (0.3 ms)."""
+    return int(105e9) // layer_weights
 
 
 class Shape(NamedTuple):
@@ -34,6 +40,21 @@ class Shape(NamedTuple):
     tokens: int
     """Of all prompts and chunks together."""
 
+    @property
+    def prompts(self) -> int:
+        """Rows that are not decodes."""
+        return max(self.tokens // 16, 16)
+
+
+def shapes(most_decodes: int, most_tokens: int) -> list[Shape]:
+    """What to record for steps of at most so many decodes and prompt tokens, the most useful first."""
+
+    def crossed(decodes: tuple[int, ...], tokens: tuple[int, ...]) -> list[Shape]:
+        fewer = [*(count for count in decodes if count < most_decodes), most_decodes]
+        return [Shape(rows, length) for rows in fewer for length in tokens if length <= most_tokens]
+
+    return crossed(_DECODES, _TOKENS) + crossed(_FEWER_DECODES, _MORE_TOKENS)
+
 
 class Form:
     """The buffer of one shape, and how a step is laid out in it."""
@@ -41,8 +62,8 @@ class Form:
     def __init__(self, step: DeviceStep, shape: Shape) -> None:
         self.shape = shape
         self._padding_slot, self._tile_tokens = step.slots.padding_slot, step.tile_tokens
-        self._num_tiles = shape.tokens // step.tile_tokens + MAX_PROMPTS
-        rows, sampling = shape.decodes + MAX_PROMPTS + 1, shape.decodes + MAX_PROMPTS
+        self._num_tiles = shape.tokens // step.tile_tokens + shape.prompts
+        rows, sampling = shape.decodes + shape.prompts + 1, shape.decodes + shape.prompts
         sizes = [rows, rows, rows + 1, 2 * self._num_tiles, sampling, sampling, sampling]
         places = [aligned(size) for size in sizes]
         self.buffer = torch.zeros(sum(places), dtype=torch.int32, device=step.slots.device)
@@ -52,7 +73,7 @@ class Form:
     def fill(self, work: Work | None) -> tuple[PackedArrays, I64]:
         """The step `work`, or one of padding alone; and where in the results its sampling rows are."""
         decodes, tokens = self.shape
-        rows = decodes + MAX_PROMPTS + 1
+        rows = decodes + self.shape.prompts + 1
         slots, starts = np.full(rows, self._padding_slot), np.zeros(rows, np.int64)
         query_lens = np.zeros(rows, np.int64)
         query_lens[:decodes] = 1
@@ -100,15 +121,14 @@ class PackedArrays(NamedTuple):
 class PackedGraphs:
     """The recordings."""
 
-    def __init__(self, recorder: Recorder, step: DeviceStep) -> None:
+    def __init__(self, recorder: Recorder, step: DeviceStep, most_tokens: int) -> None:
+        """`most_tokens`: of prompts, in a recording."""
         self._recorder, self._step = recorder, step
         self._recorded: dict[Shape, tuple[Form, Recording[None]]] = {}
         self._in_use: set[Shape] = set()
         table = step.slots
         room = min(table.tokens.shape[1], table.block_tables.shape[1] * table.block_size)
-        most = len(table.rows)
-        decodes = [*(count for count in _DECODES if count < most), most]
-        self._shapes = [Shape(rows, tokens) for rows in decodes for tokens in _TOKENS if tokens <= room]
+        self._shapes = shapes(len(table.rows), min(room, most_tokens))
 
     def record_next(self) -> Iterator[Shape]:
         """Record all shapes, one with each call for the next."""
@@ -129,13 +149,17 @@ class PackedGraphs:
         """
         num_decodes = int(work.continuing.sum())
         tokens = int(work.num_scheduled.sum()) - num_decodes
-        if work.filtered and not self._step.has_all_logits:
+        if work.needs_host or (work.filtered and not self._step.has_all_logits):
             return None
-        if work.needs_host or work.num_rows - num_decodes > MAX_PROMPTS:
-            return None
-        fitting = (s for s in self._in_use if s.decodes >= num_decodes and s.tokens >= tokens)
+        prompts = work.num_rows - num_decodes
+        fitting = (
+            shape
+            for shape in self._in_use
+            if shape.decodes >= num_decodes and shape.tokens >= tokens and shape.prompts >= prompts
+        )
         shape = min(fitting, default=None, key=lambda s: (sum(s), s))
-        if shape is None or sum(shape) > 4 * (num_decodes + tokens) + 64:
+        most = (4 if tokens <= MAX_TOKENS else 2) * (num_decodes + tokens) + 64
+        if shape is None or sum(shape) > most:
             return None
         form, recording = self._recorded[shape]
         arrays, places = form.fill(work)

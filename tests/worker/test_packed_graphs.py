@@ -12,7 +12,7 @@ from headrace.kernels.slot_table import packed_inputs_reference
 from headrace.worker.device_slots import DeviceSlots, Work
 from headrace.worker.device_step import DeviceStep
 from headrace.worker.models import build_model
-from headrace.worker.packed_graphs import MAX_PROMPTS, Form, Shape
+from headrace.worker.packed_graphs import Form, Shape, shapes
 from headrace.worker.parallel import TensorParallel
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def test_rows_keep_their_tokens_and_padding_fills_the_shape(step: DeviceStep) ->
     )
     assert tensors.query_start[-1] == 8 + 64
     assert tensors.query_start[:9].tolist() == list(range(9))
-    assert len(tensors.slots) == 8 + MAX_PROMPTS + 1
+    assert len(tensors.slots) == 8 + form.shape.prompts + 1
     for slot, start, count in zip(work.slots, work.starts, work.num_scheduled, strict=True):
         (row,) = (tensors.slots == int(slot)).nonzero()[:, 0].tolist()
         first, end = tensors.query_start[row : row + 2].tolist()
@@ -82,7 +82,7 @@ def test_rows_keep_their_tokens_and_padding_fills_the_shape(step: DeviceStep) ->
         assert table.lengths[slot] == start + count
     padding = tensors.slots == table.padding_slot
     assert (table.block_tables[table.padding_slot] == table.padding_block).all()
-    assert int(padding.sum()) == 8 + MAX_PROMPTS + 1 - work.num_rows
+    assert int(padding.sum()) == 8 + form.shape.prompts + 1 - work.num_rows
     assert table.lengths[table.padding_slot] == 0
 
     assert tensors.sampling_slots[places].tolist() == work.slots[work.sampling].tolist()
@@ -104,8 +104,21 @@ def test_tiles_cover_each_prompt_token_once(step: DeviceStep) -> None:
     query_lens = arrays.query_start[1:] - arrays.query_start[:-1]
     expected = {
         (row, first)
-        for row in range(8, 8 + MAX_PROMPTS)
+        for row in range(8, 8 + form.shape.prompts)
         for first in range(0, int(query_lens[row]), step.tile_tokens)
     }
     assert len(tiles) == len(set(tiles))
     assert set(tiles) == expected
+
+
+@pytest.mark.parametrize("most_tokens", [300, 512, 2243, 100_000])
+def test_every_step_has_a_shape_that_is_not_much_larger(most_tokens: int) -> None:
+    found = shapes(200, most_tokens)
+    assert len(found) == len(set(found))
+    assert max(shape.decodes for shape in found) == 200
+    largest = max(shape.tokens for shape in found)
+    assert largest == max(t for t in (128, 512, 2048, 4096) if t <= most_tokens)
+    for decodes, tokens in ((0, 40), (5, 300), (150, 600), (0, 2700), (120, 4096)):
+        if tokens <= largest:
+            sizes = [s.decodes + s.tokens for s in found if s.decodes >= decodes and s.tokens >= tokens]
+            assert min(sizes) <= (4 if tokens <= 512 else 2) * (decodes + tokens) + 64
