@@ -28,8 +28,8 @@ MAX_TOKENS = _TOKENS[-1]
 
 
 def tokens_while_launching(layer_weights: int) -> int:
-    """Tokens that an H200 computes (0.35e15 weights times tokens a second) while the host launches the kernels
-    of a layer of so many weights (0.3 ms)."""
+    """Tokens that an H200 computes (0.35e15 weights times tokens a second) while the host launches the
+    kernels of a layer of so many weights (0.3 ms)."""
     return int(105e9) // layer_weights
 
 
