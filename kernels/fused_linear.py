@@ -4,6 +4,7 @@
     norm_gate_up_silu   y = silu(norm(x) G^T) * (norm(x) U^T),  W = [G; U]
     late_gate_up_silu   the same, the norm's weight being in W
     linear_add          r = r + x W^T + b, in place
+    linear_add_squares  the same, and the squares for `late_gate_up_silu`
 
 A decode layer is four of these around an attention. For one token each is one kernel of `vector_linear` that
 streams its weights at the memory's speed; for a few, one of `small_batch_linear`; to some hundred, one of
@@ -21,7 +22,7 @@ from torch import Tensor
 from . import medium_batch_linear as medium_batch
 from . import small_batch_linear as small_batch
 from .layer_norm import layer_norm
-from .rms_norm import rms_norm
+from .rms_norm import rms_norm, row_squares
 from .silu_mul import silu_mul
 from .vector_linear import Activation, vector_linear
 
@@ -95,11 +96,17 @@ def norm_gate_up_silu(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float
     return silu_mul(F.linear(x, weight))
 
 
-def late_gate_up_silu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`norm_gate_up_silu` of many rows, the norm's weight being multiplied into `weight`."""
+def late_gate_up_silu(x: Tensor, weight: Tensor, eps: float, squares: Tensor | None = None) -> Tensor:
+    """`norm_gate_up_silu` of many rows, the norm's weight being multiplied into `weight`.
+
+    `squares`: x's, as `linear_add_squares` returned them.
+    """
     tiling = medium_batch.chosen(x, weight, gated=True)
     if tiling is not None:
-        return medium_batch.medium_batch_linear(x, weight, tiling=tiling, eps=eps, gated=True)
+        squares = row_squares(x) if squares is None else squares
+        return medium_batch.medium_batch_linear(
+            x, weight, tiling=tiling, squares=squares, eps=eps, gated=True
+        )
     return silu_mul(F.linear(x, weight), x, eps)
 
 
@@ -115,6 +122,23 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
     if bias is not None:
         residual += bias
     return residual.addmm_(x, weight.t())
+
+
+def linear_add_squares(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor | None:
+    """`linear_add`; returns float32 [parts, tokens], in all the sums of the squares of `residual`'s new rows.
+
+    None where the product does not leave them.
+    """
+    tiling = medium_batch.chosen(x, weight)
+    if tiling is None:
+        linear_add(x, weight, bias, residual)
+        return None
+    parts = medium_batch.parts_of(tiling, len(weight))
+    squares = torch.empty(parts, len(x), dtype=torch.float32, device=x.device)
+    medium_batch.medium_batch_linear(
+        x, weight, tiling=tiling, bias=bias, residual=residual, leave_squares=squares
+    )
+    return squares
 
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -39,19 +39,41 @@ def row_scales(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
+def row_squares(x: Tensor) -> Tensor:
+    """Sums of the squares of the rows of `x` [rows, size], float32 [1, rows]."""
+    if not x.is_cuda:
+        return x.float().square().sum(-1)[None]
+    squares = torch.empty(1, len(x), dtype=torch.float32, device=x.device)
+    _row_squares_kernel[(len(x),)](x, squares, x.stride(0), SIZE=x.shape[1], num_warps=4, **pdl_options(x))
+    return squares
+
+
 # --- Triton ------------------------------------------------------------------------------------------
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def row_scale(x_ptr, eps, SIZE: tl.constexpr):  # noqa: ANN201 (a Triton scalar)
-    """`row_scales` of one row."""
+def _sum_of_squares(x_ptr, SIZE: tl.constexpr):
     BLOCK: tl.constexpr = 1024
     total = tl.zeros([BLOCK], tl.float32)
     for start in tl.static_range(0, SIZE, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32)
         total += x * x
-    return tl.rsqrt(tl.sum(total, 0) / SIZE + eps)
+    return tl.sum(total, 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def row_scale(x_ptr, eps, SIZE: tl.constexpr):  # noqa: ANN201 (a Triton scalar)
+    """`row_scales` of one row."""
+    return tl.rsqrt(_sum_of_squares(x_ptr, SIZE) / SIZE + eps)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _row_squares_kernel(x_ptr, squares_ptr, stride, SIZE: tl.constexpr, PDL: tl.constexpr):
+    wait_previous(PDL)
+    allow_next(PDL)
+    row = tl.program_id(0)
+    tl.store(squares_ptr + row, _sum_of_squares(x_ptr + row.to(tl.int64) * stride, SIZE))
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None) -> Tensor:

@@ -4,7 +4,8 @@
 
 For each matrix of the models of scripts/models and each number of tokens: microseconds of one product in a
 CUDA graph of many, whose weights together exceed the second-level cache; then a layer's four products in a
-row, by cuBLAS and by the best tilings. Each result is compared with float64.
+row, by cuBLAS and by the best tilings (of products left out: `tiling`'s choice). Each result is compared with
+float64.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from benchlib.decode_chain import Shape
 from benchlib.graph_timing import BYTES_PER_US, compiled_in_parallel, graph_us
-from headrace.kernels.medium_batch_linear import Tiling, medium_batch_linear
+from headrace.kernels.medium_batch_linear import Tiling, medium_batch_linear, parts_of, tiling
 from headrace.kernels.silu_mul import silu_mul
 from torch import Tensor
 
@@ -72,7 +73,7 @@ def candidates(op: Op, tokens: int) -> list[Tiling]:
             sums = rows * block_tokens // (32 * warps)
             if block_tokens < 32 or sums > 128 or outputs < 16 * warps:
                 continue
-            if (warps == 8 and sums < 128) or (widest > 128 and block_tokens < 128):
+            if (warps == 8 and sums < (64 if op.gated else 128)) or (widest > 128 and block_tokens < 128):
                 continue
             if (warps, block_tokens) == (4, 256):  # spills
                 continue
@@ -133,10 +134,24 @@ def by_cublas(op: Op, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     return silu_mul(F.linear(x, weight), x, EPS) if op.gated else F.linear(x, weight)
 
 
-def by_tiling(op: Op, x: Tensor, weight: Tensor, residual: Tensor, tiling: Tiling) -> Tensor:
+def by_tiling(op: Op, x: Tensor, weight: Tensor, residual: Tensor, tiling: Tiling, squares: Tensor) -> Tensor:
+    """`squares`: of x, read by `up`; of the result, left by `out`."""
     if op.gated:
-        return medium_batch_linear(x, weight, tiling=tiling, eps=EPS, gated=True)
+        return medium_batch_linear(x, weight, tiling=tiling, squares=squares, eps=EPS, gated=True)
+    if op.name == "out":
+        return medium_batch_linear(
+            x, weight, tiling=tiling, residual=residual, leave_squares=squares_for(op, tiling, x)
+        )
     return medium_batch_linear(x, weight, tiling=tiling, residual=residual if op.adds else None)
+
+
+def squares_for(op: Op, tiling: Tiling, x: Tensor) -> Tensor:
+    return torch.empty(parts_of(tiling, op.outputs), len(x), device=x.device)
+
+
+def squares_of(x: Tensor) -> Tensor:
+    """In as many parts as a product of 64 rows a tile leaves them."""
+    return x.float().square().view(len(x), -1, 64).sum(-1).t().contiguous()
 
 
 def exact(op: Op, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
@@ -159,6 +174,7 @@ def sweep_op(bench: Bench, op: Op, tokens: int, tilings: list[Tiling]) -> dict[s
     expected = exact(op, x, weights[0], residual)
     repeats = 4 if op.size > 50_000_000 else 8
     sink = torch.zeros_like(residual)
+    squares = squares_of(x)
 
     def us(call: Callable[[Tensor], object]) -> float:
         sink.zero_()
@@ -169,31 +185,31 @@ def sweep_op(bench: Bench, op: Op, tokens: int, tilings: list[Tiling]) -> dict[s
         for _ in range(2):
             poison = torch.full_like(residual, float("nan"))
             del poison  # the next allocation of this size finds it
-            errors.append(error(by_tiling(op, x, weights[0], residual.clone(), tiling), expected))
+            errors.append(error(by_tiling(op, x, weights[0], residual.clone(), tiling, squares), expected))
         return max(errors, key=lambda e: (e != e, e))
 
     cublas = us(lambda w: by_cublas(op, x, w, sink))
     timed: list[tuple[float, list[int], float]] = []
     wrong: list[tuple[list[int], str]] = []
-    for tiling in tilings:
+    for way in tilings:
         try:
-            off = worst(tiling)
+            off = worst(way)
             if not off < LIMIT:
-                wrong.append((list(tiling), f"{off:.2g}"))
+                wrong.append((list(way), f"{off:.2g}"))
                 continue
-            took = us(functools.partial(_into, op, x, sink, tiling))
+            took = us(functools.partial(_into, op, x, sink, way, squares))
         except Exception as failure:
             if "CUDA" in str(failure):
                 raise
-            wrong.append((list(tiling), repr(failure)[:300]))
+            wrong.append((list(way), repr(failure)[:300]))
             continue
-        timed.append((took, list(tiling), round(off, 5)))
+        timed.append((took, list(way), round(off, 5)))
     timed.sort()
     return {"cublas": cublas, "timed": timed, "wrong": wrong}
 
 
-def _into(op: Op, x: Tensor, sink: Tensor, tiling: Tiling, weight: Tensor) -> Tensor:
-    return by_tiling(op, x, weight, sink, tiling)
+def _into(op: Op, x: Tensor, sink: Tensor, tiling: Tiling, squares: Tensor, weight: Tensor) -> Tensor:
+    return by_tiling(op, x, weight, sink, tiling, squares)
 
 
 def bench_layer(bench: Bench, shape: Shape, tokens: int, best: dict[str, Tiling]) -> dict[str, float]:
@@ -220,8 +236,15 @@ def bench_layer(bench: Bench, shape: Shape, tokens: int, best: dict[str, Tiling]
             hidden = product(ops["up"], stream, layer["up"], stream)
             product(ops["down"], hidden, layer["down"], stream)
 
+    left: list[Tensor] = []
+
     def mixed(op: Op, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-        return by_tiling(op, x, weight, residual, best[op.name])
+        if op.name == "out":
+            left[:] = [squares_for(op, best["out"], x)]
+            return medium_batch_linear(
+                x, weight, tiling=best["out"], residual=residual, leave_squares=left[0]
+            )
+        return by_tiling(op, x, weight, residual, best[op.name], left[0] if op.gated else x)
 
     found = {"cublas": graph_us(lambda: chain(by_cublas), 4) / copies}
     stream.normal_()
@@ -247,6 +270,7 @@ def main() -> None:
         "--models", nargs="+", default=["qwen2.5-1.5b", "llama-3.2-1b", "llama-3.1-8b", "qwen3-0.6b"]
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=[128, 64, 32, 256])
+    parser.add_argument("--ops", nargs="+", default=["qkv", "out", "up", "down", "head"])
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--out", type=Path, default=Path("."))
     args = parser.parse_args()
@@ -264,7 +288,7 @@ def main() -> None:
                 continue
             shape = Shape.of(name)
             try:
-                sweep_model(bench, shape, tokens, results, say)
+                sweep_model(bench, shape, tokens, args.ops, results, say)
             except Exception as failure:
                 say(f"{name} {tokens} failed: {failure!r}")
                 if "CUDA error" in str(failure):
@@ -274,24 +298,34 @@ def main() -> None:
 
 
 def sweep_model(
-    bench: Bench, shape: Shape, tokens: int, results: dict[str, Any], say: Callable[[str], None]
+    bench: Bench,
+    shape: Shape,
+    tokens: int,
+    names: list[str],
+    results: dict[str, Any],
+    say: Callable[[str], None],
 ) -> None:
-    tilings = {op.name: candidates(op, tokens) for op in ops_of(shape)}
+    tilings = {op.name: candidates(op, tokens) if op.name in names else [] for op in ops_of(shape)}
     begun = time.monotonic()
     with compiled_in_parallel():
         for op in ops_of(shape):
             weight, (x, residual) = bench.weights(op)[0], bench.inputs(op, tokens)
-            for tiling in tilings[op.name]:
-                by_tiling(op, x, weight, residual, tiling)
+            for way in tilings[op.name]:
+                by_tiling(op, x, weight, residual, way, squares_of(x))
     compiled = time.monotonic() - begun
-    best = {}
+    chosen = {op.name: tiling(tokens, op.outputs, op.inputs, op.gated) for op in ops_of(shape)}
+    best = {name: way for name, way in chosen.items() if way is not None}
     for op in ops_of(shape):
+        if op.name not in names:
+            continue
         found = sweep_op(bench, op, tokens, tilings[op.name])
         results[f"{shape.name} {op.name} {tokens}"] = found
         floor = 2 * op.size / BYTES_PER_US
         top = "  ".join(f"{us:.2f} {tuple(t)}" for us, t, _ in found["timed"][:3])
         bad = f" WRONG {found['wrong'][:2]}" if found["wrong"] else ""
         case = f"{shape.name} {tokens:3d} {op.name:4s}"
+        rule = [round(us, 2) for us, t, _ in found["timed"] if t == list(chosen[op.name] or ())]
+        say(f"{case} rule {tuple(chosen[op.name] or ())} {rule}")
         say(f"{case} floor {floor:6.2f} cublas {found['cublas']:6.2f} | {top}{bad}")
         if found["timed"]:
             best[op.name] = Tiling(*found["timed"][0][1])

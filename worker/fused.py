@@ -19,7 +19,13 @@ from ..kernels.causal_attention import causal_attention, padded_length
 from ..kernels.decode_attention import decode_attention
 from ..kernels.decode_plan import DecodePlan, plan_decode
 from ..kernels.draw_tokens import Share
-from ..kernels.fused_linear import late_gate_up_silu, linear_add, norm_gate_up_silu, norm_linear
+from ..kernels.fused_linear import (
+    late_gate_up_silu,
+    linear_add,
+    linear_add_squares,
+    norm_gate_up_silu,
+    norm_linear,
+)
 from ..kernels.kv_write import finish_heads
 from ..kernels.layer_norm import layer_norm
 from ..kernels.paged_prefill import paged_prefill
@@ -212,6 +218,8 @@ class _Part:
     def __init__(self, residual: Tensor) -> None:
         self._residual = residual
         self._finish: Callable[[], None] | None = None
+        self.squares: Tensor | None = None
+        """Of the settled residual's rows, if known: as `linear_add_squares` returns them."""
 
     def settled(self) -> Tensor:
         """The residual stream [tokens, hidden_size] with everything added."""
@@ -220,10 +228,13 @@ class _Part:
             self._finish = None
         return self._residual
 
-    def add(self, linear: RowLinear, x: Tensor) -> None:
-        """`+= linear(x)`, summed over the ranks."""
+    def add(self, linear: RowLinear, x: Tensor, late: bool = False) -> None:
+        """`+= linear(x)`, summed over the ranks. `late`: a late norm follows."""
         tp, residual = linear.tp, self.settled()
-        if tp.size == 1:
+        self.squares = None
+        if tp.size == 1 and late:
+            self.squares = linear_add_squares(x, linear.weight, linear.bias, residual)
+        elif tp.size == 1:
             linear_add(x, linear.weight, linear.bias, residual)
         else:
             partial = norm_linear(x, linear.weight, linear.bias if tp.rank == 0 else None)
@@ -265,9 +276,9 @@ def _llama(model: Llama, inputs: StepInputs, attend: Attend, late: bool) -> Tens
         qkv = [_project(layer, part.settled(), late) for part in parts]
         attended = attend(number, qkv[0] if len(qkv) == 1 else torch.cat(qkv), heads)
         for part, rows in zip(parts, attended.chunk(len(parts)), strict=True):
-            part.add(attention.o_proj, rows)
+            part.add(attention.o_proj, rows, late)
         for part in parts:
-            part.add(layer.mlp.down_proj, _gate(layer, part.settled(), late))
+            part.add(layer.mlp.down_proj, _gate(layer, part, late))
     for part in parts:
         part.settled()
     return residual
@@ -281,11 +292,12 @@ def _project(layer: LlamaLayer, residual: Tensor, late: bool) -> Tensor:
     return norm_linear(residual, linear.weight, linear.bias, norm_weight=norm.weight, eps=norm.eps)
 
 
-def _gate(layer: LlamaLayer, residual: Tensor, late: bool) -> Tensor:
+def _gate(layer: LlamaLayer, part: _Part, late: bool) -> Tensor:
     """The input of the down projection."""
+    residual = part.settled()
     weight, norm = layer.mlp.gate_up_proj.weight, layer.mlp_norm
     if late:
-        return late_gate_up_silu(residual, weight, norm.eps)
+        return late_gate_up_silu(residual, weight, norm.eps, part.squares)
     return norm_gate_up_silu(residual, norm.weight, weight, norm.eps)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from headrace.kernels.fused_linear import linear_add_reference, norm_linear_reference
-from headrace.kernels.medium_batch_linear import Tiling, medium_batch_linear, tiling
+from headrace.kernels.medium_batch_linear import Tiling, medium_batch_linear, parts_of, tiling
+from headrace.kernels.rms_norm import row_squares
 from torch import Tensor
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -53,7 +54,7 @@ def test_linear(device: torch.device, tokens: int, n: int, k: int, tiling: Tilin
 @pytest.mark.parametrize("tokens", [17, 100, 200])
 def test_gate_up(device: torch.device, tokens: int, tiling: Tiling) -> None:
     x, weight = random(device, tokens, 256, scale=3.0), random(device, 400, 256, scale=0.1)
-    out = medium_batch_linear(x, weight, tiling=tiling, eps=EPS, gated=True)
+    out = medium_batch_linear(x, weight, tiling=tiling, squares=row_squares(x), eps=EPS, gated=True)
     scale = torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS)
     gate, up = ((x.double() * scale) @ weight.double().t()).chunk(2, dim=-1)
     assert_close(out, torch.nn.functional.silu(gate) * up)
@@ -68,6 +69,26 @@ def test_residual_in_place(device: torch.device, tiling: Tiling) -> None:
     expected = linear_add_reference(x.double(), weight.double(), None, residual.double())
     assert medium_batch_linear(x, weight, tiling=tiling, residual=residual) is residual
     assert_close(residual, expected)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("tokens", [17, 100, 128])
+def test_squares_left_are_those_of_the_next_norm(device: torch.device, tokens: int, tiling: Tiling) -> None:
+    x, weight = random(device, tokens, 1000, scale=3.0), random(device, 2120, 1000, scale=0.1)
+    residual = random(device, tokens, 2120)
+    squares = torch.full((parts_of(tiling, 2120), tokens), float("nan"), device=device)
+    medium_batch_linear(x, weight, tiling=tiling, residual=residual, leave_squares=squares)
+    expected = residual.double().square().sum(-1)
+    torch.testing.assert_close(squares.double().sum(0), expected, rtol=1e-5, atol=0.0)
+    following = random(device, 512, 2120, scale=0.02)
+    gated = Tiling(128, 64, 64, 3)
+    out = medium_batch_linear(residual, following, tiling=gated, squares=squares, eps=EPS, gated=True)
+    again = medium_batch_linear(
+        residual, following, tiling=gated, squares=row_squares(residual), eps=EPS, gated=True
+    )
+    assert_close(out, again.double())
 
 
 @pytest.mark.gpu
