@@ -41,11 +41,7 @@ def row_scales(x: Tensor, eps: float) -> Tensor:
 
 def row_squares(x: Tensor) -> Tensor:
     """Sums of the squares of the rows of `x` [rows, size], float32 [1, rows]."""
-    if not x.is_cuda:
-        return x.float().square().sum(-1)[None]
-    squares = torch.empty(1, len(x), dtype=torch.float32, device=x.device)
-    _row_squares_kernel[(len(x),)](x, squares, x.stride(0), SIZE=x.shape[1], num_warps=4, **pdl_options(x))
-    return squares
+    return row_squares_triton(x) if x.is_cuda else x.float().square().sum(-1)[None]
 
 
 # --- Triton ------------------------------------------------------------------------------------------
@@ -74,6 +70,13 @@ def _row_squares_kernel(x_ptr, squares_ptr, stride, SIZE: tl.constexpr, PDL: tl.
     allow_next(PDL)
     row = tl.program_id(0)
     tl.store(squares_ptr + row, _sum_of_squares(x_ptr + row.to(tl.int64) * stride, SIZE))
+
+
+def row_squares_triton(x: Tensor) -> Tensor:
+    """The same in one launch, for dense rows."""
+    squares = torch.empty(1, len(x), dtype=torch.float32, device=x.device)
+    _row_squares_kernel[(len(x),)](x, squares, x.stride(0), SIZE=x.shape[1], num_warps=4, **pdl_options(x))
+    return squares
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from headrace.kernels.kv_write import kv_write, rotate_kv_write_reference, rotate_kv_write_triton
 from headrace.kernels.layer_norm import layer_norm_reference, layer_norm_triton
-from headrace.kernels.rms_norm import rms_norm_reference, rms_norm_triton
+from headrace.kernels.rms_norm import rms_norm_reference, rms_norm_triton, row_squares, row_squares_triton
 from headrace.kernels.silu_mul import silu_mul_reference, silu_mul_triton
 from torch import Tensor
 
@@ -52,6 +52,13 @@ def test_rms_norm(
     exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight.double()
     assert_close(norm(x, weight, 1e-3, update if adds else None), exact, precision)
     assert_close(x, residual.double(), precision)  # the sum stays; the interpreter rounds it down
+
+
+@pytest.mark.parametrize("of", [row_squares, row_squares_triton])
+def test_row_squares(of: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    x = torch.randn(5, 1100, device=device)
+    exact = x[:, :1030].double().square().sum(-1)
+    torch.testing.assert_close(of(x[:, :1030])[0].double(), exact, rtol=1e-6, atol=0.0)
 
 
 def test_rms_norm_of_some_heads_of_each_token(device: torch.device) -> None:
