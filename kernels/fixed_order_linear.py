@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused_linear import ACTIVATIONS, Activation
+from .fused_linear import ACTIVATIONS
 from .jit import INTERPRETED, tl, triton
 from .pdl import allow_next, pdl_options, wait_previous
+from .vector_linear import Activation
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor

@@ -20,12 +20,12 @@ from ..kernels import fixed_order_attention as attention
 from ..kernels import fixed_order_linear as linear
 from ..kernels.fixed_order_attention import fixed_order_attention
 from ..kernels.fixed_order_linear import fixed_order_linear
-from ..kernels.fused_linear import Activation
 from ..kernels.kv_write import finish_heads
 from ..kernels.layer_norm import layer_norm
 from ..kernels.rms_norm import rms_norm
 from ..kernels.silu_mul import silu_mul
 from ..kernels.slot_table import StepInputs
+from ..kernels.vector_linear import Activation
 from .fused import Heads, Packed
 from .layers import ColumnLinear, LayerNorm, Linear, RowLinear, VocabTable
 from .models.causal_lm import CausalLM, LayerCache

@@ -10,7 +10,8 @@ import torch
 from headrace.kernels import fixed_order_attention as attention
 from headrace.kernels import fixed_order_linear as linear
 from headrace.kernels.fixed_order_linear import Tiling
-from headrace.kernels.fused_linear import ACTIVATIONS, Activation
+from headrace.kernels.fused_linear import ACTIVATIONS
+from headrace.kernels.vector_linear import Activation
 from torch import Tensor
 
 from .test_paged_attention import BATCHES, SHAPES, Rows, make_case
