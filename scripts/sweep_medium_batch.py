@@ -1,4 +1,4 @@
-"""Products of 32 to 256 tokens: every tiling of `medium_batch_linear` that is worth a try, beside cuBLAS.
+"""Products of 17 to 128 tokens: every tiling of `medium_batch_linear` that is worth a try, beside cuBLAS.
 
     python scripts/sweep_medium_batch.py --seconds 120 --out DIR
 
@@ -67,15 +67,10 @@ def candidates(op: Op, tokens: int) -> list[Tiling]:
     """Tilings that give most processors something to do and fit into shared memory."""
     found = []
     widest = 1 << (tokens - 1).bit_length()
-    for rows, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
+    for rows in (64, 128):
         outputs = rows // 2 if op.gated else rows
         for block_tokens in sorted({widest, widest // 2, max(widest // 4, 32)}, reverse=True):
-            sums = rows * block_tokens // (32 * warps)
-            if block_tokens < 32 or sums > 128 or outputs < 16 * warps:
-                continue
-            if (warps == 8 and sums < (64 if op.gated else 128)) or (widest > 128 and block_tokens < 128):
-                continue
-            if (warps, block_tokens) == (4, 256):  # spills
+            if not 32 <= block_tokens <= 128 or outputs < 64:
                 continue
             tiles = -(-op.outputs // outputs) * (-(-tokens // block_tokens))
             for shares in (1, 2, 4, 8, 16):
@@ -84,24 +79,20 @@ def candidates(op: Op, tokens: int) -> list[Tiling]:
                     continue
                 if programs < (40 if op.gated else 88) or (block_tokens == widest // 4 and shares > 2):
                     continue
-                found += staged(op, Tiling(rows, block_tokens, 64, 0, shares, warps), programs)
+                found += staged(op, Tiling(rows, block_tokens, 64, 0, shares), programs)
     return found
 
 
 def staged(op: Op, tiling: Tiling, programs: int) -> list[Tiling]:
     """With rings that leave room for one program a processor, or for two."""
     found = []
-    sums = tiling.rows * tiling.tokens // (32 * tiling.num_warps)
-    pairs = (sums + 40) * 32 * tiling.num_warps <= 1 << 15
     for block_k in (64, 128):
         stage = (tiling.rows + tiling.tokens) * block_k * 2
         steps = -(-op.inputs // block_k) // tiling.shares
-        for room in (SHARED // 2 - 2048, SHARED - 4096) if pairs else (SHARED - 4096,):
+        for room in (SHARED // 2 - 2048, SHARED - 4096):
             stages = min(room // stage, 8, max(steps, 2))
-            alone = not pairs or stages * stage > SHARED // 2 - 2048
-            if stages < 2 or (alone and tiling.shares > 1 and programs > SMS):
-                continue
-            if alone and pairs and tiling.shares == 1 and programs > SMS:
+            alone = stages * stage > SHARED // 2 - 2048
+            if stages < 2 or (alone and programs > SMS):
                 continue
             if block_k == 128 and stages * 2 < 6 and op.inputs > 4 * block_k * tiling.shares:
                 continue
@@ -269,7 +260,7 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", default=["qwen2.5-1.5b", "llama-3.2-1b", "llama-3.1-8b", "qwen3-0.6b"]
     )
-    parser.add_argument("--tokens", nargs="+", type=int, default=[128, 64, 32, 256])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[128, 64, 32])
     parser.add_argument("--ops", nargs="+", default=["qkv", "out", "up", "down", "head"])
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--out", type=Path, default=Path("."))
