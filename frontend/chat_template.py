@@ -44,13 +44,22 @@ def render(
         raise RequestError(message, parameter="messages") from error
     if not continue_final_message:
         return text
-    final = str(messages[-1]["content"]).strip()
-    at = text.rfind(final)
+    return text[: _end_of_final(text, messages[-1].get("content"))]
+
+
+def _end_of_final(text: str, content: object) -> int:
+    """Where the last message's content ends in `text`; templates may have cut off what trails."""
+    name, final = "continue_final_message", content if isinstance(content, str) else ""
+    if not final.strip():
+        limit = "a last message with text"
+        raise RequestError(f"{name} needs {limit}, got {content!r:.100}", parameter=name, limit=limit)
+    at = text.rfind(final.strip())
     if at < 0:
         limit = "a template that shows the last message"
-        message = "continue_final_message: the chat template does not show the last message as it is"
-        raise RequestError(message, parameter="continue_final_message", value=True, limit=limit)
-    return text[: at + len(final)]
+        message = f"{name}: the chat template does not show the last message as it is"
+        raise RequestError(message, parameter=name, value=True, limit=limit)
+    shown = final.lstrip()
+    return at + len(shown if text.startswith(shown, at) else final.strip())
 
 
 def check_messages(messages: object) -> None:

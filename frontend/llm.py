@@ -20,12 +20,13 @@ from ..ipc.errors import EngineDeadError, RequestError
 from .async_llm import AsyncLLM
 from .beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from .call_forms import refuse_set
-from .checks import INT32_MAX, integer
+from .chat_messages import check_variables, plain_messages
+from .checks import INT32_MAX, integer, refusal
 from .control import BlockingControl
 from .engine_args import AsyncEngineArgs
 from .metrics import AnyMetric
 from .outputs import RequestOutput
-from .prompts import Prompt
+from .prompts import Prompt, parse_prompt
 from .sampling_params import RequestOutputKind, SamplingParams
 from .streams import RequestStream
 from .timeouts import RequestTimeouts
@@ -91,11 +92,16 @@ class LLM(BlockingControl):
         self._enqueued += streams
         return [stream.request_id for stream in streams]
 
-    def wait_for_completion(self, *, use_tqdm: bool | Callable[..., Any] = True) -> list[RequestOutput]:
+    def wait_for_completion(
+        self, output_type: object = None, *, use_tqdm: bool | Callable[..., Any] = True
+    ) -> list[RequestOutput]:
         """The outputs of all requests enqueued since the last call, in that order.
 
-        Raises the first error of any of them; then the others do not go on either.
+        `output_type` may be RequestOutput: there is no other. Raises the first error of any of them; then the
+        others do not go on either.
         """
+        if output_type not in (None, RequestOutput):
+            raise refusal("output_type", output_type, "RequestOutput, or None")
         streams = self._enqueued.copy()
         self._enqueued.clear()
         return self._finish(streams, use_tqdm)
@@ -105,34 +111,62 @@ class LLM(BlockingControl):
         messages: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, each rendered by the model's chat template.
+
+        Options: `chat_template` (Jinja, instead of the model's), `add_generation_prompt=True`,
+        `continue_final_message=False`, `tools` (what templates show of them) and `chat_template_kwargs`.
+        """
+        return self.generate(self._rendered(messages, **options), sampling_params, use_tqdm=use_tqdm)
+
+    def enqueue_chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = False,
+        **options: Any,
+    ) -> list[str]:
+        """Start what `chat` waits for, as `enqueue` does; `use_tqdm` changes nothing."""
+        return self.enqueue(self._rendered(messages, **options), sampling_params)
+
+    def _rendered(
+        self,
+        messages: Messages | Sequence[Messages],
         *,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **unsupported: Any,
-    ) -> list[RequestOutput]:
-        """Answer one conversation or many, each rendered by the model's chat template."""
+    ) -> list[Prompt]:
+        """A prompt of each conversation."""
         refuse_set(unsupported)
+        if chat_template_content_format not in ("auto", "string"):
+            name, limit = "chat_template_content_format", "'auto' or 'string': there is only text"
+            raise refusal(name, chat_template_content_format, limit)
         tokenizer = self.get_tokenizer()
+        variables = check_variables(chat_template_kwargs or {})
         is_one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if is_one else messages
         prompts: list[Prompt] = []
         for conversation in conversations:
             text = tokenizer.apply_chat_template(
-                conversation,
+                plain_messages(conversation),
                 tokenize=False,
                 chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,
-                **(chat_template_kwargs or {}),
+                **variables,
             )
             assert isinstance(text, str)
+            parsed = parse_prompt(text)  # it may hold what cannot be tokenized
             ids = tokenizer.encode(text, add_special_tokens=False)
-            prompts.append({"prompt_token_ids": ids, "prompt": text})
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+            prompts.append({"prompt_token_ids": ids, "prompt": parsed.text})
+        return prompts
 
     def beam_search(
         self,

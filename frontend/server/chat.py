@@ -9,9 +9,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..chat_messages import content_text
 from ..outputs import CompletionOutput, RequestOutput
 from .beams import refuse_unsearchable
-from .conversation import content_text, render
+from .conversation import render
 from .endpoints import Endpoint
 from .errors import bad_request
 from .generation import Run, encode, logprob_forms, truncated

@@ -8,7 +8,8 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .conversation import content_text, render
+from ..chat_messages import content_text
+from .conversation import render
 from .endpoints import Endpoint
 from .errors import bad_request
 from .generation import Run, encode, truncated

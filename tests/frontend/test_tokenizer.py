@@ -145,11 +145,27 @@ def test_chat_template(tokenizer: Tokenizer) -> None:
     assert tokenizer.apply_chat_template(HI, add_generation_prompt=True) == tokenizer.encode(text)
 
 
-def test_continue_final_message(tokenizer: Tokenizer) -> None:
-    messages = [*HI, {"role": "assistant", "content": "well, "}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+@pytest.mark.parametrize(
+    ("trims", "content", "shown"),
+    [
+        (False, "well, ", "well, "),
+        (True, "well, ", "well,"),
+        (False, " a\n\n", " a\n\n"),
+        (True, " a\n", "a"),
+    ],
+)
+def test_continue_final_message(tokenizer: Tokenizer, trims: bool, content: str, shown: str) -> None:
+    """As transformers does: what trails is kept if the template keeps it."""
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+    template = tokenizer.chat_template or ""
+    if trims:
+        template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}|{% endfor %}"
+    asked: dict[str, Any] = {"chat_template": template, "continue_final_message": True, "tokenize": False}
+    text = tokenizer.apply_chat_template(messages, **asked)
     assert isinstance(text, str)
-    assert text.endswith("<|im_start|>assistant\nwell,")
+    assert text.endswith("<|im_start|>assistant\n" + shown)
+    with pytest.raises(RequestError, match="continue_final_message"):
+        tokenizer.apply_chat_template([{"role": "assistant", "content": " "}], **asked)
 
 
 def test_template_helpers() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from headrace import LLM, AsyncEngineArgs, EngineDeadError, RequestError, SamplingParams
+from headrace import LLM, AsyncEngineArgs, EngineDeadError, RequestError, RequestOutput, SamplingParams
 from headrace.frontend.metrics import Counter
 from headrace.ipc.oracle import oracle_stream
 from tokenizers import decoders, models, pre_tokenizers
@@ -84,6 +84,49 @@ def test_chat(llm: LLM) -> None:
     assert output.prompt == "<s>hi<s>"
     outputs = llm.chat([one, two], params(1), use_tqdm=False)
     assert [output.outputs[0].token_ids for output in outputs] == expected
+
+
+def test_chat_options(llm: LLM) -> None:
+    """Parts, tools, variables, a message to go on with; and what a chat may not be."""
+    template = (
+        "{{ tools | tojson if tools }}{{ mood }}{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    )
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "well, "},
+    ]
+    options: dict[str, Any] = {"chat_template": template, "add_generation_prompt": False}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    whole = llm.chat(
+        messages, params(1), use_tqdm=False, tools=tools, chat_template_kwargs={"mood": 1}, **options
+    )
+    assert whole[0].prompt == json.dumps(tools) + "1<s>a\nb</s><s>well, </s>"
+    options["continue_final_message"] = True
+    (went_on,) = llm.chat(messages, params(1), use_tqdm=False, **options)
+    assert went_on.prompt == "<s>a\nb</s><s>well, "
+    ids = llm.enqueue_chat([messages, messages], params(1), **options)
+    outputs = llm.wait_for_completion(RequestOutput, use_tqdm=False)
+    assert [output.request_id for output in outputs] == ids
+    assert {tuple(output.outputs[0].token_ids) for output in outputs} == {tuple(went_on.outputs[0].token_ids)}
+    wrongs: list[tuple[dict[str, Any], str]] = [
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+        ({"chat_template_content_format": "openai"}, "chat_template_content_format"),
+        ({"add_generation_prompt": True}, "continue_final_message"),
+        ({"mm_processor_kwargs": {"a": 1}}, "mm_processor_kwargs"),
+    ]
+    for wrong, name in wrongs:
+        with pytest.raises(RequestError) as caught:
+            llm.chat(messages, params(1), use_tqdm=False, **(options | wrong))
+        assert caught.value.parameter == name
+    for bad in (
+        [{"role": "user", "content": "\ud800"}],
+        [{"role": "user", "content": [{"type": "image_url"}]}],
+    ):
+        with pytest.raises(RequestError, match=r"prompt|messages"):
+            llm.chat(bad, params(1), use_tqdm=False)
+    with pytest.raises(RequestError, match="output_type"):
+        llm.wait_for_completion(dict)
 
 
 def test_a_bad_prompt_fails_the_call_and_nothing_else(llm: LLM) -> None:
