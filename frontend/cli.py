@@ -163,6 +163,8 @@ def _run(parser: _Parser, words: Sequence[str]) -> Action:
         parser.error("what is the prompt?")
     answering = _answering(args)
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    if not prompt.strip():
+        parser.error("the prompt is empty")
     return lambda: sys.exit(answering.run(prompt, raw=args.raw))
 
 

@@ -65,6 +65,9 @@ def test_errors_are_one_line(model: str) -> None:
     bad = pipe(command("run", model, "--temperature=-1", "abc"))
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == "headrace run: temperature must be in [0, 2], got -1.0\n"
+    for words, text in ((["run", ""], None), (["run"], " \n")):
+        empty = pipe([*HEADRACE, *words], text)
+        assert (empty.returncode, empty.stderr) == (2, "headrace run: the prompt is empty\n")
     missing = pipe([*HEADRACE, "chat", "--engine-core", "ipc:///nowhere"])
     assert missing.returncode == 2
     assert missing.stderr.startswith("engine_core_address: no engine core listens")
