@@ -90,6 +90,7 @@ class _Answer:
         for choice in choices if self._echo else ():
             choice["message"]["content"] = self._echo + (choice["message"]["content"] or "")
         answer = {**self._head, "choices": choices, "usage": self._run.usage.body(), **about_prompt}
+        answer |= self._run.timings()
         return json_response(answer, self._run.id)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -107,7 +108,7 @@ class _Answer:
                 if any(news):  # otherwise its text is held back until more is known
                     yield self._event([choice], shows_usage)
         if options is not None and options.include_usage:
-            yield self._event([], True)
+            yield self._event([], True, self._run.timings())
 
     def _about_prompt(self, output: RequestOutput) -> dict[str, Any]:
         about: dict[str, Any] = {}

@@ -68,6 +68,7 @@ class _Answer:
             choices += [self._choice(index, output, part) for part in output.outputs]
         choices.sort(key=lambda choice: choice["index"])
         answer = {**self._head, "choices": choices, "usage": self._run.usage.body()}
+        answer |= self._run.timings()
         return json_response(answer, self._run.id)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -80,7 +81,8 @@ class _Answer:
                     chunk["usage"] = self._run.usage.body()
                 yield event(chunk)
         if options is not None and options.include_usage:
-            yield event({**self._head, "choices": [], "usage": self._run.usage.body()})
+            about = {"usage": self._run.usage.body(), **self._run.timings()}
+            yield event({**self._head, "choices": [], **about})
 
     def _choice(self, index: int, output: RequestOutput, part: CompletionOutput) -> dict[str, Any]:
         body = self._body

@@ -70,6 +70,8 @@ class Run:
         self.id = f"{prefix}-{body.request_id or secrets.token_hex(12)}"
         self.usage = Usage()
         self.prompts = [prompt.get("prompt") or prompt["prompt_token_ids"] for prompt in prompts]
+        self._num_choices = params.n * len(prompts)
+        self._shows_timings = service.options.enable_per_request_metrics
         self._started = [False] * len(prompts)
         self._latest: dict[int, RequestMetrics] = {}
         self._ends: list[str] = []
@@ -106,6 +108,25 @@ class Run:
         finally:
             for stream in self._streams:
                 stream.abort()
+
+    def timings(self) -> dict[str, Any]:
+        """{"metrics": ...} of a request with one choice, where the server is to show it.
+
+        Names and meanings are vLLM's: all but the first count from the end of the queue.
+        """
+        metrics = self._latest.get(0)
+        if metrics is None or self._num_choices > 1 or not self._shows_timings:
+            return {}
+        times = {
+            "queue_time_ms": metrics.queued_seconds,
+            "time_to_first_token_ms": metrics.prefill_seconds,
+            "generation_time_ms": metrics.last_token_ts - metrics.first_token_ts,
+            "mean_itl_ms": metrics.mean_inter_token_latency,
+        }
+        shown = {name: None if time is None else 1000 * time for name, time in times.items()}
+        seconds = metrics.last_token_ts - metrics.scheduled_ts
+        speed = metrics.num_generation_tokens / seconds if seconds > 0 else None
+        return {"metrics": {**shown, "tokens_per_second": speed}}
 
     def summary(self) -> dict[str, Any]:
         """Figures for the access log. The times are those of the first prompt."""

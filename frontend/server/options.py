@@ -47,6 +47,8 @@ class ServerOptions(msgspec.Struct, kw_only=True):
     """"text" or "json", one object a line."""
     log_prompts: bool = False
     """Put the prompts into these lines too."""
+    enable_per_request_metrics: bool = False
+    """Put the request's timings into answers with one choice, as `metrics`; in streams beside the usage."""
     otlp_traces_endpoint: str | None = None
     """Send an OpenTelemetry span for each request to this OTLP address (HTTP); needs headrace[tracing]."""
     chat_template: str | None = None

@@ -147,6 +147,23 @@ def test_a_structural_tag_as_response_format(demo: Server) -> None:
     assert content[3:6].isdigit()
 
 
+def test_timings_of_a_request(serve: Callable[..., Server], http: httpx.Client) -> None:
+    body = {"prompt": [5, 6, 7], "max_tokens": 9, "ignore_eos": True}
+    stream = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    with serve("--enable-per-request-metrics").client() as client:
+        whole = post(client, "/v1/completions", **body)
+        chat = post(client, "/v1/chat/completions", messages=TALK[:1], max_tokens=9, ignore_eos=True)
+        *_, last = events(client.post("/v1/completions", json=stream))
+        for answer in (whole, chat, last):
+            times = answer["metrics"]
+            assert times["queue_time_ms"] >= 0
+            assert times["generation_time_ms"] == pytest.approx(8 * times["mean_itl_ms"])
+            seconds = (times["time_to_first_token_ms"] + times["generation_time_ms"]) / 1000
+            assert times["tokens_per_second"] == pytest.approx(9 / seconds)
+        assert "metrics" not in post(client, "/v1/completions", **body, n=2)
+    assert "metrics" not in post(http, "/v1/completions", **body)
+
+
 # --- chat templates from outside -------------------------------------------------------------------------
 
 
