@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -209,6 +211,44 @@ def test_garbage_collection_ends_the_engine(oracle_args: Args) -> None:
     pid = asyncio.run(use())
     gc.collect()
     wait_gone([pid])
+
+
+def test_a_temporary_folder_with_a_long_name(oracle_folder: Path, temp: Path) -> None:
+    """Longer than a Unix socket's address may be: the socket is elsewhere, and is gone afterwards, too."""
+    long = temp / ("x" * 100) / ("y" * 100)
+    long.mkdir(parents=True)
+    source = program(
+        oracle_folder, "asyncio.run(first(engine))\nprint(engine._client._address)\nengine.shutdown()"
+    )
+    code, out, err = finish(start(long, "-c", source))
+    assert (code, err) == (0, "")
+    address = out.split()[-1]
+    assert address.startswith("ipc:///tmp/headrace-")
+    assert not Path(address.removeprefix("ipc://")).parent.exists()
+    assert list(long.iterdir()) == []
+    shutil.rmtree(long.parent)
+
+
+def test_no_rank_needs_shared_memory(text_model: Path) -> None:
+    """Containers have 64 MiB of /dev/shm: nothing of an engine is mapped or opened there."""
+    engine = AsyncLLM(
+        AsyncEngineArgs(
+            model=str(text_model), load_format="dummy", tensor_parallel_size=2, num_gpu_blocks_override=100
+        )
+    )
+
+    async def main() -> None:
+        async for _ in engine.generate({"prompt_token_ids": [5] * 40}, SamplingParams(max_tokens=5)):
+            pass
+
+    asyncio.run(main())
+    core = psutil.Process(engine._client.info.pid)
+    for each in (core, *core.children()):
+        assert "/dev/shm" not in Path(f"/proc/{each.pid}/maps").read_text()
+        for link in Path(f"/proc/{each.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                assert not os.readlink(link).startswith("/dev/shm")
+    engine.shutdown()
 
 
 # --- start-up that fails ---------------------------------------------------------------------------------

@@ -19,5 +19,6 @@ def test_streams_survive_a_few_seconds_of_faults() -> None:
     told = json.loads(done.stdout.splitlines()[-1])
     streams = told["streams"]
     assert streams["exact"] > 0
-    assert (streams["lost"], streams["doubled"], streams["changed"], streams["lost blocks"]) == (0, 0, 0, 0)
+    bad = ("lost", "doubled", "changed", "lost blocks", "false alarms")
+    assert [streams[name] for name in bad] == [0] * len(bad)
     assert sum(fault["injected"] for fault in told["faults"].values()) > 0
