@@ -7,8 +7,8 @@ k-th; of those top_p the shortest run of the likeliest whose probability (within
 The threshold is found by counting: how many tokens, and how much probability, are at or above an edge? All
 programs count at edges over the whole range (first launch of `_count_kernel`), then at edges between the two
 that enclose the threshold (second launch); what is between two of those is gathered, a few hundred logits
-mostly, and bisected by one program a row until the threshold is one of them. Probabilities are summed as
-integers, 2^40 for the likeliest token, so that the outcome does not depend on the order in which programs
+mostly, and bisected by one program a row until the threshold is one of them. What programs add to one another
+are integers, 2^40 for the likeliest token, so that the outcome does not depend on the order in which they
 run. Nothing waits for the host, and rows without a filter cost an empty program.
 
 Tokens more than `_DEPTH` (in units of the temperature) below the likeliest count for nothing: together they
@@ -28,7 +28,9 @@ from .pdl import allow_next, pdl_options, wait_previous
 _DEPTH = 32.0
 _EDGES = 16
 _BLOCK = 4096
-_LAST_BLOCK = 2048
+_COUNT_BLOCK = 1024
+"""For a single warp: sums over edges are shuffles then, and wait for no other warp."""
+_LAST_BLOCK = 4096
 """Gathered logits that the last program keeps in registers; more it reads again and again."""
 
 
@@ -90,6 +92,7 @@ def stay_thresholds_triton(
     log_min_p: Tensor,
     slots: Tensor | None = None,
     block: int = _BLOCK,
+    count_block: int = _COUNT_BLOCK,
     last_block: int = _LAST_BLOCK,
 ) -> Tensor:
     """`stay_thresholds` in five launches."""
@@ -99,15 +102,16 @@ def stay_thresholds_triton(
     blocks = triton.cdiv(columns, block)
     wishes = torch.empty(rows, 4, dtype=torch.float64, device=device)
     best = torch.empty(rows, blocks, dtype=torch.float32, device=device)
-    sums = torch.empty(2, rows, 2, blocks, _EDGES, dtype=torch.int64, device=device)
+    edges = torch.empty(2, rows, _EDGES, dtype=torch.float32, device=device)
+    sums = torch.empty(2, rows, _EDGES, dtype=torch.int64, device=device)
     gathered = torch.empty(rows, columns, dtype=torch.float32, device=device)
     num_gathered = torch.empty(rows, dtype=torch.int32, device=device)
     thresholds = torch.empty(rows, dtype=torch.float32, device=device)
-    sizes = (columns, logits.stride(0))
+    found = (wishes, best, edges, sums)
+    sizes = (columns, logits.stride(0), blocks)
     options = pdl_options(logits)
     wide = {"BLOCKS": triton.next_power_of_2(blocks), "EDGES": _EDGES, **options}
-    grid = (blocks, rows)
-    _begin_kernel[grid](
+    _begin_kernel[blocks, rows](
         logits,
         temperatures,
         top_k,
@@ -120,20 +124,25 @@ def stay_thresholds_triton(
         log_min_p.stride(0),
         wishes,
         best,
+        sums,
         num_gathered,
-        *sizes,
+        columns,
+        logits.stride(0),
         HAS_SLOTS=slots is not None,
         DEPTH=_DEPTH,
+        EDGES=_EDGES,
         BLOCK=block,
         **options,
     )
     for level in (0, 1):
-        _count_kernel[grid](logits, wishes, best, sums, *sizes, LEVEL=level, BLOCK=block, num_warps=8, **wide)
-    _gather_kernel[grid](
-        logits, wishes, best, sums, gathered, num_gathered, *sizes, BLOCK=block, num_warps=8, **wide
+        _count_kernel[triton.cdiv(columns, count_block), rows](
+            logits, *found, *sizes, LEVEL=level, BLOCK=count_block, num_warps=1, **wide
+        )
+    _gather_kernel[blocks, rows](
+        logits, *found, gathered, num_gathered, *sizes, BLOCK=block, num_warps=8, **wide
     )
     _bisect_kernel[(rows,)](
-        wishes, best, sums, gathered, num_gathered, thresholds, columns, blocks, BLOCK=last_block, **wide
+        *found, gathered, num_gathered, thresholds, columns, blocks, BLOCK=last_block, num_warps=8, **wide
     )
     return thresholds
 
@@ -152,11 +161,13 @@ def _begin_kernel(
     log_min_p_stride,
     wishes_ptr,
     best_ptr,
+    sums_ptr,
     num_gathered_ptr,
     columns,
     row_stride,
     HAS_SLOTS: tl.constexpr,
     DEPTH: tl.constexpr,
+    EDGES: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -179,6 +190,9 @@ def _begin_kernel(
         tl.store(at + 2, top_p)
         tl.store(at + 3, tl.minimum(-log_min_p, DEPTH).to(tl.float64))
         tl.store(num_gathered_ptr + row, 0)
+        nothing = tl.full([EDGES], 0, tl.int64)
+        tl.store(sums_ptr + row * EDGES + tl.arange(0, EDGES), nothing)
+        tl.store(sums_ptr + (tl.num_programs(1) + row) * EDGES + tl.arange(0, EDGES), nothing)
     if filtered:
         logit = _load(logits_ptr + row * row_stride, tl.program_id(0), columns, BLOCK)
         tl.store(best_ptr + row * tl.num_programs(0) + tl.program_id(0), tl.max(logit, 0))
@@ -189,41 +203,46 @@ def _count_kernel(
     logits_ptr,
     wishes_ptr,
     best_ptr,
+    edges_ptr,
     sums_ptr,
     columns,
     row_stride,
+    blocks,
     LEVEL: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     EDGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """How many tokens of a block, and how much mass, are at or above each edge of a row."""
+    """Sum up, for each edge of a row, the weights of the tokens at or above it."""
     row = tl.program_id(1).to(tl.int64)
-    rows, blocks = tl.num_programs(1), tl.num_programs(0)
+    rows = tl.num_programs(1)
     allow_next(PDL)
     wait_previous(PDL)
     temperature, top_k, top_p, depth = _wish(wishes_ptr, row)
     if (temperature > 0) & ((top_k > 0) | (top_p < 1)):
         best = _row_best(best_ptr, row, blocks, BLOCKS)
         if tl.abs(best) < float("inf"):
-            low, high, _, _, _ = _enclose(
-                row, rows, blocks, best, temperature, top_k, top_p, depth, sums_ptr, LEVEL, BLOCKS, EDGES
+            low, high, _, _ = _enclose(
+                row, rows, best, temperature, top_k, top_p, depth, edges_ptr, sums_ptr, LEVEL, EDGES
             )
-            edge = tl.arange(0, EDGES)
-            values = _edges(edge, best, temperature, depth, low, high, LEVEL, EDGES)
+            top = tl.minimum(high, best)
             logit = _load(logits_ptr + row * row_stride, tl.program_id(0), columns, BLOCK)
-            mass = tl.where(logit >= low, _mass(logit, best, temperature), 0)
-            count_at = tl.full([EDGES], 0, tl.int64)
-            mass_at = tl.full([EDGES], 0, tl.int64)
-            for number in range(EDGES):
-                reaches = logit >= tl.max(tl.where(edge == number, values, -float("inf")), 0)
-                count = tl.sum(reaches.to(tl.int32), 0).to(tl.int64)
-                count_at = tl.where(edge == number, count, count_at)
-                mass_at = tl.where(edge == number, tl.sum(tl.where(reaches, mass, 0), 0), mass_at)
-            at = sums_ptr + ((LEVEL * rows + row) * 2 * blocks + tl.program_id(0)) * EDGES + edge
-            tl.store(at, count_at)
-            tl.store(at + blocks * EDGES, mass_at)
+            weight = _weight(logit, best, temperature, top_k)
+            edge = tl.arange(0, EDGES)
+            values = tl.full([EDGES], 0, tl.float32)
+            sums = tl.full([EDGES], 0, tl.float32)
+            for number in tl.static_range(EDGES):
+                part = (number + 1) / EDGES
+                if LEVEL == 0:  # denser where the probability is
+                    part = part * part
+                value = tl.where(number == EDGES - 1, low, top - (top - low) * part)
+                values = tl.where(edge == number, value, values)
+                sums = tl.where(edge == number, tl.sum(tl.where(logit >= value, weight, 0.0), 0), sums)
+            at = (LEVEL * rows + row) * EDGES + edge
+            if tl.program_id(0) == 0:
+                tl.store(edges_ptr + at, values)
+            tl.atomic_add(sums_ptr + at, _whole(sums))
 
 
 @triton.jit
@@ -231,11 +250,13 @@ def _gather_kernel(
     logits_ptr,
     wishes_ptr,
     best_ptr,
+    edges_ptr,
     sums_ptr,
     gathered_ptr,
     num_gathered_ptr,
     columns,
     row_stride,
+    blocks,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     EDGES: tl.constexpr,
@@ -243,15 +264,14 @@ def _gather_kernel(
 ):
     """Gather the logits of a row among which its threshold is."""
     row = tl.program_id(1).to(tl.int64)
-    rows, blocks = tl.num_programs(1), tl.num_programs(0)
     allow_next(PDL)
     wait_previous(PDL)
     temperature, top_k, top_p, depth = _wish(wishes_ptr, row)
     if (temperature > 0) & ((top_k > 0) | (top_p < 1)):
         best = _row_best(best_ptr, row, blocks, BLOCKS)
         if tl.abs(best) < float("inf"):
-            low, high, _, _, _ = _enclose(
-                row, rows, blocks, best, temperature, top_k, top_p, depth, sums_ptr, 2, BLOCKS, EDGES
+            low, high, _, _ = _enclose(
+                row, tl.num_programs(1), best, temperature, top_k, top_p, depth, edges_ptr, sums_ptr, 2, EDGES
             )
             logit = _load(logits_ptr + row * row_stride, tl.program_id(0), columns, BLOCK)
             wanted = (logit >= low) & (logit < high)
@@ -265,6 +285,7 @@ def _gather_kernel(
 def _bisect_kernel(
     wishes_ptr,
     best_ptr,
+    edges_ptr,
     sums_ptr,
     gathered_ptr,
     num_gathered_ptr,
@@ -278,7 +299,6 @@ def _bisect_kernel(
 ):
     """Find each row's threshold among what was gathered."""
     row = tl.program_id(0).to(tl.int64)
-    rows = tl.num_programs(0)
     allow_next(PDL)
     wait_previous(PDL)
     temperature, top_k, top_p, depth = _wish(wishes_ptr, row)
@@ -287,32 +307,18 @@ def _bisect_kernel(
         best = _row_best(best_ptr, row, blocks, BLOCKS)
         threshold = best - depth * temperature  # and nothing to search where the best is not finite
         if ((top_k > 0) | (top_p < 1)) & (tl.abs(best) < float("inf")):
-            low, high, count, mass, total = _enclose(
-                row, rows, blocks, best, temperature, top_k, top_p, depth, sums_ptr, 2, BLOCKS, EDGES
+            low, high, above, needed = _enclose(
+                row, tl.num_programs(0), best, temperature, top_k, top_p, depth, edges_ptr, sums_ptr, 2, EDGES
             )
             number = tl.load(num_gathered_ptr + row)
             some_ptr = gathered_ptr + row * columns
-            needed = top_p * total.to(tl.float64)
-            if top_k > 0:
-                needed = top_k.to(tl.float64)
             high = tl.minimum(high, best)
-            threshold = _bisect(
-                some_ptr, number, low, high, top_k > 0, needed, count, mass, best, temperature, BLOCK
-            )
+            threshold = _bisect(some_ptr, number, low, high, needed, above, best, temperature, top_k, BLOCK)
             if (top_k > 0) & (top_p < 1):
-                kept = _reached(some_ptr, number, threshold, False, count, mass, best, temperature, BLOCK)
+                kept = _reached(some_ptr, 0, number, threshold, best, temperature, 0, BLOCK)
+                needed = top_p * kept.to(tl.float64)
                 threshold = _bisect(
-                    some_ptr,
-                    number,
-                    threshold,
-                    best,
-                    False,
-                    top_p * kept,
-                    count,
-                    mass,
-                    best,
-                    temperature,
-                    BLOCK,
+                    some_ptr, number, threshold, best, needed, above, best, temperature, 0, BLOCK
                 )
     tl.store(thresholds_ptr + row, threshold)
 
@@ -338,102 +344,78 @@ def _row_best(best_ptr, row, blocks, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _mass(logit, best, temperature):
-    """What a token counts for: 2^40 times its probability beside the likeliest's. int64."""
-    return (tl.exp2((logit - best) * (1.4426950408889634 / temperature)) * 1099511627776.0).to(tl.int64)
+def _weight(logit, best, temperature, top_k):
+    """What a token counts for: 1 for top_k, else its probability beside the likeliest's."""
+    probability = tl.exp2((logit - best) * (1.4426950408889634 / temperature))
+    return tl.where(top_k > 0, 1.0, probability)
 
 
 @triton.jit
-def _edges(edge, best, temperature, depth, low, high, LEVEL: tl.constexpr, EDGES: tl.constexpr):
-    """The edges of a round of counting, from high to low; the last is `low`."""
-    part = (edge + 1).to(tl.float32) / EDGES
-    if LEVEL == 0:  # denser where the probability is
-        values = best - temperature * depth * part * part
-    else:
-        top = tl.minimum(high, best)
-        values = top - (top - low) * part
-    return tl.where(edge == EDGES - 1, low, values)
+def _whole(weight):
+    """Weights as int64."""
+    return (weight * 1099511627776.0).to(tl.int64)
 
 
 @triton.jit
 def _enclose(
     row,
     rows,
-    blocks,
     best,
     temperature,
     top_k,
     top_p,
     depth,
+    edges_ptr,
     sums_ptr,
     LEVELS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     EDGES: tl.constexpr,
 ):
     """What LEVELS rounds of counting say: the threshold is at least `low` and below `high`.
 
     Where both filter these enclose top_k's, and `high` is infinite in the end: top_p's may be anywhere above.
 
-    Returns: low, high, count and mass of the tokens at or above `high`, and the mass of all.
+    Returns: low, high, the weight of the tokens at or above `high`, and what the threshold must reach.
     """
     edge = tl.arange(0, EDGES)
-    block = tl.arange(0, BLOCKS)
     low = best - depth * temperature
     high = tl.full([], float("inf"), tl.float32)
-    count_above = tl.full([], 0, tl.int64)
-    mass_above = tl.full([], 0, tl.int64)
-    total = tl.full([], 0, tl.int64)
+    above = tl.full([], 0, tl.int64)
+    needed = top_k.to(tl.float64) * 1099511627776.0
     for level in tl.static_range(LEVELS):
-        at = ((level * rows + row) * 2 * blocks + block[:, None]) * EDGES + edge[None, :]
-        inside = block[:, None] < blocks
-        count = tl.sum(tl.load(sums_ptr + at, mask=inside, other=0), 0)
-        mass = tl.sum(tl.load(sums_ptr + at + blocks * EDGES, mask=inside, other=0), 0)
+        at = (level * rows + row) * EDGES + edge
+        sums, values = tl.load(sums_ptr + at), tl.load(edges_ptr + at)
         if level == 0:
-            total = tl.max(mass, 0)
-        # Counts and masses rise from edge to edge: those that suffice are the last ones.
-        enough = count >= top_k
-        if top_k <= 0:
-            enough = mass.to(tl.float64) >= top_p * total.to(tl.float64)
-        short = EDGES - tl.sum(enough.to(tl.int32), 0)
-        values = _edges(edge, best, temperature, depth, low, high, level, EDGES)
+            total = tl.max(sums, 0).to(tl.float64)
+            needed = tl.where(top_k > 0, needed, top_p * total)
+        # Sums rise from edge to edge: those that suffice are the last ones.
+        short = EDGES - tl.sum((sums.to(tl.float64) >= needed).to(tl.int32), 0)
         last_short = edge == short - 1
         if short > 0:
-            count_above = tl.sum(tl.where(last_short, count, 0), 0)
-            mass_above = tl.sum(tl.where(last_short, mass, 0), 0)
+            above = tl.sum(tl.where(last_short, sums, 0), 0)
             high = tl.max(tl.where(last_short, values, -float("inf")), 0)
         if short < EDGES:
             low = tl.max(tl.where(edge == short, values, -float("inf")), 0)
     if (LEVELS == 2) & (top_k > 0) & (top_p < 1):
         high = tl.full([], float("inf"), tl.float32)
-        count_above = tl.full([], 0, tl.int64)
-        mass_above = tl.full([], 0, tl.int64)
-    return low, high, count_above, mass_above, total
+        above = tl.full([], 0, tl.int64)
+    return low, high, above, needed
 
 
 @triton.jit
-def _bisect(
-    some_ptr,
-    number,
-    low,
-    high,
-    by_count,
-    needed,
-    count_above,
-    mass_above,
-    best,
-    temperature,
-    BLOCK: tl.constexpr,
-):
+def _bisect(some_ptr, number, low, high, needed, above, best, temperature, top_k, BLOCK: tl.constexpr):
     """The largest value in [low, high] at or above which there is what is needed; `low` if there is none."""
+    place = tl.arange(0, BLOCK)
+    first = tl.load(some_ptr + place, mask=place < number, other=-float("inf"))
+    first_weight = _whole(_weight(first, best, temperature, top_k))
     least = _key(low).to(tl.int64)
     beyond = _key(high).to(tl.int64) + 1
     while beyond - least > 1:
         middle = (least + beyond) // 2
         value = _value(middle.to(tl.int32))
-        reached = _reached(
-            some_ptr, number, value, by_count, count_above, mass_above, best, temperature, BLOCK
-        )
-        if reached >= needed:
+        reached = above + tl.sum(tl.where(first >= value, first_weight, 0), 0)
+        if number > BLOCK:
+            reached += _reached(some_ptr, BLOCK, number, value, best, temperature, top_k, BLOCK)
+        if reached.to(tl.float64) >= needed:
             least = middle
         else:
             beyond = middle
@@ -441,21 +423,15 @@ def _bisect(
 
 
 @triton.jit
-def _reached(
-    some_ptr, number, value, by_count, count_above, mass_above, best, temperature, BLOCK: tl.constexpr
-):
-    """Count or mass of the tokens at or above `value`, as float64."""
-    count = count_above
-    mass = mass_above
-    for start in range(0, number, BLOCK):
+def _reached(some_ptr, begin, number, value, best, temperature, top_k, BLOCK: tl.constexpr):
+    """Weight of the gathered tokens from the `begin`-th on that are at or above `value`."""
+    reached = tl.full([], 0, tl.int64)
+    for start in range(begin, number, BLOCK):
         place = start + tl.arange(0, BLOCK)
         logit = tl.load(some_ptr + place, mask=place < number, other=-float("inf"))
-        reaches = logit >= value
-        if by_count:
-            count += tl.sum(reaches.to(tl.int32), 0)
-        else:
-            mass += tl.sum(tl.where(reaches, _mass(logit, best, temperature), 0), 0)
-    return tl.where(by_count, count.to(tl.float64), mass.to(tl.float64))
+        weight = _whole(_weight(logit, best, temperature, top_k))
+        reached += tl.sum(tl.where(logit >= value, weight, 0), 0)
+    return reached
 
 
 @triton.jit

@@ -100,13 +100,15 @@ class CudaRunner:
                 step.decode(rows, rehearsal=True)
 
             self._graphs = Graphs(recorder, step.decode, rehearse, sizes)
-            self._special_graphs = Graphs(recorder, self._special_logits, rehearse, sizes)
+            # Fewer sizes of these: each is recorded where it is first needed, while everybody waits.
+            few = most_useful(sizes)
+            self._special_graphs = Graphs(recorder, self._special_logits, rehearse, few)
             if step.has_all_logits:
                 self._filtered_graphs = Graphs(
                     recorder,
                     partial(step.decode, filtered=True),
                     partial(step.decode, rehearsal=True, filtered=True),
-                    sizes,
+                    few,
                 )
             if step.is_fused:
                 self._packed_graphs = PackedGraphs(recorder, step, self._most_packed_tokens())
@@ -154,13 +156,6 @@ class CudaRunner:
             yield partial(packed_graphs.use, shape)
             if shape.decodes:
                 break
-        longest = min(self._config.max_num_batched_tokens, self._step.slots.tokens.shape[1])
-        for length in padded_lengths(longest):
-            self._step.prepare_whole(length)
-            yield lambda: None
-        for shape in packed:
-            assert packed_graphs is not None
-            yield partial(packed_graphs.use, shape)
         self._step.prepare_rules()
         yield lambda: None
         others: tuple[Graphs[Any] | None, ...] = (self._filtered_graphs, self._special_graphs)
@@ -169,6 +164,13 @@ class CudaRunner:
                 assert kind is not None
                 kind.record(size)
                 yield partial(kind.use, size)
+        longest = min(self._config.max_num_batched_tokens, self._step.slots.tokens.shape[1])
+        for length in padded_lengths(longest):
+            self._step.prepare_whole(length)
+            yield lambda: None
+        for shape in packed:
+            assert packed_graphs is not None
+            yield partial(packed_graphs.use, shape)
         if graphs is not None:
             for size in sizes:
                 graphs.record(size)

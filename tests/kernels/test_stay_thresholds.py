@@ -78,7 +78,7 @@ def test_what_stays_is_what_sorting_says(
         torch.tensor([math.log(m) if m else -math.inf for _, _, m in wishes], device=device),
     )
     expected = stay_thresholds_reference(*arguments)
-    found = stay_thresholds_triton(*arguments, block=BLOCK, last_block=LAST_BLOCK)
+    found = stay_thresholds_triton(*arguments, block=BLOCK, count_block=BLOCK, last_block=LAST_BLOCK)
     weights = ((logits.double() - logits.double().amax(1, keepdim=True)) / temperature).exp()
     # What cannot win may stay or not.
     differ = (stays(logits, found) != stays(logits, expected)) & (weights > math.exp(-31))
@@ -127,7 +127,7 @@ def test_slots_say_where_a_row_finds_its_parameters(device: torch.device) -> Non
     top_k = torch.tensor([3, 0, 9, 5], dtype=torch.int32, device=device)
     top_p = torch.tensor([1.0, 0.5, 0.9, 0.5], dtype=torch.float64, device=device)
     arguments = (logits, table[:, 0], top_k, top_p, table[:, 2], slots)
-    found = stay_thresholds_triton(*arguments, block=BLOCK, last_block=LAST_BLOCK)
+    found = stay_thresholds_triton(*arguments, block=BLOCK, count_block=BLOCK, last_block=LAST_BLOCK)
     assert found.tolist() == stay_thresholds_reference(*arguments).tolist()
     assert found[2] == -torch.inf  # of temperature 0 the likeliest is taken
 
@@ -139,7 +139,7 @@ def test_a_row_without_a_finite_logit_stops_nobody(device: torch.device) -> None
     ones, off = torch.ones(3, device=device), torch.full((3,), -math.inf, device=device)
     top_k, top_p = torch.full((3,), 4, dtype=torch.int32, device=device), torch.full((3,), 0.9, device=device)
     found = stay_thresholds_triton(
-        logits, ones, top_k, top_p.double(), off, block=BLOCK, last_block=LAST_BLOCK
+        logits, ones, top_k, top_p.double(), off, block=BLOCK, count_block=BLOCK, last_block=LAST_BLOCK
     )
     assert found[1] == COLUMNS - 3
     assert stays(logits, found)[2].nonzero().tolist() == [[5]]
