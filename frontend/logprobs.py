@@ -199,8 +199,9 @@ class LogprobView:
         found: list[str | None] = []
         for place, token in enumerate(tokens):
             piece, rest = self._texts[token], b""
-            if isinstance(piece, bytes):
-                data = before + piece
+            # The chosen token's shows what became of a character that it does not go on with.
+            if isinstance(piece, bytes) or (before and token == tokens[0]):
+                data = before + (piece.encode() if isinstance(piece, str) else piece)
                 piece, used = codecs.utf_8_decode(data, "replace", False)
                 rest = data[used:]
             if place == 0:

@@ -189,8 +189,7 @@ class Constraints:
         for row in np.flatnonzero(~masks.any(axis=1)).tolist():
             if bound[row]:
                 bound[row] = False
-                error = RequestError("what one parameter allows to come next, others forbid")
-                self._fail(slots[row], error)
+                self._fail(slots[row], _contradiction(self._rules[slots[row]]))
         return bound
 
     def _fill_one(self, slot: int, mask: Mask) -> bool:
@@ -222,3 +221,9 @@ class Constraints:
             LOGGER.error("a rule on the next token of slot %d failed", slot, exc_info=error)
             error = RequestError(f"a rule on the next token failed: {type(error).__name__}: {error}")
         self._errors[slot] = ErrorInfo.of(error)
+
+
+def _contradiction(rules: Rules) -> RequestError:
+    parameter = "structured_outputs" if isinstance(rules[0], Grammar) else "allowed_token_ids"
+    message = f"{parameter}: what it allows to come next, other parameters forbid"
+    return RequestError(message, parameter=parameter, limit="a token that all parameters allow")

@@ -9,6 +9,8 @@ from headrace.frontend.detokenizer import DecoderFactory
 from headrace.frontend.logprobs import FlatLogprobs, Logprob, LogprobView, TokenTexts, WireRow, rows_of
 from headrace.frontend.tokenizer import Tokenizer
 from headrace.ipc.messages import Logprobs, pack
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.frontend.conftest import sentencepiece
 
@@ -79,6 +81,15 @@ def test_decoded_tokens_put_together_are_the_text(kind: str, tokenizer: Tokenize
     pieces = [next(iter(here.values())) for here in decoded(tokenizer, ids, [])]
     assert "".join(piece or "" for piece in pieces) == TEXT
     assert "\ufffd" not in "".join(piece or "" for piece in pieces)
+
+
+@given(st.lists(st.integers(0, 300), max_size=20))
+def test_pieces_of_broken_characters_are_the_text_too(tokenizer: Tokenizer, ids: list[int]) -> None:
+    """Also where the chosen token is among the likeliest again."""
+    ids = [token % len(tokenizer) for token in ids]
+    shown = decoded(tokenizer, ids, [*ids, 5])
+    decoder = DecoderFactory(tokenizer)(False)
+    assert "".join(here[token] or "" for token, here in zip(ids, shown, strict=True)) == decoder.push(ids)
 
 
 def test_other_tokens_are_decoded_after_those_before(tokenizer: Tokenizer) -> None:

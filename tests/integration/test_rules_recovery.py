@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -96,18 +97,20 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncLLM]:
 
 
 async def ask(engine: AsyncLLM, name: str) -> list[Seen]:
-    """Read as deltas, and put together."""
     prompt, wanted = ASKED[name]
-    given: dict[str, Any] = {
-        "seed": 1,
-        "max_tokens": LONG,
-        "ignore_eos": True,
-        "output_kind": RequestOutputKind.DELTA,
-    }
-    params = SamplingParams(**(given | wanted))
+    given: dict[str, Any] = {"seed": 1, "max_tokens": LONG, "ignore_eos": True}
+    return await read(engine, prompt, given | wanted, RequestOutputKind.DELTA)
+
+
+async def read(engine: AsyncLLM, prompt: Any, wanted: dict[str, Any], kind: RequestOutputKind) -> list[Seen]:
+    """Deltas are put together."""
+    params = SamplingParams(**wanted, output_kind=kind)
     parts: dict[int, Seen] = {}
     prompt_logprobs: list[Any] = []
-    async for output in engine.generate(prompt, params, name):
+    async for output in engine.generate(prompt, params):
+        if kind is not RequestOutputKind.DELTA:
+            parts.clear()
+            prompt_logprobs.clear()
         prompt_logprobs += output.prompt_logprobs or []
         for part in output.outputs:
             before = parts.get(part.index, Seen("", [], [], (None, None)))
@@ -118,7 +121,8 @@ async def ask(engine: AsyncLLM, name: str) -> list[Seen]:
                 before.logprobs + list(part.logprobs or []),
                 (part.finish_reason, part.stop_reason),
             )
-    assert len(prompt_logprobs) == (len(prompt) if params.prompt_logprobs is not None else 0)
+        num_prompt_tokens = len(output.prompt_token_ids)
+    assert len(prompt_logprobs) == (num_prompt_tokens if params.prompt_logprobs is not None else 0)
     return [parts[index] for index in range(params.n)]
 
 
@@ -204,3 +208,83 @@ def test_an_output_is_its_own(engine: AsyncLLM) -> None:
 
     last, good = asyncio.run(asyncio.wait_for(main(), 60))
     assert last == good.outputs[0].token_ids
+
+
+# --- any mix ---------------------------------------------------------------------------------------------
+
+
+def some_mix(rng: random.Random) -> dict[str, Any]:
+    """Parameters that a request may have together."""
+    letters = LETTERS[: rng.choice([2, 4, 8])]
+    max_tokens = rng.choice([1, 2, 7, 30, 80])
+    wanted: dict[str, Any] = {"seed": rng.randrange(1000), "max_tokens": max_tokens}
+    wanted["temperature"] = rng.choice([0, 0.5, 1, 1.7])
+    optional: list[dict[str, Any]] = [
+        {"n": rng.choice([2, 3]) if wanted["temperature"] else 1},
+        {"logprobs": rng.choice([0, 1, 5])},
+        {"prompt_logprobs": rng.choice([0, 3])},
+        {"flat_logprobs": True},
+        {"allowed_token_ids": [*letters, 257]},
+        {"stop": rng.sample(["a", "ab", "abc", "cc", "\ufffd", "zz", "</s>"], 2)},
+        {"include_stop_str_in_output": True},
+        {"min_tokens": min(max_tokens, rng.choice([1, 5, 40]))},
+        {"stop_token_ids": rng.sample(letters, 1)},
+        {"ignore_eos": True},
+        {"skip_special_tokens": False},
+        {"top_k": rng.choice([1, 3, 50]), "top_p": rng.choice([0.3, 0.9])},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.2, "presence_penalty": -0.5, "frequency_penalty": 0.5},
+        {"bad_words": ["ab", "b c"]},
+        {"logit_bias": {257: rng.choice([5, -5])}},
+        {"repetition_detection": RepetitionDetectionParams(4, 1, 3)},
+        {"thinking_token_budget": rng.choice([0, 3])},
+        {"skip_reading_prefix_cache": True},
+    ]
+    for each in optional:
+        if rng.random() < 0.3:
+            wanted |= each
+    return wanted
+
+
+def test_any_mix_reads_the_same_in_every_kind(engine: AsyncLLM) -> None:
+    """And it is what decoding its tokens at once gives, up to what stopped it."""
+    rng = random.Random(6)
+    prompts: list[Any] = ["a", "水🎡é", "the wheel " * 5, [THINK, 70], [1] * 150, list(range(60, 90))]
+
+    async def one(prompt: Any, wanted: dict[str, Any]) -> None:
+        whole, final, deltas = await asyncio.gather(
+            *(read(engine, prompt, wanted, kind) for kind in RequestOutputKind)
+        )
+        assert whole == final == deltas, wanted
+        for part in whole:
+            check_text(engine, part, wanted)
+
+    async def main() -> None:
+        for _ in range(8):
+            await asyncio.gather(*(one(rng.choice(prompts), some_mix(rng)) for _ in range(12)))
+
+    asyncio.run(asyncio.wait_for(main(), 240))
+
+
+def check_text(engine: AsyncLLM, part: Seen, wanted: dict[str, Any]) -> None:
+    skip = wanted.get("skip_special_tokens", True)
+    include = wanted.get("include_stop_str_in_output", False)
+    decode = engine.get_tokenizer().decode
+    text = decode(part.token_ids, skip_special_tokens=skip)
+    reason, stop = part.reasons
+    if isinstance(stop, str) and reason == "stop":
+        assert text.startswith(part.text if include else part.text + stop), wanted
+        assert part.text.endswith(stop) or not include
+    elif reason == "stop" and not include:
+        assert part.text == decode(part.token_ids[:-1], skip_special_tokens=skip), wanted
+    else:
+        assert part.text == text, wanted
+    if "logprobs" in wanted:
+        assert len(part.logprobs) == len(part.token_ids)
+        shown = zip(part.token_ids, part.logprobs, strict=True)
+        pieces = "".join(here[token].decoded_token or "" for token, here in shown)
+        assert decode(part.token_ids, skip_special_tokens=False).startswith(pieces), wanted
+    if reason == "stop":
+        assert len(part.token_ids) >= wanted.get("min_tokens", 0), wanted
+    elif reason == "length":
+        assert len(part.token_ids) == wanted["max_tokens"], wanted

@@ -117,7 +117,8 @@ def test_rules_that_leave_no_token_end_the_request(make_config: Callable[..., En
     assert masks.mask_of_row.tolist() == [0, -1]
     (failed,) = constraints.failed(np.arange(2))
     assert (failed.row, failed.error.kind) == (1, "request")
-    assert "others forbid" in failed.error.message
+    assert "other parameters forbid" in failed.error.message
+    assert failed.error.parameter == "allowed_token_ids"
 
 
 def test_masks_are_written_into_the_same_memory_every_step(table: Slots) -> None:
