@@ -30,6 +30,8 @@ _EDGES = 16
 _BLOCK = 4096
 _COUNT_BLOCK = 1024
 """For a single warp: sums over edges are shuffles then, and wait for no other warp."""
+_FEW_ROWS = 8
+"""More fill the GPU also with programs of several blocks, of which fewer start in vain for unfiltered rows."""
 _LAST_BLOCK = 4096
 """Gathered logits that the last program keeps in registers; more it reads again and again."""
 
@@ -134,9 +136,10 @@ def stay_thresholds_triton(
         BLOCK=block,
         **options,
     )
+    chunks = 1 if rows <= _FEW_ROWS else 4
     for level in (0, 1):
-        _count_kernel[triton.cdiv(columns, count_block), rows](
-            logits, *found, *sizes, LEVEL=level, BLOCK=count_block, num_warps=1, **wide
+        _count_kernel[triton.cdiv(columns, chunks * count_block), rows](
+            logits, *found, *sizes, LEVEL=level, CHUNKS=chunks, BLOCK=count_block, num_warps=1, **wide
         )
     _gather_kernel[blocks, rows](
         logits, *found, gathered, num_gathered, *sizes, BLOCK=block, num_warps=8, **wide
@@ -209,6 +212,7 @@ def _count_kernel(
     row_stride,
     blocks,
     LEVEL: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     EDGES: tl.constexpr,
@@ -227,18 +231,23 @@ def _count_kernel(
                 row, rows, best, temperature, top_k, top_p, depth, edges_ptr, sums_ptr, LEVEL, EDGES
             )
             top = tl.minimum(high, best)
-            logit = _load(logits_ptr + row * row_stride, tl.program_id(0), columns, BLOCK)
-            weight = _weight(logit, best, temperature, top_k)
             edge = tl.arange(0, EDGES)
             values = tl.full([EDGES], 0, tl.float32)
             sums = tl.full([EDGES], 0, tl.float32)
-            for number in tl.static_range(EDGES):
-                part = (number + 1) / EDGES
-                if LEVEL == 0:  # denser where the probability is
-                    part = part * part
-                value = tl.where(number == EDGES - 1, low, top - (top - low) * part)
-                values = tl.where(edge == number, value, values)
-                sums = tl.where(edge == number, tl.sum(tl.where(logit >= value, weight, 0.0), 0), sums)
+            for chunk in range(CHUNKS):
+                logit = _load(
+                    logits_ptr + row * row_stride, tl.program_id(0) * CHUNKS + chunk, columns, BLOCK
+                )
+                weight = _weight(logit, best, temperature, top_k)
+                for number in tl.static_range(EDGES):
+                    part = (number + 1) / EDGES
+                    if LEVEL == 0:  # denser where the probability is
+                        part = part * part
+                    value = tl.fma(low - top, part, top)
+                    value = tl.where(number == EDGES - 1, low, value)
+                    values = tl.where(edge == number, value, values)
+                    reached = tl.sum(tl.where(logit >= value, weight, 0.0), 0)
+                    sums += tl.where(edge == number, reached, 0.0)
             at = (LEVEL * rows + row) * EDGES + edge
             if tl.program_id(0) == 0:
                 tl.store(edges_ptr + at, values)
