@@ -31,7 +31,7 @@ _BLOCK = 4096
 _COUNT_BLOCK = 1024
 """For a single warp: sums over edges are shuffles then, and wait for no other warp."""
 _FEW_ROWS = 8
-"""More fill the GPU also with programs of several blocks, of which fewer start in vain for unfiltered rows."""
+"""More fill the GPU with programs of several blocks, too; fewer of them start for unfiltered rows in vain."""
 _LAST_BLOCK = 4096
 """Gathered logits that the last program keeps in registers; more it reads again and again."""
 
