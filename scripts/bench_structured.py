@@ -55,6 +55,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input-len", type=int, default=64, help="tokens (64)")
     parser.add_argument("--output-len", type=int, default=128, help="tokens (128)")
     parser.add_argument("--repeats", type=int, default=5, help="of each kind, in turn (5)")
+    parser.add_argument(
+        "--settle-seconds", type=float, default=0, help="before the first, for a GPU's preparations (0)"
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["schema"])
 
 
@@ -70,6 +73,7 @@ def measure(args: argparse.Namespace) -> Figures:
             make_tokenizer(Path(folder), json.loads((path / "config.json").read_text())["vocab_size"])
             given["tokenizer"] = folder
         llm = LLM(args.model, max_num_seqs=most, enable_prefix_caching=False, **given)
+        time.sleep(args.settle_seconds)
         figures: Figures = {}
         for count in args.num_requests:
             figures |= _speeds(llm, count, args)
