@@ -105,6 +105,58 @@ def test_an_urgent_arrival_overtakes_those_that_run(oracle_args: Args) -> None:
     run(main())
 
 
+def test_the_oldest_is_not_starved_by_the_urgent(oracle_args: Args) -> None:
+    """It has waited ten seconds: one of eight places is its own, though all others are more urgent."""
+
+    async def main() -> None:
+        async with AsyncLLM(oracle_args(max_num_seqs=1, scheduling_policy="priority")) as engine:
+            await engine.pause_generation(mode="keep")
+            ended: list[str] = []
+
+            async def one(name: str, seed: int, priority: int) -> None:
+                output = await last(engine.generate([seed], params(5, seed), name, priority=priority))
+                assert output.outputs[0].token_ids == oracle([seed], 5, seed)
+                ended.append(name)
+
+            tasks = [asyncio.create_task(one("old", 1, 9))]
+            await asyncio.sleep(10.1)
+            tasks += [asyncio.create_task(one(f"urgent-{seed}", seed, -9)) for seed in range(2, 40)]
+            await asyncio.sleep(0.1)  # all have reached the core
+            await engine.resume_generation()
+            await asyncio.gather(*tasks)
+            assert ended.index("old") == 7
+
+    run(main())
+
+
+def test_a_cached_prefix_goes_first_when_it_would_be_evicted(oracle_args: Args) -> None:
+    stem = list(range(200, 328))
+    others = [[number, *range(400, 640)] for number in (1, 2)]
+
+    async def main() -> None:
+        args = oracle_args(max_num_seqs=1, num_gpu_blocks_override=20, max_model_len=300)
+        async with AsyncLLM(args) as engine:
+            await last(engine.generate(stem, params(2)))
+            await engine.pause_generation(mode="keep", clear_cache=False)
+            ended: list[int] = []
+
+            async def one(number: int, prompt: list[int]) -> RequestOutput:
+                output = await last(engine.generate(prompt, params(3)))
+                assert output.outputs[0].token_ids == oracle(prompt, 3)
+                ended.append(number)
+                return output
+
+            tasks = [asyncio.create_task(one(number, prompt)) for number, prompt in enumerate(others)]
+            tasks.append(asyncio.create_task(one(2, [*stem, 7])))
+            await asyncio.sleep(0.1)
+            await engine.resume_generation()
+            outputs = await asyncio.gather(*tasks)
+            assert ended == [2, 0, 1]
+            assert outputs[2].num_cached_tokens == 128
+
+    run(main())
+
+
 @pytest.mark.parametrize("timeout", [0, 0.3, RequestTimeouts(total=0.3)])
 def test_a_timeout_ends_what_runs(engine: AsyncLLM, timeout: float | RequestTimeouts) -> None:
     """All end in time, with all that had been generated."""
