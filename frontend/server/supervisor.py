@@ -2,7 +2,7 @@
 
 Each of them is `server.run` in a process of its own, attached to the core. The supervisor answers no
 requests: it starts the core (unless it is told of one), starts the servers, and starts again whichever
-dies, and the core also when it hangs. What a dead server was answering is lost; connections that nobody has
+dies or hangs. What a dead server was answering is lost; connections that nobody has
 accepted yet go to the others.
 """
 
@@ -24,13 +24,14 @@ from ...ipc import process
 from ...ipc.config import EngineConfig
 from ...ipc.errors import EngineDeadError
 from ...ipc.exit_codes import ExitCode
+from ...ipc.inspection import activity, print_stacks
 from ..core_process import START_DEADLINE_SECONDS, CoreProcess
 from ..engine_args import AsyncEngineArgs, resolve
 from . import server
 from .board import Board, make_place
-from .core_watch import LOOK_SECONDS, CoreWatch
 from .listener import announce
 from .options import ServerOptions
+from .watches import LOOK_SECONDS, CoreWatch, ServerWatch
 
 logger = logging.getLogger("headrace")
 
@@ -62,6 +63,7 @@ class _Server(NamedTuple):
     pidfd: int
     started: float
     place: int
+    watch: ServerWatch
 
 
 def run_server(payload: bytes) -> None:
@@ -164,7 +166,9 @@ class Supervisor:
         )
         child = process.spawn("server", f"{__name__}:run_server", start, pass_fds=(listener, ready, *places))
         pidfd = os.pidfd_open(child.pid)
-        self._servers[pidfd] = _Server(child, pidfd, time.monotonic(), place)
+        self._servers[pidfd] = _Server(
+            child, pidfd, time.monotonic(), place, ServerWatch(place, self._args.hang_seconds)
+        )
         self._selector.register(pidfd, selectors.EVENT_READ)
 
     def _supervise(self, wake: socket.socket) -> ExitCode:
@@ -178,6 +182,7 @@ class Supervisor:
                 elif key.fd in self._servers:
                     code = max(code, self._bury(self._servers[key.fd]))
             self._look_after_core()
+            self._look_after_servers()
             while self._due and self._due[0] <= time.monotonic() and not self._num_signals:
                 del self._due[0]
                 self._start_server()
@@ -185,11 +190,10 @@ class Supervisor:
                 self._signal(signal.SIGKILL)
         return code
 
-    def _seconds_left(self) -> float | None:
+    def _seconds_left(self) -> float:
         """Until there is something to do."""
-        next_look = math.inf if self._core is None else time.monotonic() + LOOK_SECONDS
-        due = min([self._deadline, next_look, *self._due])
-        return None if due == math.inf else max(due - time.monotonic(), 0.0)
+        now = time.monotonic()
+        return max(min([self._deadline, now + LOOK_SECONDS, *self._due]) - now, 0.0)
 
     def _count_ready(self) -> None:
         before = self._num_ready
@@ -206,7 +210,9 @@ class Supervisor:
         code = dead.child.exit_code
         dead.child.stop(0)
         if self._num_signals:
-            return ExitCode.DONE if code == ExitCode.DONE else ExitCode.CUT_OFF
+            dead.watch.look()
+            cuts_nothing = code == ExitCode.DONE or not dead.watch.has_begun
+            return ExitCode.DONE if cuts_nothing else ExitCode.CUT_OFF
         if self._num_ready < self._options.workers:
             self._on_signal(signal.SIGTERM, None)
             logger.error("%s before it served", cause)
@@ -243,6 +249,19 @@ class Supervisor:
         self._core = CoreProcess(config, core.folder)  # at the same address
         self._core_due = time.monotonic() + START_DEADLINE_SECONDS
         self._selector.register(self._core.status_fd, selectors.EVENT_READ)
+
+    def _look_after_servers(self) -> None:
+        """One that hangs is ended; its death is then noticed as any other."""
+        if self._num_signals:
+            return  # they have stopped writing, and there is a deadline
+        for one in self._servers.values():
+            if (silence := one.watch.look()) is not None:
+                doing, pid = activity(one.child.pid), one.child.pid
+                logger.error(
+                    "a server (pid %d, %s) hangs: silent for %.0f s; its stacks:", pid, doing, silence
+                )
+                print_stacks(pid)
+                one.child.kill()
 
     def _stop_core(self) -> None:
         if self._watch is not None:

@@ -138,8 +138,9 @@ def test_several_workers(serve: Serve) -> None:
     assert "another one is started" in server.process.stderr.read()
 
 
-def test_a_core_that_hangs_is_replaced(serve: Serve) -> None:
-    """The supervisor's core, which the servers can only wait for: their streams go on in the next one."""
+def test_what_hangs_is_replaced(serve: Serve) -> None:
+    """The supervisor's core, which the servers can only wait for: their streams go on in the next one. And a
+    server."""
     server = serve("--workers", "2", "--hang-seconds", "3")
     core = min(psutil.Process(server.process.pid).children(), key=lambda child: child.create_time())
     with server.client() as client, streaming(client, 5) as stream:
@@ -148,10 +149,17 @@ def test_a_core_that_hangs_is_replaced(serve: Serve) -> None:
         tokens += [token for part in stream for token in part]
         assert tokens == oracle_stream([1, 2, 3], 5, COUNT, VOCAB_SIZE)[-len(tokens) :]
     assert not core.is_running()
+    children = psutil.Process(server.process.pid).children()
+    hung, other = children[:2]  # they are older than the new core
+    hung.suspend()
+    wait_until(lambda: not hung.is_running())
+    wait_until(lambda: len(psutil.Process(server.process.pid).children()) == 3)
+    assert other.is_running()
     assert server.end() == 0
     said = server.process.stderr.read()
     assert "the engine core hangs: silent for" in said
-    assert "another one is started" in said
+    assert f"a server (pid {hung.pid}, stopped" in said
+    assert said.count("another one is started") == 2
     assert 'core/engine.py", line' in said  # its stacks
 
 
