@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,7 +47,13 @@ def oracle_args(oracle_folder: Path) -> Callable[..., AsyncEngineArgs]:
 
 @pytest.fixture(scope="module")
 def engine(oracle_args: Callable[..., AsyncEngineArgs]) -> Iterator[AsyncLLM]:
-    """One engine for all tests of a module: each runs an event loop of its own on it."""
+    """One engine for all tests of a module: each runs an event loop of its own on it.
+
+    Recovery must not hide what the tests have done to it: it has not been needed.
+    """
     engine = AsyncLLM.from_engine_args(oracle_args())
     yield engine
+    if not engine.errored:
+        stats, _ = asyncio.run(engine.get_stats())
+        assert (engine._client.num_restarts, stats.num_restarts) == (0, 0)
     engine.shutdown()

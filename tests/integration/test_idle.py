@@ -100,6 +100,7 @@ def test_ten_thousand_aborts_at_random_moments(oracle_args: Args) -> None:
         stats, _ = await engine.get_stats()
         assert (stats.num_running, stats.num_waiting) == (0, 0)
         assert stats.num_free_blocks == stats.num_blocks
+        assert (engine._client.num_restarts, stats.num_restarts) == (0, 0)
 
     engine = AsyncLLM(oracle_args(num_gpu_blocks_override=200))
     asyncio.run(asyncio.wait_for(main(engine), 120))
