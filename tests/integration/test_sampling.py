@@ -293,6 +293,36 @@ def test_beam_search_finds_what_a_plain_search_finds(llm: LLM, peer: Any, penalt
             assert (beam.finish_reason == "stop") == (beam.tokens[-1] == 257)
 
 
+def test_beams_are_those_of_transformers(llm: LLM, peer: Any) -> None:
+    """Where both score alike: without a penalty for length, of which transformers leaves out the prompt."""
+    prompts = [[5, 6, 7], list(b"the mill turns"), [200, 3]]
+    params = BeamSearchParams(beam_width=4, max_tokens=8, length_penalty=0.0)
+    outputs = llm.beam_search([{"prompt_token_ids": prompt} for prompt in prompts], params)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        expected = peer.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            num_beams=4,
+            num_return_sequences=4,
+            max_new_tokens=8,
+            length_penalty=0.0,
+            do_sample=False,
+            early_stopping=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        found = [beam.tokens + [0] * (len(prompt) + 8 - len(beam.tokens)) for beam in output.sequences]
+        assert (
+            found
+            == torch.nn.functional.pad(
+                expected.sequences, (0, len(found[0]) - expected.sequences.shape[1])
+            ).tolist()
+        )
+        scores = [beam.cum_logprob for beam in output.sequences]
+        assert scores == pytest.approx(expected.sequences_scores.tolist(), abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("beam_width", 0), ("beam_width", 2.5), ("max_tokens", 0), ("temperature", 3), ("length_penalty", "a")],
