@@ -415,13 +415,13 @@ class AsyncLLM(EngineControl):
             raise RequestError(why, parameter="min_tokens", value=params.min_tokens, limit=room)
         show = params.detokenize and self._decoders is not None
         stops = params.stop if isinstance(params.stop, list) else []
-        include = params.include_stop_str_in_output
+        watch = StopStrings(stops, params.include_stop_str_in_output) if stops else None
         request.begin(
             [
                 self._decoders(params.skip_special_tokens) if show and self._decoders else None
                 for _ in range(params.n)
             ],
-            [StopStrings(stops, include) if stops else None for _ in range(params.n)],
+            [watch.twin() if watch else None for _ in range(params.n)],
             params.min_tokens,
             params.max_tokens,
             params.repetition_detection,

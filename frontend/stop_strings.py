@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 
@@ -11,17 +10,30 @@ class StopStrings:
 
     Of two that are complete at once the one named first counts. Text that may turn out to be the start of a
     stop string (the longest one's length - 1) is held back; with `include` there is nothing to take away.
-    Each part costs what it is long, however long the text has grown.
+    A character costs a look-up, or, where stop strings end in it, one for each of their different lengths.
     """
 
-    __slots__ = ("_hold", "_include", "_keep", "_pattern", "_stops", "_window", "found")
+    __slots__ = ("_hold", "_include", "_keep", "_lengths", "_places", "_window", "found")
 
     def __init__(self, stops: Sequence[str], include: bool) -> None:
-        self._stops = stops
-        self._pattern = re.compile("|".join(map(re.escape, stops)))
+        self._places = {stop: place for place, stop in reversed(list(enumerate(stops)))}
+        self._lengths: dict[str, set[int]] = {}
+        """Of the stop strings that end in a character."""
+        for stop in stops:
+            self._lengths.setdefault(stop[-1], set()).add(len(stop))
+        self._keep = max(map(len, stops)) - 1
+        self._begin(include)
+
+    def twin(self) -> StopStrings:
+        """The same strings for another text, at once: there may be many of both."""
+        twin = StopStrings.__new__(StopStrings)
+        twin._places, twin._lengths, twin._keep = self._places, self._lengths, self._keep
+        twin._begin(self._include)
+        return twin
+
+    def _begin(self, include: bool) -> None:
         self._include = include
         self._hold = not include
-        self._keep = max(map(len, stops)) - 1
         self._window = ""
         self.found: str | None = None
         """The stop string that ended the text."""
@@ -45,15 +57,11 @@ class StopStrings:
 
     def _find(self, text: str, known: int) -> int | None:
         """Where the text ends: at the stop string that is complete first, beyond `known`."""
-        if self._pattern.search(text) is None:  # one look for all of them, which nearly always suffices
-            return None
-        ends = [
-            (at + len(stop), place)
-            for place, stop in enumerate(self._stops)
-            if (at := text.find(stop, max(known - len(stop) + 1, 0))) >= 0
-        ]
-        if not ends:  # it came while stop strings did not count
-            return None
-        end, place = min(ends)
-        self.found = self._stops[place]
-        return end if self._include else end - len(self.found)
+        for end in range(known + 1, len(text) + 1):
+            if (lengths := self._lengths.get(text[end - 1])) is None:
+                continue
+            tails = [text[end - length : end] for length in lengths if length <= end]
+            if found := [tail for tail in tails if tail in self._places]:
+                self.found = min(found, key=self._places.__getitem__)
+                return end if self._include else end - len(self.found)
+        return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from headrace.frontend.stop_strings import StopStrings
 from hypothesis import given
@@ -83,3 +85,18 @@ def test_ten_thousand_stop_strings_in_a_long_text() -> None:
 @pytest.mark.parametrize("stop", ["🎡", "車は", "é", "\u200d👩", "\n\n", ".*", "\\"])
 def test_characters_that_are_special_somewhere(stop: str) -> None:
     assert run([stop], False, ["a", *stop, "b"])[1] == stop
+
+
+def test_as_many_and_as_long_as_may_be_hold_nobody_up() -> None:
+    """The event loop waits while they are prepared, and at every token."""
+    stops = ["ab" * 2046 + f"{number:04}" for number in range(1024)]
+    begun = time.perf_counter()
+    first = StopStrings(stops, False)
+    several = [first.twin() for _ in range(1000)]
+    assert time.perf_counter() - begun < 0.5  # 2 ms
+    watch = several[-1]
+    shown = [watch.push("ab") for _ in range(3000)] + [watch.push("0"), watch.push("777")]
+    assert time.perf_counter() - begun < 2.0
+    assert watch.found == stops[777]
+    assert "".join(shown) == "ab" * (3000 - 2046)
+    assert first.found is None
