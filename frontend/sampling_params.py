@@ -27,6 +27,8 @@ MAX_N = 16384
 MAX_STRINGS = 1024
 """Stop strings, or bad words."""
 MAX_STRING_LENGTH = 4096
+MAX_BAD_CHARACTERS = 1 << 18
+"""Of all bad words: they are tokenized while the event loop waits."""
 MAX_TOKEN_IDS = 1 << 18
 """In one list: as many as the largest vocabularies have."""
 MAX_LOGPROB_TOKEN_IDS = 128
@@ -223,6 +225,10 @@ class SamplingParams:
     def _verify_rules(self) -> None:
         """The fields that say which tokens may come."""
         self.bad_words = texts("bad_words", self.bad_words, MAX_STRINGS, MAX_STRING_LENGTH)
+        if (count := sum(map(len, self.bad_words))) > MAX_BAD_CHARACTERS:
+            raise refusal(
+                "bad_words", f"{count} characters", f"at most {MAX_BAD_CHARACTERS} characters in all"
+            )
         if self.logit_bias is not None:
             self.logit_bias = _checked_bias(self.logit_bias)
         if self.allowed_token_ids is not None:

@@ -105,17 +105,19 @@ def _tokenized_bad_words(
         message = "bad_words need a tokenizer, but the engine was made with skip_tokenizer_init=True"
         raise RequestError(message, parameter="bad_words", value=params.bad_words, limit="a tokenizer")
     found: dict[tuple[int, ...], None] = {}
-    for word in params.bad_words:
+    count = 0
+    for word in dict.fromkeys(params.bad_words):
         text = word.lstrip()
         for spelled in (text, f" {text}") if text else (word,):
             tokens = tokenizer.encode(spelled, add_special_tokens=False)
             _check_ids("bad_words", tokens, vocab_size)
-            if tokens:
-                found[tuple(tokens)] = None
-    count = sum(map(len, found))
-    if count > MAX_BAD_TOKENS:
-        message = f"bad_words must be at most {MAX_BAD_TOKENS} tokens, got {count}"
-        raise RequestError(message, parameter="bad_words", value=count, limit=MAX_BAD_TOKENS)
+            if not tokens or tuple(tokens) in found:
+                continue
+            found[tuple(tokens)] = None
+            count += len(tokens)
+            if count > MAX_BAD_TOKENS:  # at once: the event loop waits
+                message = f"bad_words must be at most {MAX_BAD_TOKENS} tokens, got {count} and more"
+                raise RequestError(message, parameter="bad_words", value=count, limit=MAX_BAD_TOKENS)
     return [list(tokens) for tokens in found]
 
 
