@@ -42,7 +42,8 @@ class StopStrings:
         """The text that can be shown now. Without `check` no stop string may end in `new`."""
         known = len(self._window)
         text = self._window + new
-        if check and new and (cut := self._find(text, known)) is not None:
+        may_end = check and not self._lengths.keys().isdisjoint(new)
+        if may_end and (cut := self._find(text, known)) is not None:
             self._window = ""
             return text[0 if self._hold else known : cut]
         split = max(len(text) - self._keep, 0)
