@@ -8,8 +8,9 @@ The threshold is found by counting: how many tokens, and how much probability, a
 programs count at edges over the whole range (first launch of `_count_kernel`), then at edges between the two
 that enclose the threshold (second launch); what is between two of those is gathered, a few hundred logits
 mostly, and bisected by one program a row until the threshold is one of them. What programs add to one another
-are integers, 2^40 for the likeliest token, so that the outcome does not depend on the order in which they
-run. Nothing waits for the host, and rows without a filter cost an empty program.
+are integers, 2^40 for the likeliest token, so that the outcome depends neither on the order in which they
+run nor on the other rows. Weights and the sums of a program are float32: where a sum is within a millionth
+of top_p, the token there may stay or not, always the same way on the same device. Nothing waits for the host, and rows without a filter cost an empty program.
 
 Tokens more than `_DEPTH` (in units of the temperature) below the likeliest count for nothing: together they
 have less than 2e-9 of the probability, and no noise can make one of them win.
@@ -233,12 +234,13 @@ def _count_kernel(
             top = tl.minimum(high, best)
             edge = tl.arange(0, EDGES)
             values = tl.full([EDGES], 0, tl.float32)
-            sums = tl.full([EDGES], 0, tl.float32)
+            sums = tl.full([EDGES], 0, tl.int64)
             for chunk in range(CHUNKS):
                 logit = _load(
                     logits_ptr + row * row_stride, tl.program_id(0) * CHUNKS + chunk, columns, BLOCK
                 )
                 weight = _weight(logit, best, temperature, top_k)
+                chunk_sums = tl.full([EDGES], 0, tl.float32)
                 for number in tl.static_range(EDGES):
                     part = (number + 1) / EDGES
                     if LEVEL == 0:  # denser where the probability is
@@ -247,11 +249,12 @@ def _count_kernel(
                     value = tl.where(number == EDGES - 1, low, value)
                     values = tl.where(edge == number, value, values)
                     reached = tl.sum(tl.where(logit >= value, weight, 0.0), 0)
-                    sums += tl.where(edge == number, reached, 0.0)
+                    chunk_sums += tl.where(edge == number, reached, 0.0)
+                sums += _whole(chunk_sums)  # here, so that CHUNKS changes no sum
             at = (LEVEL * rows + row) * EDGES + edge
             if tl.program_id(0) == 0:
                 tl.store(edges_ptr + at, values)
-            tl.atomic_add(sums_ptr + at, _whole(sums))
+            tl.atomic_add(sums_ptr + at, sums)
 
 
 @triton.jit

@@ -60,6 +60,26 @@ def stays(logits: Tensor, thresholds: Tensor) -> Tensor:
     return logits.float() >= thresholds[:, None]
 
 
+def differs_from_sorting(
+    found: Tensor, logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, log_min_p: Tensor
+) -> Tensor:
+    """bool [rows]: thresholds that no sorting finds.
+
+    Counts are exact. Sums of float32 weights are not: a border of top_p may move past tokens that are worth
+    less than a millionth of the sum, or to where the sum is that close to top_p.
+    """
+    without_p = stay_thresholds_reference(logits, temperatures, top_k, torch.ones_like(top_p), log_min_p)
+    candidates, kept = stays(logits, without_p), stays(logits, found)
+    depths = (logits.double() - logits.double().amax(1, keepdim=True)) / temperatures.double()[:, None]
+    matters = depths > -31  # what cannot win may stay or not
+    by_p = top_p < 1
+    wrong = ((kept & ~candidates & matters).any(1)) | (~by_p & ((kept != candidates) & matters).any(1))
+    weights = depths.exp() * candidates
+    wanted = top_p * weights.sum(1)
+    reached, above = (weights * kept).sum(1), (weights * (logits.float() > found[:, None])).sum(1)
+    return wrong | (by_p & ((reached < wanted * (1 - 1e-6)) | (above >= wanted * (1 + 1e-6))))
+
+
 @pytest.mark.parametrize(("dtype", "temperature"), [(torch.float32, 1.0), (torch.bfloat16, 0.3)])
 def test_what_stays_is_what_sorting_says(
     device: torch.device, dtype: torch.dtype, temperature: float
@@ -77,12 +97,9 @@ def test_what_stays_is_what_sorting_says(
         torch.tensor([p for _, p, _ in wishes], dtype=torch.float64, device=device),
         torch.tensor([math.log(m) if m else -math.inf for _, _, m in wishes], device=device),
     )
-    expected = stay_thresholds_reference(*arguments)
     found = stay_thresholds_triton(*arguments, block=BLOCK, count_block=BLOCK, last_block=LAST_BLOCK)
-    weights = ((logits.double() - logits.double().amax(1, keepdim=True)) / temperature).exp()
-    # What cannot win may stay or not.
-    differ = (stays(logits, found) != stays(logits, expected)) & (weights > math.exp(-31))
-    assert not [pairs[row] for row in differ.any(1).nonzero().flatten().tolist()]
+    wrong = differs_from_sorting(found, *arguments)
+    assert not [pairs[row] for row in wrong.nonzero().flatten().tolist()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -104,18 +121,11 @@ def test_whole_vocabularies(device: torch.device, dtype: torch.dtype) -> None:
         torch.tensor([math.log(m) if m else -math.inf for _, _, m in wishes], device=device),
     )
     found = stay_thresholds_triton(*arguments)
-    without_p = (*arguments[:3], torch.ones_like(arguments[3]), arguments[4])
-    candidates = stays(logits, stay_thresholds_reference(*without_p))
-    by_p = arguments[3] < 1
-    assert torch.equal(stays(logits, found)[~by_p], candidates[~by_p])
-    # Where sums decide, rounding may move the border, but not the sums.
-    weights = (logits.double() - logits.double().amax(1, keepdim=True)).exp() * candidates
-    wanted = arguments[3] * weights.sum(1)
-    reached = (weights * stays(logits, found)).sum(1)
-    above = (weights * (logits.float() > found[:, None])).sum(1)
-    assert (reached >= wanted * (1 - 1e-6))[by_p].all()
-    assert (above < wanted * (1 + 1e-6))[by_p].all()
+    wrong = differs_from_sorting(found, *arguments)
+    assert not [pairs[row] for row in wrong.nonzero().flatten().tolist()]
     assert torch.equal(found, stay_thresholds_triton(*arguments))
+    few = [argument[::10] for argument in arguments]  # of few rows other programs count
+    assert torch.equal(found[::10], stay_thresholds_triton(*few))
 
 
 def test_slots_say_where_a_row_finds_its_parameters(device: torch.device) -> None:
