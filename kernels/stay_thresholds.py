@@ -10,7 +10,8 @@ that enclose the threshold (second launch); what is between two of those is gath
 mostly, and bisected by one program a row until the threshold is one of them. What programs add to one another
 are integers, 2^40 for the likeliest token, so that the outcome depends neither on the order in which they
 run nor on the other rows. Weights and the sums of a program are float32: where a sum is within a millionth
-of top_p, the token there may stay or not, always the same way on the same device. Nothing waits for the host, and rows without a filter cost an empty program.
+of top_p, the token there may stay or not, always the same way on the same device. Nothing waits for the host,
+and rows without a filter cost an empty program.
 
 Tokens more than `_DEPTH` (in units of the temperature) below the likeliest count for nothing: together they
 have less than 2e-9 of the probability, and no noise can make one of them win.
