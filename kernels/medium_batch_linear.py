@@ -116,6 +116,8 @@ def chosen(x: Tensor, weight: Tensor, gated: bool = False) -> Tiling | None:
     """The tiling for x [tokens, in_features]; None where this kernel cannot or should not multiply."""
     if not x.is_cuda or not _is_hopper(x.device) or weight.data_ptr() % 16 or x.data_ptr() % 16:
         return None
+    if x.element_size() != 2:  # these instructions multiply 16 bit numbers
+        return None
     out_features = len(weight) // 2 if gated else len(weight)
     return tiling(len(x), out_features, x.shape[1], gated)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from headrace.kernels.fused_linear import linear_add_reference, norm_linear_reference
-from headrace.kernels.medium_batch_linear import Tiling, medium_batch_linear, parts_of, tiling
+from headrace.kernels.medium_batch_linear import Tiling, chosen, medium_batch_linear, parts_of, tiling
 from headrace.kernels.rms_norm import row_squares
 from torch import Tensor
 
@@ -98,6 +98,14 @@ def test_shares_add_up_in_the_same_order(device: torch.device, tiling: Tiling) -
     first = medium_batch_linear(x, weight, tiling=tiling)
     for _ in range(50):
         assert torch.equal(medium_batch_linear(x, weight, tiling=tiling), first)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_float32_is_left_to_cublas(device: torch.device) -> None:
+    x, weight = torch.ones(32, 1024, device=device), torch.ones(1024, 1024, device=device)
+    assert chosen(x, weight) is None
+    assert chosen(x.bfloat16(), weight.bfloat16()) is not None
 
 
 @pytest.mark.parametrize("tokens", [17, 32, 33, 64, 100, 128])
