@@ -156,6 +156,10 @@ class CudaRunner:
             yield partial(packed_graphs.use, shape)
             if shape.decodes:
                 break
+        if graphs is not None:
+            for size in sizes:
+                graphs.record(size)
+                yield partial(graphs.use, size)
         self._step.prepare_rules()
         yield lambda: None
         others: tuple[Graphs[Any] | None, ...] = (self._filtered_graphs, self._special_graphs)
@@ -171,10 +175,6 @@ class CudaRunner:
         for shape in packed:
             assert packed_graphs is not None
             yield partial(packed_graphs.use, shape)
-        if graphs is not None:
-            for size in sizes:
-                graphs.record(size)
-                yield partial(graphs.use, size)
 
     # --- sleeping ------------------------------------------------------------------------------------
 

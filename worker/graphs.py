@@ -19,6 +19,8 @@ _EVERY_SIZE = 32
 _STEP = 8
 _STRETCH = 2
 """A step may run padded to so many times its size rather than wait for a recording."""
+PATIENCE = 32
+"""So many steps of a size run padded before it is recorded under load: padding has cost as much by then."""
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -92,11 +94,15 @@ class Graphs(Generic[Result]):
         self._sizes = sizes
         self._recorded: dict[int, Recording[Result]] = {}
         self._in_use: set[int] = set()
+        self._num_padded = dict.fromkeys(sizes, 0)
 
     def run(self, rows: int) -> Result:
-        """Launch the step for at least `rows` rows, recording it first if nothing near is in use."""
+        """Launch the step for at least `rows` rows, recording it first if nothing near is in use or what is
+        near has served for it too often. All ranks run the same steps, so they record the same.
+        """
         size = next(size for size in self._sizes if size >= rows)
-        if size not in self._in_use:
+        if size not in self._in_use and self._num_padded[size] < PATIENCE:
+            self._num_padded[size] += 1
             larger = (s for s in self._sizes if size < s <= _STRETCH * size and s in self._in_use)
             size = next(larger, size)
         self.record(size)
