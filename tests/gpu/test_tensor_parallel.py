@@ -43,7 +43,7 @@ BASE: dict[str, Any] = {
 }
 OPT_ONLY: dict[str, Any] = {"ffn_dim": 1408, "word_embed_proj_dim": 512}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", BASE),
+    "llama": ("Llama", BASE | {"max_position_embeddings": 4096}),
     "qwen3": ("Qwen3", BASE | {"head_dim": 128}),
     "opt": ("OPT", {k: v for k, v in BASE.items() if "key_value" not in k and k != "head_dim"} | OPT_ONLY),
     "llama-mlp-bias": ("Llama", BASE | {"mlp_bias": True}),  # not fused: its plain forward runs over NCCL
@@ -248,20 +248,49 @@ def test_special_samples_are_those_of_one_gpu(checkpoint: Checkpoint, spread: tu
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_long_prompts_are_computed_in_halves(ranks: int, tmp_path: Path) -> None:
-    """Of the largest steps one half's sums are under way beside the other's products."""
+    """Of the largest steps one half's sums are under way beside the other's products.
+
+    Every token's logprob is as near to float32's as transformers' own in bfloat16. (How often the best tokens
+    are the same says little: after long prompts transformers itself has another one in a fifth of the cases.)
+    """
     model, rng = make_model("llama", tmp_path), random.Random(2)
-    prompts = [[rng.randrange(VOCAB) for _ in range(1000)] for _ in range(8)]
-    args = engine_args(tmp_path, ranks, max_num_batched_tokens=4096, enable_prefix_caching=False)
+    prompts = [[rng.randrange(VOCAB) for _ in range(3000)] for _ in range(3)]  # each in one step of its own
+    limits = {"max_model_len": 4096, "max_num_batched_tokens": 4096}
+    args = engine_args(tmp_path, ranks, **limits, enable_prefix_caching=False)
+    wish = GREEDY | {"logprobs": 0, "prompt_logprobs": 0}
 
-    async def main() -> list[list[int]]:
+    async def main() -> list[RequestOutput]:
         async with AsyncLLM.from_engine_args(args) as engine:
-            return await asyncio.gather(*(complete(engine, prompt, 20, **GREEDY) for prompt in prompts))
+            return await asyncio.gather(*(ask(engine, prompt, wish) for prompt in prompts))
 
-    regret = regrets(model, prompts, run(main()))
-    agree = (regret == 0).float().mean()
-    print(f"{ranks} ranks, prompts in halves: {agree:.4f} agree, worst regret {regret.max():.4f}")
-    assert regret.max() < 0.5
-    assert agree > 0.8
+    ours, theirs = logprob_errors(model, tmp_path, run(main()))
+    shares = ours.new_tensor([0.5, 0.99, 1.0])
+    found, expected = ours.quantile(shares).tolist(), theirs.quantile(shares).tolist()
+    print(
+        f"{ranks} ranks, prompts in halves, errors of logprobs, p50 p99 max:", *found, "bfloat16:", *expected
+    )
+    assert len(ours) == 3 * (2999 + 24)
+    assert found[0] < 1.5 * expected[0]
+    assert found[1] < 1.5 * expected[1]
+
+
+@torch.no_grad()
+def logprob_errors(model: Any, folder: Path, outputs: list[RequestOutput]) -> tuple[Tensor, Tensor]:
+    """How far the tokens' logprobs are from float32's: the engine's, and transformers' own in bfloat16."""
+    bfloat16 = type(model).from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
+    ours: list[Tensor] = []
+    theirs: list[Tensor] = []
+    for output in outputs:
+        tokens = [*(output.prompt_token_ids or ()), *output.outputs[0].token_ids]
+        ids = torch.tensor([tokens], device="cuda")
+        exact, rounded = (
+            each(ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            for each in (model, bfloat16)
+        )
+        said = [each[token].logprob for token, each in zip(tokens[1:], logprobs_of(output), strict=True)]
+        ours.append((torch.tensor(said, device="cuda") - exact).abs())
+        theirs.append((rounded - exact).abs())
+    return torch.cat(ours), torch.cat(theirs)
 
 
 def logprobs_of(output: RequestOutput) -> list[dict[int, Any]]:
@@ -283,8 +312,9 @@ def test_a_rank_that_fails_is_named_and_replaced(
         async with AsyncLLM.from_engine_args(args) as engine:
             expected = await complete(engine, prompt, 900, **GREEDY)
             for how, words in FAULTS.items():
-                tokens, trouble, seconds = await break_rank(engine, prompt, how)
-                assert words.format(last=ranks - 1) in trouble
+                words = words.format(last=ranks - 1)
+                tokens, trouble, seconds = await break_rank(engine, prompt, how, words)
+                assert words in trouble
                 assert len(tokens) == 900
                 assert regrets(model, [prompt], [tokens]).max() < 0.5
                 told = near_tie(model, prompt, expected, tokens) or "the tokens of an undisturbed run"
@@ -294,20 +324,28 @@ def test_a_rank_that_fails_is_named_and_replaced(
 
 
 async def break_rank(
-    engine: AsyncLLM, prompt: list[int], how: signal.Signals
+    engine: AsyncLLM, prompt: list[int], how: signal.Signals, words: str
 ) -> tuple[list[int], str, float]:
-    """An answer in the middle of which the last rank fails; what the core says, and when, in seconds.
+    """An answer in the middle of which the last rank fails; what the core says of it, and when, in seconds.
 
-    Its peers spin in their kernels, and are ended all the same.
+    Its peers spin in their kernels, and are ended all the same. Waits for `words`, or half a minute.
     """
     pid = (await engine.collective_rpc("rank"))[-1]["pid"]
     assert isinstance(pid, int)
     begun = asyncio.Event()
     task = asyncio.create_task(complete(engine, prompt, 900, begun, **GREEDY))
     await begun.wait()
-    began = time.monotonic()
-    os.kill(pid, how)
-    while not (trouble := (await engine._client.call("ping")).unhealthy):
+    while await trouble_of(engine):  # steps that compile kernels are not answered for seconds either
         pass
+    began, trouble = time.monotonic(), ""
+    os.kill(pid, how)
+    while words not in trouble and time.monotonic() < began + 30:
+        trouble = await trouble_of(engine) or trouble
     seconds = time.monotonic() - began
     return await task, trouble, seconds
+
+
+async def trouble_of(engine: AsyncLLM) -> str:
+    """Why the core says that requests make no progress; empty when they do."""
+    trouble: str = (await engine._client.call("ping")).unhealthy
+    return trouble
