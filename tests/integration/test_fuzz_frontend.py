@@ -17,6 +17,7 @@ from headrace.ipc.errors import EngineDeadError, ErrorInfo
 from headrace.ipc.messages import (
     PROTOCOL_VERSION,
     AddRequest,
+    Call,
     Dying,
     EngineInfo,
     Fatal,
@@ -76,6 +77,8 @@ class FakeCore:
                 for frame in self._frames:
                     self._server._try(client, frame)
                 self._server.send(client, Dying(ErrorInfo("dead", "the end")))
+            elif isinstance(message, Call):  # whoever sends requests again one by one asks for its turn
+                self._server.send(client, Reply(message.call))
 
 
 numbers = st.integers(-1, 3)
