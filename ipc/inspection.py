@@ -24,8 +24,8 @@ _STATES = {
     "t": "stopped by a debugger",
     "Z": "dead",
 }
-_WRITING_SECONDS = 0.02
-"""What a process takes to print its stacks."""
+_WRITING_SECONDS = 0.1
+"""What a process takes to print its stacks where others want the CPU too; it may be killed after that."""
 
 
 class Activity(NamedTuple):
