@@ -59,7 +59,10 @@ class FixedOrder:
             message = f"batch_invariant=True is not supported with {type(model).__name__} on GPUs"
             raise ConfigError(message, parameter="batch_invariant", value=True, limit=False)
         if model.head_dim > _WIDEST_FLOAT32 and caches[0][0].dtype == torch.float32:
-            message = f"batch_invariant=True in float32 needs heads of at most {_WIDEST_FLOAT32} on GPUs"
+            message = (
+                f"batch_invariant=True in float32 needs heads of at most {_WIDEST_FLOAT32} on GPUs; "
+                f"this model's are of {model.head_dim}"
+            )
             limit = f"dtype='bfloat16', or heads of <= {_WIDEST_FLOAT32}"
             raise ConfigError(message, parameter="batch_invariant", value=True, limit=limit)
         self._model, self._caches, self._tables = model, caches, block_tables

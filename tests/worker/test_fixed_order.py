@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from headrace.ipc.errors import ConfigError
 from headrace.ipc.messages import Admit, Sampling, StepPlan, pack
 from headrace.worker.device_slots import DeviceSlots
 from headrace.worker.device_step import DeviceStep
@@ -32,6 +33,7 @@ HF: dict[str, Any] = {
 }
 OPT = {"num_key_value_heads": HEADS}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-256": ("Llama", {"head_dim": 256}),
     "llama": ("Llama", {"mlp_bias": True, "attention_bias": True}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {}),
@@ -83,7 +85,13 @@ def logits_of(model: CausalLM, batch_invariant: bool, dtype: torch.dtype) -> Ten
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("name", MODELS)
+def test_heads_too_wide_for_float32_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"heads of at most 128 on GPUs; this model's are of 256") as caught:
+        logits_of(build("llama-256", torch.float32), True, torch.float32)
+    assert caught.value.parameter == "batch_invariant"
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "llama-256"])
 def test_as_forward(name: str) -> None:
     model = build(name, torch.float32)
     expected = logits_of(model, False, torch.float32)
