@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from headrace import AsyncEngineArgs, AsyncLLM
 
-VOCAB_SIZE = 1000
+from .cores import VOCAB_SIZE, Daemon, NumberedClient
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +59,39 @@ def engine(oracle_args: Callable[..., AsyncEngineArgs]) -> Iterator[AsyncLLM]:
         stats, _ = asyncio.run(engine.get_stats())
         assert (engine._client.num_restarts, stats.num_restarts) == (0, 0)
     engine.shutdown()
+
+
+@pytest.fixture
+def daemon(oracle_folder: Path, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """`daemon(*flags, **environment)` starts one."""
+    daemons: list[Daemon] = []
+
+    def make(*flags: str, **environment: str) -> Daemon:
+        folder = tmp_path / f"daemon{len(daemons)}"
+        folder.mkdir(exist_ok=True)
+        daemons.append(Daemon(oracle_folder, folder, *flags, **environment))
+        return daemons[-1]
+
+    yield make
+    for each in daemons:
+        if each.process.poll() is None:
+            for worker in psutil.Process(each.process.pid).children():
+                worker.kill()  # one that a test has stopped does not notice its core's end
+            each.process.kill()
+            each.process.wait()
+        if each.ready_fd >= 0:
+            os.close(each.ready_fd)
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., NumberedClient]]:
+    """`connect(address, name, keys)`"""
+    clients: list[NumberedClient] = []
+
+    def make(*args: Any, **kwargs: Any) -> NumberedClient:
+        clients.append(NumberedClient(*args, **kwargs))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.socket.close()

@@ -6,7 +6,6 @@ import os
 import select
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -24,137 +23,22 @@ from headrace.ipc.messages import (
     Bye,
     Call,
     Dying,
-    EngineInfo,
     Fatal,
-    Finished,
     FinishReason,
     FromCore,
-    FromStarting,
     Hello,
-    Progress,
-    Ready,
     Refused,
     Reply,
     Sampling,
-    Started,
-    Stats,
     StepOutputs,
     Welcome,
     pack,
-    unpack,
 )
 from headrace.ipc.oracle import oracle_stream
-from headrace.ipc.payloads import CoreStart
-from headrace.ipc.process import Child, spawn
-from headrace.ipc.sockets import ClientSocket
 
-TIMEOUT = 20.0
+from .cores import TIMEOUT, VOCAB_SIZE, Client, Core
+
 MakeConfig = Callable[..., EngineConfig]
-
-
-class Core:
-    """A core process and the reading end of its status pipe."""
-
-    def __init__(self, config: EngineConfig, address: str) -> None:
-        self.config = config
-        self.address = address
-        reading, writing = os.pipe()
-        start = CoreStart(config, address, writing)
-        self.child: Child = spawn("core", "headrace.core.main:run", start, pass_fds=(writing,))
-        os.close(writing)
-        self.status = os.fdopen(reading, "rb")
-
-    def news(self) -> Iterator[FromStarting]:
-        decoder: msgspec.json.Decoder[FromStarting] = msgspec.json.Decoder(FromStarting)
-        yield from map(decoder.decode, self.status)
-
-    def wait_ready(self) -> EngineInfo:
-        for message in self.news():
-            if isinstance(message, Ready):
-                assert message.address == self.address
-                return message.info
-            assert isinstance(message, Progress), message
-        raise AssertionError(self.child.cause_of_death())
-
-    def worker(self) -> psutil.Process:
-        (worker,) = psutil.Process(self.child.pid).children()
-        return worker
-
-    def close(self) -> None:
-        self.child.stop(2.0)
-        self.status.close()
-
-
-class Client:
-    """A frontend in small: remembers per request what it got."""
-
-    def __init__(self, core: Core, name: str = "test") -> None:
-        self.core = core
-        self.socket = ClientSocket(core.address)
-        self.streams: dict[int, list[int]] = defaultdict(list)
-        self.started: dict[int, Started] = {}
-        self.finished: dict[int, Finished] = {}
-        self.socket.send(Hello(PROTOCOL_VERSION, name))
-        welcome = self.recv()
-        assert isinstance(welcome, Welcome)
-        assert welcome.config == core.config
-        self.info = welcome.info
-        self.vanished = False
-
-    def recv(self) -> FromCore:
-        message = self.socket.recv(TIMEOUT)
-        assert message is not None, "the core has gone silent"
-        if isinstance(message, StepOutputs):
-            for request, token in zip(unpack(message.requests), unpack(message.tokens), strict=True):
-                assert request not in self.finished
-                assert request in self.started or request in {news.request for news in message.started}
-                self.streams[request].append(token)
-            self.started.update((news.request, news) for news in message.started)
-            for ended in message.finished:
-                assert ended.request not in self.finished
-                self.finished[ended.request] = ended
-        return message
-
-    def add(self, request: int, prompt: list[int], max_tokens: int = 10, **sampling: Any) -> None:
-        n = sampling.pop("n", 1)
-        self.socket.send(AddRequest(request, pack(prompt), Sampling(**sampling), max_tokens, n))
-
-    def wait_for(self, *requests: int) -> None:
-        while not self.finished.keys() >= set(requests):
-            self.recv()
-
-    def call(self, method: Any) -> Reply:
-        self.socket.send(Call(77, method))
-        while not isinstance(message := self.recv(), Reply):
-            pass
-        assert message.call == 77
-        return message
-
-    def stats(self) -> Stats:
-        stats = self.call("stats").stats
-        assert stats is not None
-        return stats
-
-    def wait_until_free(self) -> None:
-        """Returns when no request holds a block; each look is a round trip."""
-        deadline = time.monotonic() + TIMEOUT
-        while (stats := self.stats()).num_free_blocks < stats.num_blocks:
-            assert time.monotonic() < deadline, stats
-        assert (stats.num_running, stats.num_waiting) == (0, 0)
-
-    def expect(self, request: int, prompt: list[int], num_tokens: int, seed: int = 0) -> None:
-        assert self.streams[request] == oracle_stream(prompt, seed, num_tokens, self.core.config.vocab_size)
-
-    def close(self) -> None:
-        if not self.vanished:
-            self.socket.send(Bye())
-            self.vanish()
-
-    def vanish(self) -> None:
-        self.vanished = True
-        self.socket.close()
-
-
 Connect = Callable[..., Client]
 
 
@@ -189,13 +73,14 @@ def connect(core: Core) -> Iterator[Connect]:
     clients: list[Client] = []
 
     def make(name: str = "test") -> Client:
-        clients.append(Client(core, name))
+        clients.append(Client(core.address, name))
+        assert clients[-1].welcome.config == core.config
         return clients[-1]
 
     yield make
     for client in clients:
         client.close()
-    with closing(Client(core)) as looks:
+    with closing(Client(core.address)) as looks:
         assert looks.stats().num_restarts == 0  # no test has crashed a worker on the way
 
 
@@ -237,7 +122,7 @@ def test_n_children_are_numbered_and_seeded_in_a_row(connect: Connect) -> None:
 def test_stop_tokens_and_cached_prefixes(connect: Connect) -> None:
     client = connect()
     prompt = list(range(100, 120))
-    stream = oracle_stream(prompt, 3, 8, client.core.config.vocab_size)
+    stream = oracle_stream(prompt, 3, 8, VOCAB_SIZE)
     client.add(1, prompt, 8, seed=3, stop_token_ids=[stream[4]])
     client.wait_for(1)
     client.add(2, prompt, 8, seed=3, eos_token_id=stream[2])
@@ -344,11 +229,11 @@ def test_a_bad_request_fails_alone(connect: Connect, changes: dict[str, Any], pa
 def test_bad_frames_harm_nobody(start: Callable[..., Core], capfd: pytest.CaptureFixture[str]) -> None:
     core = start(max_model_len=1000, num_gpu_blocks_override=500)
     core.wait_ready()
-    client = Client(core)
+    client = Client(core.address)
     client.add(1, [3], 500)
     with zmq.Context[zmq.Socket[bytes]]() as context, context.socket(zmq.DEALER) as raw:
         raw.setsockopt(zmq.LINGER, 0)
-        raw.connect(client.core.address)
+        raw.connect(core.address)
         decoder: msgspec.msgpack.Decoder[FromCore] = msgspec.msgpack.Decoder(FromCore)
         encode = msgspec.msgpack.encode
 
@@ -389,7 +274,7 @@ def test_bad_frames_harm_nobody(start: Callable[..., Core], capfd: pytest.Captur
 def test_preemption_under_the_real_worker(start: Callable[..., Core]) -> None:
     core = start(max_model_len=128, num_gpu_blocks_override=32, max_num_seqs=8)
     core.wait_ready()
-    client = Client(core)
+    client = Client(core.address)
     for number in range(30):
         client.add(number, [number, 1, 2, 3], 100, seed=number)
     client.wait_for(*range(30))
@@ -406,8 +291,8 @@ def test_several_ranks_and_a_context_that_fits(start: Callable[..., Core]) -> No
     )
     info = core.wait_ready()
     assert (info.max_model_len, info.num_blocks) == (36, 9)
-    client = Client(core)
-    assert client.info == info
+    client = Client(core.address)
+    assert client.welcome == Welcome(PROTOCOL_VERSION, core.config, info)
     client.add(1, [4], 1000)
     client.wait_for(1)
     client.expect(1, [4], 35)
@@ -421,7 +306,7 @@ def test_sigterm_ends_in_good_order(
     core = start(max_model_len=20_000, num_gpu_blocks_override=5000)
     core.wait_ready()
     worker = core.worker()
-    client = Client(core)
+    client = Client(core.address)
     if busy:
         client.add(1, [1], 10_000)
         client.recv()
@@ -439,7 +324,7 @@ def test_sigterm_ends_in_good_order(
 def test_a_killed_worker_is_replaced(start: Callable[..., Core], capfd: pytest.CaptureFixture[str]) -> None:
     core = start(max_model_len=20_000, num_gpu_blocks_override=5000, tensor_parallel_size=2)
     core.wait_ready()
-    clients = [Client(core), Client(core)]
+    clients = [Client(core.address), Client(core.address)]
     for client in clients:
         client.add(1, [1], 10_000)
         while 1 not in client.streams:
@@ -471,7 +356,7 @@ def test_workers_that_never_come_back_are_the_end(
 ) -> None:
     core = start(max_model_len=20_000, num_gpu_blocks_override=5000)
     core.wait_ready()
-    client = Client(core)
+    client = Client(core.address)
     client.add(1, [1], 10_000)
     while 1 not in client.streams:
         client.recv()
@@ -532,4 +417,4 @@ def test_an_address_in_use(start: Callable[..., Core], core: Core) -> None:
     assert isinstance(fatal, Fatal)
     assert (fatal.phase, fatal.error.parameter) == ("listen", "listen")
     second.close()
-    Client(core).close()  # the first is still there
+    Client(core.address).close()  # the first is still there

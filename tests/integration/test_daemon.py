@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import random
 import re
-import resource
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from headrace import (
     AsyncEngineArgs,
@@ -30,157 +24,12 @@ from headrace import (
     SamplingParams,
 )
 from headrace.ipc.curve import ClientKeys, make_pair, read_secret
-from headrace.ipc.messages import (
-    PROTOCOL_VERSION,
-    AddRequest,
-    Call,
-    Finished,
-    FinishReason,
-    FromCore,
-    Hello,
-    Reply,
-    Sampling,
-    StepOutputs,
-    Welcome,
-    pack,
-    unpack,
-)
 from headrace.ipc.oracle import oracle_stream
-from headrace.ipc.sockets import ClientSocket
 
-VOCAB_SIZE = 1000
-TIMEOUT = 20.0
-HEADRACE = [sys.executable, "-P", "-c", "from headrace.frontend.cli import main; main()"]
-
-
-class Daemon:
-    """A running `headrace engine-core`; its log is in a file."""
-
-    def __init__(self, model: Path, folder: Path, *flags: str, **environment: str) -> None:
-        self.address = f"ipc://{folder}/run/core"
-        if "--listen" not in flags:
-            flags = (*flags, "--listen", self.address)
-        self.log_path = folder / "log"
-        self.ready_fd, writing = os.pipe()
-        engine = ["--model", str(model), "--load-format", "oracle", "--skip-tokenizer-init"]
-        engine += ["--num-gpu-blocks-override", "4000", "--ready-fd", str(writing)]
-        with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*HEADRACE, "engine-core", *engine, *flags],
-                pass_fds=(writing,),
-                stderr=log,
-                env=os.environ | environment,
-            )
-        os.close(writing)
-
-    def wait_ready(self) -> str:
-        """The address at which it serves."""
-        with os.fdopen(self.ready_fd, "rb") as file:
-            lines = file.read().splitlines()  # to the end: the descriptor is closed once it serves
-        self.ready_fd = -1
-        assert len(lines) == 1, self.log()
-        name, address, _ = json.loads(lines[0])
-        assert name == "Ready"
-        return str(address)
-
-    def log(self) -> str:
-        return self.log_path.read_text()
-
-    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(TIMEOUT)
-
-    def worker(self) -> psutil.Process:
-        (worker,) = psutil.Process(self.process.pid).children()
-        return worker
-
-
-class Client:
-    """A frontend in small."""
-
-    def __init__(self, address: str, name: str = "test", keys: ClientKeys | None = None) -> None:
-        self.socket = ClientSocket(address, keys)
-        self.streams: dict[int, list[int]] = defaultdict(list)
-        self.finished: dict[int, Finished] = {}
-        self.socket.send(Hello(PROTOCOL_VERSION, name))
-        welcome = self.recv()
-        assert isinstance(welcome, Welcome)
-        self.welcome = welcome
-
-    def recv(self) -> FromCore:
-        message = self.socket.recv(TIMEOUT)
-        assert message is not None, "the core has gone silent"
-        if isinstance(message, StepOutputs):
-            for request, token in zip(unpack(message.requests), unpack(message.tokens), strict=True):
-                self.streams[request].append(token)
-            self.finished.update((ended.request, ended) for ended in message.finished)
-        return message
-
-    def add(self, request: int, max_tokens: int) -> None:
-        self.socket.send(AddRequest(request, pack([request + 1, 2]), Sampling(seed=request), max_tokens))
-
-    def start(self, *requests: int, max_tokens: int) -> None:
-        """Add these, and return when each has brought a token."""
-        for request in requests:
-            self.add(request, max_tokens)
-        while not all(self.streams[request] for request in requests):
-            self.recv()
-
-    def expect(self, *requests: int, max_tokens: int) -> None:
-        """These end with exactly the tokens that they should have."""
-        while not self.finished.keys() >= set(requests):
-            self.recv()
-        for request in requests:
-            assert self.finished[request].reason is FinishReason.LENGTH
-            assert self.streams[request] == oracle_stream([request + 1, 2], request, max_tokens, VOCAB_SIZE)
-
-    def call(self, method: str) -> Reply:
-        self.socket.send(Call(77, method))
-        while not isinstance(message := self.recv(), Reply):
-            pass
-        return message
-
-    def stats(self) -> Any:
-        return self.call("stats").stats
-
-
-@pytest.fixture
-def daemon(oracle_folder: Path, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
-    """`daemon(*flags, **environment)` starts one."""
-    daemons: list[Daemon] = []
-
-    def make(*flags: str, **environment: str) -> Daemon:
-        folder = tmp_path / f"daemon{len(daemons)}"
-        folder.mkdir(exist_ok=True)
-        daemons.append(Daemon(oracle_folder, folder, *flags, **environment))
-        return daemons[-1]
-
-    yield make
-    for each in daemons:
-        if each.process.poll() is None:
-            for worker in psutil.Process(each.process.pid).children():
-                worker.kill()  # one that a test has stopped does not notice its core's end
-            each.process.kill()
-            each.process.wait()
-        if each.ready_fd >= 0:
-            os.close(each.ready_fd)
-
-
-@pytest.fixture
-def connect() -> Iterator[Callable[..., Client]]:
-    clients: list[Client] = []
-
-    def make(*args: Any, **kwargs: Any) -> Client:
-        clients.append(Client(*args, **kwargs))
-        return clients[-1]
-
-    yield make
-    for client in clients:
-        client.socket.close()
-
+from .cores import HEADRACE, TIMEOUT, VOCAB_SIZE, Daemon, NumberedClient, free_port
 
 Start = Callable[..., Daemon]
-Connect = Callable[..., Client]
+Connect = Callable[..., NumberedClient]
 
 
 def test_sigterm_drains(daemon: Start, connect: Connect) -> None:
@@ -194,7 +43,7 @@ def test_sigterm_drains(daemon: Start, connect: Connect) -> None:
         pass
     assert client.call("ping").unhealthy == "the engine core is about to end"
     late = connect(core.address)  # may look, but not ask for more
-    late.add(1, 5)
+    late.begin(1, 5)
     while 1 not in late.finished:
         late.recv()
     error = late.finished[1].error
@@ -203,7 +52,7 @@ def test_sigterm_drains(daemon: Start, connect: Connect) -> None:
     assert isinstance(refused, DrainingError)
     assert refused.retry_after > 0
     worker.resume()
-    client.expect(*range(32), max_tokens=1500)
+    client.finish(*range(32), max_tokens=1500)
     assert core.process.wait(TIMEOUT) == 0
     assert not Path(core.address.removeprefix("ipc://")).exists()
     assert "draining signal=SIGTERM requests=32" in core.log()
@@ -352,7 +201,7 @@ def test_sighup_loses_nothing_and_reads_the_keys_again(
         make_pair(tmp_path, name)
     allowed = tmp_path / "allowed"
     allowed.write_bytes((tmp_path / "client.public").read_bytes())
-    port = _free_port()
+    port = free_port()
     keys = ("--curve-secret-key", str(tmp_path / "server.secret"), "--curve-client-keys", str(allowed))
     core = daemon("--listen", f"tcp://127.0.0.1:{port}", *keys)
     address = core.wait_ready()
@@ -384,7 +233,7 @@ def test_sighup_loses_nothing_and_reads_the_keys_again(
     while "reload failed" not in core.log():
         client.call("ping")
     connect(address, keys=mine)
-    client.expect(1, 2, max_tokens=1900)
+    client.finish(1, 2, max_tokens=1900)
     _secrets_stay_secret(core, client, tmp_path)
 
 
@@ -394,7 +243,7 @@ async def _first_tokens(engine: AsyncLLM, count: int) -> list[int]:
     return list(outputs[-1].outputs[0].token_ids)
 
 
-def _secrets_stay_secret(core: Daemon, client: Client, folder: Path) -> None:
+def _secrets_stay_secret(core: Daemon, client: NumberedClient, folder: Path) -> None:
     secrets = [read_secret(str(folder / f"{name}.secret"), "x") for name in ("server", "client", "guest")]
     for pid in (core.process.pid, core.worker().pid):
         shown = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
@@ -413,7 +262,7 @@ def test_status(daemon: Start, connect: Connect) -> None:
     client = connect(address, "the busy one")
     core.worker().suspend()
     for request in range(3):
-        client.add(request, 1900)
+        client.begin(request, 1900)
     before, stats = None, client.stats()
     while stats != before or stats.num_running + stats.num_waiting < 3:  # the plans that go ahead are out
         time.sleep(0.1)
@@ -449,145 +298,3 @@ def test_status_ends_with_the_core(daemon: Start) -> None:
         assert core.end() == 0
         assert watching.wait(TIMEOUT) == 1
         assert watching.stderr.read().endswith("is gone\n")
-
-
-FRONTEND = """
-import json, sys
-from headrace.ipc.messages import PROTOCOL_VERSION, AddRequest, Hello, Sampling, StepOutputs, pack, unpack
-from headrace.ipc.sockets import ClientSocket
-socket, streams, ended = ClientSocket(sys.argv[1]), {}, 0
-socket.send(Hello(PROTOCOL_VERSION, "other process"))
-for request in range(int(sys.argv[2])):
-    socket.send(AddRequest(request, pack([request + 1, 2]), Sampling(seed=request), int(sys.argv[3])))
-while ended < int(sys.argv[2]):
-    message = socket.recv(60)
-    if isinstance(message, StepOutputs):
-        if not streams and message.requests:
-            print("streaming", flush=True)
-        for request, token in zip(unpack(message.requests), unpack(message.tokens)):
-            streams.setdefault(request, []).append(token)
-        ended += len(message.finished)
-print(json.dumps([streams[request] for request in range(int(sys.argv[2]))]))
-"""
-
-
-@pytest.fixture
-def frontend() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """`frontend(address, number of requests, tokens of each)`: a frontend in a process of its own that has
-    got its first tokens."""
-    started: list[subprocess.Popen[str]] = []
-
-    def make(address: str, requests: int, max_tokens: int) -> subprocess.Popen[str]:
-        words = [sys.executable, "-c", FRONTEND, address, str(requests), str(max_tokens)]
-        started.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
-        assert started[-1].stdout is not None
-        assert started[-1].stdout.readline() == "streaming\n"
-        return started[-1]
-
-    yield make
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def test_a_killed_frontend_frees_everything(
-    daemon: Start, connect: Connect, frontend: Callable[..., subprocess.Popen[str]]
-) -> None:
-    """One after another, at random moments; whoever stays reads what is right."""
-    core = daemon("--max-num-seqs", "4")
-    address = core.wait_ready()
-    client = connect(address)
-    idle = frontend(address, 1, 1)
-    idle.wait(TIMEOUT)  # left without a word, with nothing at work
-    choose = random.Random(5)
-    for number in range(5):
-        other = frontend(address, 20, 1900)  # most of them in the queue
-        client.add(number, 1900)
-        time.sleep(choose.uniform(0.0, 0.2))
-        other.kill()
-        began = time.monotonic()
-        while len(client.call("stats").clients) > 1:
-            assert time.monotonic() - began < 5
-        client.expect(number, max_tokens=1900)
-        stats = client.stats()
-        assert stats.num_free_blocks == stats.num_blocks
-        assert (stats.num_running, stats.num_waiting) == (0, 0)
-
-
-@pytest.mark.parametrize("transport", ["ipc", "tcp"])
-def test_a_stopped_frontend_costs_only_itself(
-    daemon: Start, connect: Connect, frontend: Callable[..., subprocess.Popen[str]], transport: str
-) -> None:
-    core = daemon(*(() if transport == "ipc" else ("--listen", f"tcp://127.0.0.1:{_free_port()}")))
-    address = core.wait_ready()
-    client = connect(address)
-    other = frontend(address, 2, 1900)
-    other.send_signal(signal.SIGSTOP)
-    client.start(*range(8), max_tokens=1900)
-    client.expect(*range(8), max_tokens=1900)
-    if transport == "tcp":  # nobody can tell a stopped one from one whose network is gone
-        began = time.monotonic()
-        while len(client.call("stats").clients) > 1:
-            assert time.monotonic() - began < 10
-        return
-    while client.stats().num_running:
-        pass
-    other.send_signal(signal.SIGCONT)
-    out, _ = other.communicate(timeout=TIMEOUT)
-    assert json.loads(out) == [oracle_stream([i + 1, 2], i, 1900, VOCAB_SIZE) for i in range(2)]
-
-
-def test_frontends_come_and_go(
-    daemon: Start, connect: Connect, frontend: Callable[..., subprocess.Popen[str]]
-) -> None:
-    core = daemon()
-    address = core.wait_ready()
-    client = connect(address)
-    client.start(1, 2, 3, max_tokens=1900)
-    others = [frontend(address, 3, 400) for _ in range(2)]  # the same numbers as ours
-    client.socket.send(Hello(PROTOCOL_VERSION, "again"))  # starts anew: our three are gone
-    while not isinstance(client.recv(), Welcome):
-        pass
-    client.streams.clear()
-    client.start(1, 2, 3, max_tokens=700)
-    for other in others:
-        out, _ = other.communicate(timeout=TIMEOUT)
-        assert json.loads(out) == [oracle_stream([i + 1, 2], i, 400, VOCAB_SIZE) for i in range(3)]
-    client.expect(1, 2, 3, max_tokens=700)
-
-
-@pytest.fixture
-def few_descriptors() -> Iterator[Callable[[int], None]]:
-    """`few_descriptors(n)`: so many are allowed from now on, unless a process asks for more."""
-    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most < 3000:
-        pytest.skip("this machine does not allow 3000 descriptors")
-    yield lambda count: resource.setrlimit(resource.RLIMIT_NOFILE, (count, most))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
-
-
-def test_more_connections_than_descriptors_by_default(
-    daemon: Start, connect: Connect, few_descriptors: Callable[[int], None]
-) -> None:
-    """More than 1024 descriptors, too: there `select` ends."""
-    few_descriptors(1024)
-    core = daemon()
-    client = connect(core.wait_ready())
-    client.start(*range(8), max_tokens=1900)
-    few_descriptors(3000)
-    with contextlib.ExitStack() as stack:
-        for _ in range(1200):
-            crowd = stack.enter_context(socket.socket(socket.AF_UNIX))
-            crowd.connect(core.address.removeprefix("ipc://"))
-        while len(os.listdir(f"/proc/{core.process.pid}/fd")) < 1200:
-            client.stats()
-        core.worker().kill()
-        while not client.stats().num_restarts:
-            pass
-        client.expect(*range(8), max_tokens=1900)
-    assert core.end() == 0
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
