@@ -121,7 +121,8 @@ class DeviceStep:
         batch_invariant: bool = False,
     ) -> None:
         self.num_heads = num_heads
-        self.tile_tokens = tile_tokens(num_heads, model.num_kv_heads)
+        head_bytes = model.head_dim * caches[0][0].element_size()
+        self.tile_tokens = tile_tokens(num_heads, model.num_kv_heads, head_bytes)
         self.slots = slots
         self._model, self._caches = model, caches
         self._tp = tp or TensorParallel()

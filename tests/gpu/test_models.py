@@ -103,6 +103,14 @@ def test_logprobs_are_as_near_as_bfloat16_allows(peer: Peer, gpu_config: MakeCon
     assert most < 1.5 * theirs_too[1]
 
 
+def test_logprobs_in_float32_are_transformers(peer: Peer, gpu_config: MakeConfig) -> None:
+    requests = requests_of(Sampling(temperature=0.0, logprobs=0), 40)
+    answers, _ = generate(gpu_config(peer.folder, dtype="float32"), requests)
+    ours, _ = logprob_errors(peer, answers)
+    print(f"logprobs in float32, max: headrace {ours.max():.2e}")
+    assert ours.max() < 1e-4
+
+
 def test_chunks_and_preemptions_change_nothing_of_note(peer: Peer, gpu_config: MakeConfig) -> None:
     config = gpu_config(peer.folder, num_gpu_blocks_override=40, max_num_batched_tokens=48)
     answers, preemptions = generate(config, requests_of(Sampling(temperature=0.0)))

@@ -83,7 +83,8 @@ def torch_path(case: Case, scale: float) -> Tensor:
 
 
 def triton_path(case: Case, scale: float) -> Tensor:
-    tokens = tile_tokens(case.q.shape[1], case.k_cache.shape[2])
+    head_bytes = case.q.shape[2] * case.q.element_size()
+    tokens = tile_tokens(case.q.shape[1], case.k_cache.shape[2], head_bytes)
     lens = list(enumerate(case.meta.query_lens_host))
     tiles = [(row, first) for row, length in lens for first in range(0, length, tokens)]
     device = case.q.device
@@ -110,9 +111,12 @@ def test_batches(
     path: Callable[[Case, float], Tensor], rows: Rows, shape: tuple[int, int, int], device: torch.device
 ) -> None:
     case = make_case(rows, shape, torch.float32, device)
-    # On a GPU the dot products of float32 are TensorFloat32's.
-    tolerance = 1e-2 if device.type == "cuda" and path is triton_path else 1e-5
-    torch.testing.assert_close(path(case, shape[2] ** -0.5).double(), case.exact, atol=tolerance, rtol=0)
+    torch.testing.assert_close(path(case, shape[2] ** -0.5).double(), case.exact, atol=1e-5, rtol=0)
+
+
+def test_wide_heads_of_float32_fit(device: torch.device) -> None:
+    case = make_case([(1, 40), (40, 70)], (2, 1, 256), torch.float32, device)
+    torch.testing.assert_close(triton_path(case, 256**-0.5).double(), case.exact, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("path", PATHS)
