@@ -115,7 +115,7 @@ def test_a_late_norm_of_the_projections(device: torch.device, in_features: int, 
 
 
 def test_many_rows_are_cut_less(device: torch.device) -> None:
-    lens = [1 + 31 * (row % 19) for row in range(22)]
+    lens = [600, 300, 257, 256, 1, 2, 64, 65, 17, 128, 100]
     case = Case(device, lens, 12, 12, 16, False)
     expected, *_ = case.expected()
     out = case.run()
