@@ -1,17 +1,15 @@
 """AsyncLLM: the engine as an asyncio program sees it.
 
-Puts the parts together: arguments become a core process, prompts become wire messages, and each request gets
-its stream. Holds no request's state itself: that is `request_table.py`'s.
+Puts the parts together: arguments become a core process, `submission.py` sends it requests, and each gets its
+stream. Holds no request's state itself: that is `request_table.py`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
-import copy
 import logging
 import random
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from types import TracebackType
@@ -25,24 +23,20 @@ from ..ipc.errors import (
     RequestCrashedError,
     RequestError,
 )
-from ..ipc.messages import Abort, AddRequest, ClientStats, Stats
-from .call_forms import checked_id, checked_prompt_text, refuse_set, tell_apart
+from ..ipc.messages import Abort, ClientStats, Stats
+from .call_forms import checked_id, refuse_set, tell_apart
 from .control import EngineControl
 from .core_client import CoreClient
 from .core_process import CoreProcess
-from .detokenizer import DecoderFactory
 from .engine_args import AsyncEngineArgs, attach_keys, check_attached, resolve
-from .grammars import Grammars
-from .logprobs import LogprobsAsked, TokenTexts
 from .metrics import AnyMetric, core_restarts, engine_records
 from .model_files import find_model
-from .prompts import ParsedPrompt, Prompt, check_token_ids, parse_prompt
+from .prompts import Prompt
 from .request_table import RequestTable
 from .requests import Request
 from .sampling_params import SamplingParams
-from .sampling_wire import to_wire
-from .stop_strings import StopStrings
 from .streams import RequestStream
+from .submission import Submitter, default_params, existing
 from .timeouts import RequestTimeouts, checked_timeouts
 from .tokenizer import Tokenizer
 
@@ -50,9 +44,6 @@ logger = logging.getLogger("headrace")
 
 HEALTH_SECONDS = 5.0
 """A core that does not answer a ping within it is called unhealthy."""
-_LONG_PROMPT = 2048
-"""Characters, about 1 ms of tokenizing; longer prompts are tokenized on a thread."""
-_MAX_PRIORITY = 2**31 - 1
 
 
 class AsyncLLM(EngineControl):
@@ -78,13 +69,11 @@ class AsyncLLM(EngineControl):
         if engine_args.engine_core_address is None:
             self._client, self._tokenizer = self._embed(engine_args)
             # vLLM's meaning of `seed`: the same program says the same again.
-            self._seeds = random.Random(self.config.seed)
+            seeds = random.Random(self.config.seed)
         else:
             self._client, self._tokenizer = self._attach(engine_args, engine_args.engine_core_address)
-            self._seeds = random.SystemRandom()
-        self._decoders = None if self._tokenizer is None else DecoderFactory(self._tokenizer)
-        self._grammars = Grammars(self.config)
-        self._texts = None if self._decoders is None else TokenTexts(self._decoders.piece)
+            seeds = random.SystemRandom()
+        self._submitter = Submitter(self._client, self._table, self._tokenizer, seeds)
 
     @classmethod
     def from_engine_args(
@@ -220,14 +209,11 @@ class AsyncLLM(EngineControl):
 
     def get_tokenizer(self) -> Tokenizer:
         """Raises RequestError with `skip_tokenizer_init`."""
-        if self._tokenizer is None:
-            message = "there is no tokenizer: the engine was made with skip_tokenizer_init=True"
-            raise RequestError(message, parameter="skip_tokenizer_init", value=True, limit=False)
-        return self._tokenizer
+        return existing(self._tokenizer)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What holds for requests without sampling parameters: the model's generation_config.json."""
-        return SamplingParams(**self.config.default_sampling)  # type: ignore[arg-type]
+        return default_params(self.config)
 
     @property
     def num_unfinished_requests(self) -> int:
@@ -321,7 +307,7 @@ class AsyncLLM(EngineControl):
         """
         if self._client.dead_error is None:
             self._was_shut_down = True
-        self._grammars.close()
+        self._submitter.grammars.close()
         self._client.close()
 
     async def __aenter__(self) -> AsyncLLM:
@@ -369,118 +355,9 @@ class AsyncLLM(EngineControl):
         prompt_text: str | None,
         timeouts: RequestTimeouts,
     ) -> Request:
-        """Check, tokenize and send one request."""
-        begun = time.monotonic()
         self._client.use_running_loop()
         self._abort_orphans()
-        params = self._checked_params(params)
-        self._check_priority(priority)
-        parsed = parse_prompt(prompt)
-        if request_id in self._table:
-            message = f"request_id {request_id!r} is in use by a request that has not ended"
-            raise RequestError(message, parameter="request_id", value=request_id, limit="a unique id")
-        shown = checked_prompt_text(prompt_text)
-        text = parsed.text if shown is None else shown
-        kind, include_stop = params.output_kind, params.include_stop_str_in_output
-        request = Request(request_id, text, [], kind, include_stop, self._table.metrics)
-        self._table.reserve(request)
-        try:
-            request.prompt_token_ids = await self._encode(parsed)
-            grammar = None
-            if params.structured_outputs is not None:
-                grammar = await self._grammars.grammar(params.structured_outputs)
-            left = timeouts.after(time.monotonic() - begun)
-            self._send(request, params, priority, grammar, parsed.cache_salt, left)
-        except BaseException:
-            self._table.drop(request)
-            raise
-        return request
-
-    def _send(
-        self,
-        request: Request,
-        params: SamplingParams,
-        priority: int,
-        grammar: str | None,
-        cache_salt: str,
-        timeouts: RequestTimeouts,
-    ) -> None:
-        seed = self._seeds.getrandbits(62)
-        sampling = to_wire(params, self.config, self._tokenizer, seed, grammar)
-        ids = request.prompt_token_ids
-        packed = check_token_ids(ids, self.config.vocab_size, self.max_model_len)
-        room = self.max_model_len - len(ids)
-        if params.min_tokens > room:
-            why = f"min_tokens={params.min_tokens} is more than the {room} tokens that the prompt leaves"
-            raise RequestError(why, parameter="min_tokens", value=params.min_tokens, limit=room)
-        show = params.detokenize and self._decoders is not None
-        stops = params.stop if isinstance(params.stop, list) else []
-        watch = StopStrings(stops, params.include_stop_str_in_output) if stops else None
-        request.begin(
-            [
-                self._decoders(params.skip_special_tokens) if show and self._decoders else None
-                for _ in range(params.n)
-            ],
-            [watch.twin() if watch else None for _ in range(params.n)],
-            params.min_tokens,
-            params.max_tokens,
-            params.repetition_detection,
-            LogprobsAsked(
-                sampled=sampling.logprobs is not None or bool(sampling.logprob_token_ids),
-                prompt=sampling.prompt_logprobs is not None,
-                flat=params.flat_logprobs,
-                texts=self._texts if show else None,
-            ),
-        )
-        if request.is_aborted:  # while it was tokenized
-            request.abort()
-            return
-        message = AddRequest(
-            request=self._table.number(request),
-            prompt=packed,
-            sampling=sampling,
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            n=params.n,
-            priority=priority,
-            cache_salt=cache_salt,
-            queue_timeout=timeouts.queue,
-            first_token_timeout=timeouts.first_token,
-            total_timeout=timeouts.total,
-        )
-        is_sent = self._client.send(message)
-        self._table.hand_over(request, message, is_sent=is_sent)
-
-    async def _encode(self, prompt: ParsedPrompt) -> list[int]:
-        if prompt.token_ids is not None:
-            return prompt.token_ids
-        assert prompt.text is not None
-        tokenizer = self.get_tokenizer()
-        if len(prompt.text) < _LONG_PROMPT:
-            return tokenizer.encode(prompt.text)
-        return await asyncio.to_thread(tokenizer.encode_long, prompt.text)
-
-    def _checked_params(self, params: SamplingParams | None) -> SamplingParams:
-        """A copy of our own: the caller may change his at any time."""
-        if params is None:
-            return self.get_default_sampling_params()
-        if not isinstance(params, SamplingParams):
-            message = f"sampling_params must be a SamplingParams, got {params!r:.100}"
-            raise RequestError(message, parameter="sampling_params", limit="SamplingParams")
-        params = copy.copy(params)
-        params.verify()
-        if params.stop and self._tokenizer is None:
-            message = "stop strings need a tokenizer, but the engine was made with skip_tokenizer_init=True"
-            raise RequestError(message, parameter="stop", value=params.stop, limit="stop_token_ids")
-        return params
-
-    def _check_priority(self, priority: int) -> None:
-        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > _MAX_PRIORITY:
-            limit = f"an integer of at most {_MAX_PRIORITY} either way"
-            message = f"priority must be {limit}, got {priority!r}"
-            raise RequestError(message, parameter="priority", value=priority, limit=limit)
-        if priority and self.config.scheduling_policy != "priority":
-            message = f"priority={priority} needs an engine with scheduling_policy='priority'"
-            raise RequestError(message, parameter="priority", value=priority, limit=0)
+        return await self._submitter.submit(request_id, prompt, params, priority, prompt_text, timeouts)
 
     def _stream_of(self, request_id: str) -> RequestStream:
         """The stream of a request that was added before."""

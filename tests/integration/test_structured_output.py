@@ -214,14 +214,14 @@ def test_a_grammar_that_only_the_worker_refuses_ends_alone(
 
     async def go() -> None:
         async with AsyncLLM.from_engine_args(make_args(text_model)) as engine:
-            checked = engine._grammars.grammar
+            checked = engine._submitter.grammars.grammar
 
             async def unchecked(params: StructuredOutputsParams) -> str:
                 return params.grammar or await checked(params)
 
             good = asyncio.create_task(complete(engine, 3))
             with monkeypatch.context() as patch:
-                patch.setattr(engine._grammars, "grammar", unchecked)
+                patch.setattr(engine._submitter.grammars, "grammar", unchecked)
                 for number, grammar in enumerate(["nonsense", *(g["grammar"] for g in HOSTILE[1:3])]):
                     with pytest.raises(RequestError) as caught:
                         await complete(
