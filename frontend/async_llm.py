@@ -10,7 +10,7 @@ import asyncio
 import collections
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,6 @@ from ..ipc.errors import (
     EngineDeadError,
     EngineUnhealthyError,
     RequestCrashedError,
-    RequestError,
 )
 from ..ipc.messages import Abort, ClientStats, Stats
 from .call_forms import checked_id, refuse_set, tell_apart
@@ -39,6 +38,7 @@ from .streams import RequestStream
 from .submission import Submitter, default_params, existing
 from .timeouts import RequestTimeouts, checked_timeouts
 from .tokenizer import Tokenizer
+from .unread import UnreadRequests
 
 logger = logging.getLogger("headrace")
 
@@ -60,8 +60,7 @@ class AsyncLLM(EngineControl):
             message = f"engine_args must be an AsyncEngineArgs, got {engine_args!r:.100}"
             raise ConfigError(message, parameter="engine_args", limit="AsyncEngineArgs")
         self._table = RequestTable()
-        self._unclaimed: dict[str, Request] = {}
-        """Requests of `add_request` that nobody reads yet."""
+        self._unread = UnreadRequests()
         self._orphans: collections.deque[Request] = collections.deque()
         """Requests whose stream was dropped, to be aborted."""
         self._was_shut_down = False
@@ -124,7 +123,8 @@ class AsyncLLM(EngineControl):
                     raise TypeError(f"generate() got {name} twice")
                 given[name] = value
         if set(given) == {"request_id"}:
-            return self._stream_of(given["request_id"])
+            added_id = given["request_id"]
+            return self._stream_of(added_id, lambda: self._unread.find(added_id))
         new_id = checked_id(given.get("request_id"))
 
         async def start() -> Request:
@@ -155,7 +155,8 @@ class AsyncLLM(EngineControl):
     ) -> RequestStream:
         """Start a request now, to be read later: from the stream returned, or by `generate(request_id)`.
 
-        It runs and keeps its outputs until it is read or aborted. `arrival_time` is accepted for vLLM's sake.
+        It runs, and its outputs are kept until they are read; `generate(request_id)` finds the latest 10,000
+        of those that have ended. `arrival_time` is accepted for vLLM's sake.
         """
         if params is not None and sampling_params is not None:
             raise TypeError("add_request() got params and sampling_params")
@@ -164,8 +165,8 @@ class AsyncLLM(EngineControl):
         request = await self._submit(
             new_id, prompt, params or sampling_params, priority, prompt_text, checked_timeouts(timeout)
         )
-        self._unclaimed[new_id] = request
-        return self._stream_of(new_id)
+        self._unread.add(request)
+        return self._stream_of(new_id, lambda: request)
 
     async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
         """End requests now; unknown ids are ignored.
@@ -359,19 +360,12 @@ class AsyncLLM(EngineControl):
         self._abort_orphans()
         return await self._submitter.submit(request_id, prompt, params, priority, prompt_text, timeouts)
 
-    def _stream_of(self, request_id: str) -> RequestStream:
+    def _stream_of(self, request_id: str, find: Callable[[], Request]) -> RequestStream:
         """The stream of a request that was added before."""
 
         async def claim() -> Request:
             self._client.use_running_loop()
-            request = self._unclaimed.pop(request_id, None)
-            if request is None:
-                message = (
-                    f"no request {request_id!r} waits to be read: add_request makes one, and "
-                    "generate(prompt, sampling_params, request_id) does both"
-                )
-                raise RequestError(message, parameter="request_id", value=request_id)
-            return request
+            return self._unread.claim(find())
 
         return RequestStream(request_id, claim, self._abort_request, self._abort_soon)
 

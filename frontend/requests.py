@@ -229,6 +229,7 @@ class Request:
         "has_output",
         "include_stop",
         "is_aborted",
+        "is_claimed",
         "kind",
         "message",
         "metrics",
@@ -260,6 +261,8 @@ class Request:
         self.completions: list[Completion] = []
         self.num_unfinished = 1
         self.is_aborted = False
+        self.is_claimed = False
+        """A stream reads it."""
         self.has_output = False
         """`take` has something to give, or an error to raise."""
         self.num_cached_tokens: int | None = None

@@ -122,8 +122,13 @@ async def complete(engine: AsyncLLM, number: int, **changes: Any) -> RequestOutp
 async def together(args: AsyncEngineArgs) -> list[RequestOutput]:
     async with AsyncLLM.from_engine_args(args) as engine:
         for number in range(len(CASES)):
-            await complete(engine, number, max_tokens=1)  # the grammars are known: all start at once
-        outputs = await asyncio.gather(*(complete(engine, number) for number in range(NUM_REQUESTS)))
+            await complete(engine, number, max_tokens=1)  # the grammars are known
+        await engine.pause_generation(mode="keep", clear_cache=False)
+        readers = [asyncio.create_task(complete(engine, number)) for number in range(NUM_REQUESTS)]
+        while (await engine.get_stats())[0].num_waiting < NUM_REQUESTS:
+            pass
+        await engine.resume_generation()  # all start at once
+        outputs = await asyncio.gather(*readers)
         await engine.do_log_stats()
     return outputs
 
