@@ -6,8 +6,10 @@ that the core serves its clients whatever its workers do. Knows nothing of what 
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -15,10 +17,12 @@ import msgspec
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, HeadraceError
+from ..ipc.logs import fields
 from ..ipc.messages import (
     Allocate,
     Command,
     CommandResult,
+    Compiling,
     Fatal,
     FromWorker,
     Loaded,
@@ -33,11 +37,16 @@ from ..ipc.messages import (
 from ..ipc.payloads import WorkerStart
 from ..ipc.pipe import Pipe, PipeClosedError, frame, poll_pipes, socket_pair
 from ..ipc.process import Child, spawn
+from .watch import Compilation
+
+LOGGER = logging.getLogger(__name__)
 
 ENTRY = "headrace.worker.main:run"
 SERVING = "serving"
 _MAX_FRAME_BYTES = 64 << 20
 """A worker that says more at once is not to be believed."""
+_NOTEWORTHY_SECONDS = 1.0
+"""A kernel that takes longer to compile is logged: a request may have waited for it."""
 
 SizeCache: TypeAlias = Callable[[Sequence[Loaded]], Allocate]
 
@@ -83,6 +92,8 @@ class Ranks:
         self._ready: set[int] = set()
         self._workers: list[_Worker] = []
         self._prepared = [0] * config.tensor_parallel_size
+        self.compilations: dict[int, Compilation] = {}
+        """The latest of each rank."""
         try:
             for rank in range(config.tensor_parallel_size):
                 self._workers.append(self._start(config, rank))
@@ -209,8 +220,11 @@ class Ranks:
     def _hear(self, rank: int) -> Any:
         """A rank's next message if it is there; when it has failed, raises the first cause."""
         try:
-            while isinstance(message := self._recv(rank), Prepared):
-                self._note_prepared(rank, message.count)
+            while isinstance(message := self._recv(rank), Prepared | Compiling):
+                if isinstance(message, Prepared):
+                    self._note_prepared(rank, message.count)
+                else:
+                    self._note_compiling(rank, message.kernel)
             return message
         except WorkerError as error:
             raise self._first_cause(error) from None
@@ -220,6 +234,13 @@ class Ranks:
         self._prepared[rank] = count
         if min(self._prepared) > before:
             self._broadcast(UsePrepared(min(self._prepared)))
+
+    def _note_compiling(self, rank: int, kernel: str) -> None:
+        before, now = self.compilations.get(rank), time.monotonic()
+        self.compilations[rank] = Compilation(kernel, now)
+        if before is not None and now - before.since > _NOTEWORTHY_SECONDS and not kernel:
+            seconds = round(now - before.since, 1)
+            LOGGER.info("compiled a kernel", extra=fields(rank=rank, kernel=before.kernel, seconds=seconds))
 
     def _recv(self, rank: int) -> Any:
         try:

@@ -3,7 +3,8 @@
 A thread of the worker's that says "I am here" would prove nothing: it speaks while the computation hangs.
 What counts is that a step is answered. While none is, workers on CPUs may go on for long, as a large prefill
 does; they are alive as long as they use their CPUs. A GPU's step takes seconds at most, and its driver waits
-by spinning, so there only the answer counts. A stopped process makes no progress whatever it has to do.
+by spinning, so there only the answer counts, and that a rank begins or ends to compile a kernel: the others
+may have to wait for it. A stopped process makes no progress whatever it has to do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from ..ipc.inspection import STOPPED, Activity
 
 LOOK_SECONDS = 1.0
 BUSY_SECONDS = 600.0
-"""A step on CPUs that uses them all the time may take so long: large models prefill some tokens a second."""
+"""A step with signs of life may take so long: large models on CPUs prefill some tokens a second."""
+COMPILE_SECONDS = 120.0
+"""So long a kernel may be compiled: a second on most hosts, ten on busy ones."""
 SUSPICIOUS_SECONDS = 3.0
 _BUSY = 0.1
 """CPU seconds in a second that are a sign of life."""
@@ -29,6 +32,14 @@ class Verdict(NamedTuple):
     text: str
 
 
+class Compilation(NamedTuple):
+    """What a rank said last of its kernels."""
+
+    kernel: str
+    """Empty: it is compiled, and nothing else is."""
+    since: float
+
+
 class Watch:
     """Watches one life of the workers; `look` about once a second."""
 
@@ -36,6 +47,8 @@ class Watch:
         self._hang_seconds = hang_seconds
         self._computes_on_cpu = computes_on_cpu
         self._before: dict[int, Activity] = {}
+        self._compilations: dict[int, Compilation] = {}
+        """As they were at the last look."""
         self._last_look = 0.0
         self._silent = 0.0
         """Seconds without an answer that is due."""
@@ -53,8 +66,15 @@ class Watch:
         """A result has come."""
         self._is_answered = True
 
-    def look(self, now: float, ranks: Mapping[int, Activity], *, is_due: bool) -> None:
-        """`is_due`: a plan is out."""
+    def look(
+        self,
+        now: float,
+        ranks: Mapping[int, Activity],
+        compilations: Mapping[int, Compilation],
+        *,
+        is_due: bool,
+    ) -> None:
+        """`is_due`: a plan is out. `compilations`: of the ranks that ever had one."""
         # When we have been stopped ourselves, the time until now is not their fault.
         elapsed = min(now - self._last_look, 2 * LOOK_SECONDS)
         self._last_look = now
@@ -65,13 +85,28 @@ class Watch:
         else:
             self._silent += elapsed
             self._quiet += elapsed
-            if self._computes_on_cpu and not stopped and self._is_busy(ranks, elapsed):
-                self._quiet = max(0.0, self._silent - BUSY_SECONDS)
+            if not stopped:
+                self._excuse(now, elapsed, ranks, compilations)
         self._is_answered = False
-        self._before = dict(ranks)
+        self._before, self._compilations = dict(ranks), dict(compilations)
         self.verdict = None
         if self._quiet >= SUSPICIOUS_SECONDS:
-            self.verdict = self._judge(ranks, stopped)
+            self.verdict = self._judge(now, ranks, stopped)
+
+    def _excuse(
+        self,
+        now: float,
+        elapsed: float,
+        ranks: Mapping[int, Activity],
+        compilations: Mapping[int, Compilation],
+    ) -> None:
+        """Take back what there is a reason for."""
+        least = max(0.0, self._silent - BUSY_SECONDS)
+        if compilations != self._compilations or (self._computes_on_cpu and self._is_busy(ranks, elapsed)):
+            self._quiet = least
+        for each in compilations.values():
+            if each.kernel:
+                self._quiet = min(self._quiet, max(least, now - each.since - COMPILE_SECONDS))
 
     def _is_busy(self, ranks: Mapping[int, Activity], elapsed: float) -> bool:
         """Someone computes, wants to, or waits for a page of the weights."""
@@ -81,7 +116,12 @@ class Watch:
                 return True
         return False
 
-    def _judge(self, ranks: Mapping[int, Activity], stopped: list[int]) -> Verdict:
-        rank = stopped[0] if stopped else 0
+    def _judge(self, now: float, ranks: Mapping[int, Activity], stopped: list[int]) -> Verdict:
         states = "; ".join(f"worker {each}: {ranks[each]}" for each in sorted(ranks))
+        compiling = [(each.since, rank) for rank, each in self._compilations.items() if each.kernel]
+        if compiling and not stopped:
+            since, rank = min(compiling)
+            kernel = self._compilations[rank].kernel
+            return Verdict(self._quiet, rank, f"compiling {kernel} for {now - since:.0f} s ({states})")
+        rank = stopped[0] if stopped else 0
         return Verdict(self._quiet, rank, f"no progress for {self._quiet:.0f} s ({states})")

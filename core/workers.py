@@ -148,7 +148,8 @@ class Workers:
             raise self._ranks.failure(0, "took too long for a command")
         is_due = self._num_due > 0 and not self._num_busy
         pids = self._ranks.pids()
-        self._watch.look(now, {rank: activity(pid) for rank, pid in pids.items()}, is_due=is_due)
+        ranks = {rank: activity(pid) for rank, pid in pids.items()}
+        self._watch.look(now, ranks, self._ranks.compilations, is_due=is_due)
         if self._watch.has_hung and self._watch.verdict is not None:
             self._show_stacks(pids)
             verdict = self._watch.verdict

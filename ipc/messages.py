@@ -465,6 +465,14 @@ class Progress(Message, frozen=True):
     phase: str
 
 
+class Compiling(Message, frozen=True):
+    """A rank compiles a kernel, and answers nothing until that has ended."""
+
+    rank: int
+    kernel: str
+    """Empty: it has ended."""
+
+
 class Fatal(Message, frozen=True):
     """The sender ends because of this."""
 
@@ -517,6 +525,8 @@ class CheckerReady(Message, frozen=True):
 
 
 ToWorker: TypeAlias = Allocate | StepPlan | UsePrepared | Command
-FromWorker: TypeAlias = Progress | Loaded | WorkerReady | StepResult | Prepared | CommandResult | Fatal
+FromWorker: TypeAlias = (
+    Progress | Loaded | WorkerReady | StepResult | Prepared | Compiling | CommandResult | Fatal
+)
 FromStarting: TypeAlias = Progress | Ready | Fatal
 FromChecker: TypeAlias = CheckerReady | CheckedGrammar

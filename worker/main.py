@@ -22,6 +22,7 @@ from ..ipc.errors import EngineDeadError, ErrorInfo, HeadraceError
 from ..ipc.messages import (
     Allocate,
     Command,
+    Compiling,
     Fatal,
     FromWorker,
     Loaded,
@@ -100,6 +101,8 @@ class Worker:
 
     def __init__(self, start: WorkerStart, pipe: Pipe[FromWorker, ToWorker]) -> None:
         self.phase = "start"
+        self._kernel = ""
+        """What is being compiled, if anything."""
         self._start = start
         self._pipe = pipe
 
@@ -123,8 +126,9 @@ class Worker:
 
     def report(self, error: Exception) -> int:
         """Tell the core why this worker ends; returns the exit code."""
+        phase = f"{self.phase}, compiling {self._kernel}" if self._kernel else self.phase
         try:
-            self._pipe.send(Fatal(self._start.rank, self.phase, ErrorInfo.of(error)))
+            self._pipe.send(Fatal(self._start.rank, phase, ErrorInfo.of(error)))
         except PipeClosedError:
             return 0  # the core ended first; a peer's death in mid-collective is a consequence of that
         if not isinstance(error, HeadraceError):
@@ -140,8 +144,10 @@ class Worker:
             return InOrder(config, OracleBackend(config))
         self._progress("import torch")
         if config.device == "cuda":
-            from .cuda_runner import CudaRunner  # noqa: PLC0415 (two seconds of imports, after the first message)
+            from .compiling import tell_of_compiling  # noqa: PLC0415 (two seconds of imports, after that)
+            from .cuda_runner import CudaRunner  # noqa: PLC0415 (as above)
 
+            tell_of_compiling(self._compile)
             return CudaRunner(config, self._start.rank, self._start.rendezvous)
         # OpenMP's threads spin for milliseconds while they wait, on the cores that everybody else needs:
         # steps are 10 times slower beside another busy process. This many bridge two operators.
@@ -160,6 +166,10 @@ class Worker:
     def _progress(self, phase: str) -> None:
         self.phase = phase
         self._pipe.send(Progress(self._start.rank, phase))
+
+    def _compile(self, kernel: str) -> None:
+        self._kernel = kernel
+        self._pipe.send(Compiling(self._start.rank, kernel))
 
     def _serve(self, runner: Runner) -> None:
         """Take plans and answer them in order, polling both sides while a step is under way."""

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
-from headrace.core.watch import BUSY_SECONDS, Watch
+from headrace.core.watch import BUSY_SECONDS, COMPILE_SECONDS, Compilation, Watch
 from headrace.ipc.inspection import Activity
 
+NOTHING: Mapping[int, Compilation] = {}
 
-def run(watch: Watch, states: str, seconds: int, *, cpu: float = 0.0, is_due: bool = True) -> None:
+
+def run(
+    watch: Watch,
+    states: str,
+    seconds: int,
+    *,
+    cpu: float = 0.0,
+    is_due: bool = True,
+    compilations: Mapping[int, Compilation] = NOTHING,
+) -> None:
     """Look once a second at ranks in these states that use `cpu` of a CPU."""
     start = int(watch._last_look)
     for now in range(start + 1, start + seconds + 1):
         ranks = {rank: Activity(state, now * cpu) for rank, state in enumerate(states)}
-        watch.look(now, ranks, is_due=is_due)
+        watch.look(now, ranks, compilations, is_due=is_due)
 
 
 def make(*, cpu: bool = True) -> Watch:
     watch = Watch(8.0, computes_on_cpu=cpu)
-    watch.look(0.0, {0: Activity("S", 0.0)}, is_due=False)
+    watch.look(0.0, {0: Activity("S", 0.0)}, NOTHING, is_due=False)
     return watch
 
 
@@ -73,5 +85,47 @@ def test_idle_ranks_and_a_core_that_was_stopped_itself() -> None:
     run(watch, "SS", 1000, is_due=False)
     assert watch.verdict is None
     run(watch, "S", 1)
-    watch.look(5000.0, {0: Activity("S", 0.0)}, is_due=True)
+    watch.look(5000.0, {0: Activity("S", 0.0)}, NOTHING, is_due=True)
     assert not watch.has_hung
+
+
+def test_a_kernel_that_is_compiled_has_time_and_its_rank_is_blamed() -> None:
+    watch = make(cpu=False)
+    one = {0: Compilation("", 0.0), 1: Compilation("attend", 1.0)}
+    run(watch, "RS", int(COMPILE_SECONDS) + 3, cpu=1.0, compilations=one)
+    assert watch.verdict is None
+    run(watch, "RS", 6, cpu=1.0, compilations=one)
+    assert watch.has_hung
+    assert watch.verdict is not None
+    assert watch.verdict.rank == 1
+    assert watch.verdict.text.startswith("compiling attend for 128 s (worker 0: running")
+    run(watch, "RT", 1, cpu=1.0, compilations=one)
+    assert watch.verdict is not None
+    assert watch.verdict.text.startswith("no progress")
+
+
+def test_kernel_after_kernel_is_progress_and_its_end_is_not() -> None:
+    watch = make(cpu=False)
+    for number in range(100):
+        run(watch, "RR", 2, compilations={1: Compilation("", float(number))})
+    assert watch.verdict is None
+    run(watch, "RR", 6, compilations={1: Compilation("", 99.0)})
+    assert watch.verdict is not None
+    assert watch.verdict.rank == 0
+    run(watch, "RR", 1, compilations={1: Compilation("", 99.0)})
+    assert watch.has_hung
+
+
+def test_a_compilation_without_an_end_accuses_nobody_later() -> None:
+    watch = make(cpu=False)
+    given_up = {0: Compilation("attend", 1.0)}
+    run(watch, "R", 1000, is_due=False, compilations=given_up)
+    run(watch, "R", 2, compilations=given_up)
+    assert watch.verdict is None
+
+
+def test_there_is_an_end_to_kernels() -> None:
+    watch = make(cpu=False)
+    for number in range(int(BUSY_SECONDS) + 8):
+        run(watch, "R", 1, compilations={0: Compilation("attend", float(number))})
+    assert watch.has_hung

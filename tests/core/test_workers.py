@@ -12,12 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from headrace.core import ranks, workers
+from headrace.core import ranks, watch, workers
 from headrace.core.cache_size import size_cache
 from headrace.core.ranks import WorkerError
 from headrace.core.workers import MAX_RESTARTS, Workers
 from headrace.ipc.config import EngineConfig
 from headrace.ipc.messages import Admit, Progress, Sampling, StepPlan, StepResult, pack
+from triton.backends.nvidia.compiler import get_ptxas
 
 MakeConfig = Callable[..., EngineConfig]
 BABBLER = """
@@ -41,6 +42,11 @@ def run(payload):
         pipe.recv()
     except PipeClosedError:
         pass
+"""
+
+SLOW_ASSEMBLER = """#!/bin/sh
+while [ "$1" != --version ] && [ -e {slow} ]; do sleep 0.1; done
+exec {ptxas} "$@"
 """
 
 
@@ -107,6 +113,11 @@ def pids(crew: Workers) -> list[int]:
     return list(crew._ranks.pids().values())
 
 
+def compiles(crew: Workers) -> bool:
+    assert crew._ranks is not None
+    return any(each.kernel for each in crew._ranks.compilations.values())
+
+
 @pytest.mark.parametrize(
     ("garbage", "says"),
     [
@@ -149,7 +160,7 @@ def test_failures_in_a_row_end_with_the_first_cause(
 def test_a_rank_that_stalls_in_its_start_is_named(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "START_SECONDS", 1.0)
+    monkeypatch.setattr(workers, "START_SECONDS", 3.0)
     config = make_config(tensor_parallel_size=2)
     crew = Workers(config)
 
@@ -179,3 +190,47 @@ def test_a_plan_that_does_not_fit_into_the_pipe_stops_nobody(bring_up: Callable[
     assert crew.patience_ms < 100
     os.kill(pids(crew)[0], signal.SIGCONT)
     assert answer(crew).step == 0
+
+
+def test_a_kernel_that_is_compiled_is_no_hang_unless_it_takes_too_long(
+    bring_up: Callable[..., Workers],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    slow, ptxas = tmp_path / "slow", tmp_path / "ptxas"
+    ptxas.write_text(SLOW_ASSEMBLER.format(slow=slow, ptxas=get_ptxas(90).path))
+    ptxas.chmod(0o700)
+    for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        monkeypatch.setenv(name, str(ptxas))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    monkeypatch.setattr(ranks, "ENTRY", "compiling_worker:run")
+    caplog.set_level("INFO")
+    crew = bring_up(device="cuda", hang_seconds=5)
+
+    def poll_while(go_on: Callable[[], bool]) -> None:
+        while go_on():
+            assert crew.recv() is None
+            select.select(crew.descriptors(), [], [], 0.1)
+
+    try:
+        slow.touch()
+        crew.send(prefill())
+        poll_while(lambda: not compiles(crew))
+        until = time.monotonic() + watch.SUSPICIOUS_SECONDS + 2 * watch.LOOK_SECONDS
+        poll_while(lambda: time.monotonic() < until and crew.trouble == "")
+        assert crew.trouble == ""
+        slow.unlink()
+        assert answer(crew).step == 0
+        (said,) = (vars(each)["fields"] for each in caplog.records if each.message == "compiled a kernel")
+        assert (said["rank"], said["kernel"]) == (0, "_copy_segments_kernel")
+        assert said["seconds"] > watch.SUSPICIOUS_SECONDS
+        slow.touch()
+        monkeypatch.setattr(watch, "COMPILE_SECONDS", 1.0)
+        crew.send(StepPlan(1, b"", [], b"", None, pack([1])))
+        with pytest.raises(WorkerError, match=r"worker 0.* hangs: compiling _copy_segments_kernel for"):
+            answer(crew)
+    finally:
+        slow.unlink(missing_ok=True)  # lets the assembler end, whose worker is gone

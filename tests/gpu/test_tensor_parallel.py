@@ -335,8 +335,6 @@ async def break_rank(
     begun = asyncio.Event()
     task = asyncio.create_task(complete(engine, prompt, 900, begun, **GREEDY))
     await begun.wait()
-    while await trouble_of(engine):  # steps that compile kernels are not answered for seconds either
-        pass
     began, trouble = time.monotonic(), ""
     os.kill(pid, how)
     while words not in trouble and time.monotonic() < began + 30:
