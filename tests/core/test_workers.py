@@ -160,13 +160,16 @@ def test_failures_in_a_row_end_with_the_first_cause(
 def test_a_rank_that_stalls_in_its_start_is_named(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "START_SECONDS", 3.0)
     config = make_config(tensor_parallel_size=2)
     crew = Workers(config)
+    began, reported = time.monotonic(), set[int | None]()
 
     def stop_one(progress: Progress) -> None:
         if progress.rank == 1:
             os.kill(pids(crew)[1], signal.SIGSTOP)
+        reported.add(progress.rank)
+        if reported >= {0, 1}:
+            monkeypatch.setattr(workers, "START_SECONDS", time.monotonic() - began + 1.0)
 
     try:
         with pytest.raises(WorkerError, match=r"worker 1, in phase '.+': took too long to start"):
