@@ -24,7 +24,7 @@ import msgspec
 from ..ipc.addresses import check_address, check_listening
 from ..ipc.config import EngineConfig
 from ..ipc.curve import ClientKeys
-from ..ipc.errors import ConfigError, EngineDeadError, HeadraceError, RequestCrashedError
+from ..ipc.errors import ConfigError, EngineDeadError, HeadraceError
 from ..ipc.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -44,6 +44,7 @@ from ..ipc.messages import (
     Welcome,
 )
 from ..ipc.sockets import ClientSocket
+from .calls import PendingCalls
 from .connection import Connection
 from .core_process import START_DEADLINE_SECONDS, CoreProcess
 from .handshake import client_name, connect
@@ -89,14 +90,6 @@ class Requests(Protocol):
         """What to tell the new core now; of suspects only with `may_try`."""
 
 
-@dataclass
-class _PendingCall:
-    message: Call
-    future: asyncio.Future[Reply]
-    num_losses: int = 0
-    """Cores that were lost before they had answered it."""
-
-
 @dataclass(frozen=True)
 class _Outage:
     """There is no core at present."""
@@ -136,8 +129,7 @@ class CoreClient:
         self._patience = patience
         """Seconds to wait for a lost core."""
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._calls: dict[int, _PendingCall] = {}
-        self._next_call = 0
+        self._calls = PendingCalls()
         self._drain_is_due = False
         self._outage: _Outage | None = None
         self._turn_call = -1
@@ -197,7 +189,7 @@ class CoreClient:
         if self._loop is not None and self._loop.is_running():
             raise RuntimeError("the engine is in use on another event loop; make one engine for each loop")
         self._loop = loop
-        self._calls.clear()  # whoever waited for them is gone with the old loop
+        self._calls.forget_all()
         self._connection.attach(loop)
         self._arm_timers()
         self._drain_is_due = False  # what the old loop was to do it may not have done
@@ -229,16 +221,13 @@ class CoreClient:
         Raises the reply's error, EngineDeadError, TimeoutError, and RequestCrashedError when cores die of it.
         """
         self.use_running_loop()
-        number = self._new_call()
-        message = Call(number, method, arguments or {})
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._calls[number] = _PendingCall(message, future)
+        call = self._calls.begin(method, arguments or {})
         try:
-            self.send(message)
+            self.send(call.message)
             async with asyncio.timeout(seconds):
-                reply = await future
+                reply = await call.reply
         finally:
-            self._calls.pop(number, None)
+            self._calls.end(call)
         if reply.error is not None:
             raise reply.error.exception()
         return reply
@@ -293,9 +282,7 @@ class CoreClient:
                 self._has_turn = True
                 self._send_replays(sock)
             case Reply():
-                pending = self._calls.get(message.call)
-                if pending is not None and not pending.future.done():
-                    pending.future.set_result(message)
+                self._calls.answer(message)
             case Dying(error):
                 self._die(error.message)
             case Refused():
@@ -352,10 +339,10 @@ class CoreClient:
         if self._outage is None:
             now = time.monotonic()
             self._outage = _Outage(cause, now, now + self._patience)
-            doubt = any(pending.num_losses for pending in self._calls.values()) or not self._may_try
+            doubt = self._calls.have_lost_cores or not self._may_try
             self._requests.lose_core(self.config.max_replays, beyond_doubt=not doubt)
             self._turn_call, self._has_turn = -1, False
-            self._fail_suspect_calls(cause)
+            self._calls.lose_core(self.config.max_replays, cause)
         core = self._connection.core
         if is_alive:
             self._connection.use(None, core)
@@ -427,9 +414,8 @@ class CoreClient:
         seconds = time.monotonic() - outage.began
         logger.warning("the engine core is back after %.1f s (pid %d)", seconds, self.info.pid)
         self._send_replays(sock)
-        for pending in self._calls.values():
-            if not pending.future.done():
-                sock.send(pending.message)
+        for call in self._calls.unanswered():
+            sock.send(call)
 
     @property
     def _may_try(self) -> bool:
@@ -444,7 +430,7 @@ class CoreClient:
 
     def _ask_or_pass(self, sock: ClientSocket) -> None:
         """Our turn to try suspects: ask for it, or let others have it."""
-        number = self._new_call()
+        number = self._calls.new_number()
         if self._turn_call < 0:
             sock.send(Call(number, "take_turn"))
             self._turn_call = number
@@ -452,27 +438,10 @@ class CoreClient:
             sock.send(Call(number, "pass_turn"))
             self._turn_call, self._has_turn = -1, False
 
-    def _new_call(self) -> int:
-        number = self._next_call
-        self._next_call = (number + 1) % 2**31
-        return number
-
-    def _fail_suspect_calls(self, cause: str) -> None:
-        """End those that are asked again and again while one core after the other is lost."""
-        for pending in self._calls.values():
-            pending.num_losses += 1
-            if pending.num_losses > self.config.max_replays and not pending.future.done():
-                message = f"{pending.num_losses} engine cores were lost before they had answered: {cause}"
-                error = RequestCrashedError(message, parameter="method", value=pending.message.method)
-                pending.future.set_exception(error)
-
     def _die(self, cause: str) -> None:
         self.dead_error = error = EngineDeadError(cause)
         self._outage = None
-        calls, self._calls = self._calls, {}
-        for pending in calls.values():
-            if not pending.future.done() and not pending.future.get_loop().is_closed():
-                pending.future.set_exception(EngineDeadError(cause))
+        self._calls.fail_all(cause)
         self._requests.fail_all(error)
         self._finalizer()
 
