@@ -17,6 +17,7 @@ import msgspec
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, HeadraceError
+from ..ipc.inspection import activity
 from ..ipc.logs import fields
 from ..ipc.messages import (
     Allocate,
@@ -34,10 +35,11 @@ from ..ipc.messages import (
     UsePrepared,
     WorkerReady,
 )
+from ..ipc.odometer import Odometers
 from ..ipc.payloads import WorkerStart
 from ..ipc.pipe import Pipe, PipeClosedError, frame, poll_pipes, socket_pair
 from ..ipc.process import Child, spawn
-from .watch import Compilation
+from .watch import Compilation, Sight
 
 LOGGER = logging.getLogger(__name__)
 
@@ -85,6 +87,7 @@ class Ranks:
         """`size_cache` is asked once all ranks are loaded; what it raises passes through `advance`."""
         # In memory: whoever is killed, nothing of it is left. One rank has nobody to find.
         self._meeting = os.memfd_create("rendezvous") if config.tensor_parallel_size > 1 else -1
+        self._odometers = Odometers(config.tensor_parallel_size)
         self._size_cache = size_cache
         self._progress = progress
         self._encoder = msgspec.msgpack.Encoder()
@@ -92,7 +95,7 @@ class Ranks:
         self._ready: set[int] = set()
         self._workers: list[_Worker] = []
         self._prepared = [0] * config.tensor_parallel_size
-        self.compilations: dict[int, Compilation] = {}
+        self._compilations: dict[int, Compilation] = {}
         """The latest of each rank."""
         try:
             for rank in range(config.tensor_parallel_size):
@@ -152,8 +155,17 @@ class Ranks:
         """By rank."""
         return {rank: worker.child.pid for rank, worker in enumerate(self._workers)}
 
-    def failure(self, rank: int, cause: str, *, silent: bool = False) -> WorkerError:
-        phase = self._workers[rank].phase
+    def look(self) -> dict[int, Sight]:
+        """What each rank is doing."""
+        none = Compilation("", 0.0)
+        return {
+            rank: Sight(activity(pid), self._compilations.get(rank, none), distance)
+            for (rank, pid), distance in zip(self.pids().items(), self._odometers.read(), strict=True)
+        }
+
+    def failure(self, rank: int | None, cause: str, *, silent: bool = False) -> WorkerError:
+        """None: no rank more than the others."""
+        phase = SERVING if rank is None else self._workers[rank].phase
         return WorkerError(Fatal(rank, phase, ErrorInfo("dead", cause)), silent=silent)
 
     # --- their end ----------------------------------------------------------------------------------
@@ -176,6 +188,7 @@ class Ranks:
         self.hang_up()
         for worker in self._workers:
             worker.child.stop(grace)
+        self._odometers.close()
         if self._meeting >= 0:
             os.close(self._meeting)
             self._meeting = -1
@@ -185,11 +198,11 @@ class Ranks:
     def _start(self, config: EngineConfig, rank: int) -> _Worker:
         ours, theirs = socket_pair()
         with theirs:
-            descriptors, rendezvous = [theirs.fileno()], ""
+            descriptors, rendezvous = [theirs.fileno(), self._odometers.fd], ""
             if self._meeting >= 0:
                 descriptors.append(self._meeting)
                 rendezvous = f"/proc/self/fd/{self._meeting}"
-            start = WorkerStart(config, rank, theirs.fileno(), rendezvous)
+            start = WorkerStart(config, rank, theirs.fileno(), rendezvous, self._odometers.fd)
             child = spawn(f"worker {rank}", ENTRY, start, pass_fds=descriptors)
         return _Worker(child, Pipe(ours, FromWorker, _MAX_FRAME_BYTES))
 
@@ -236,8 +249,8 @@ class Ranks:
             self._broadcast(UsePrepared(min(self._prepared)))
 
     def _note_compiling(self, rank: int, kernel: str) -> None:
-        before, now = self.compilations.get(rank), time.monotonic()
-        self.compilations[rank] = Compilation(kernel, now)
+        before, now = self._compilations.get(rank), time.monotonic()
+        self._compilations[rank] = Compilation(kernel, now)
         if before is not None and now - before.since > _NOTEWORTHY_SECONDS and not kernel:
             seconds = round(now - before.since, 1)
             LOGGER.info("compiled a kernel", extra=fields(rank=rank, kernel=before.kernel, seconds=seconds))

@@ -4,7 +4,8 @@ A thread of the worker's that says "I am here" would prove nothing: it speaks wh
 What counts is that a step is answered. While none is, workers on CPUs may go on for long, as a large prefill
 does; they are alive as long as they use their CPUs. A GPU's step takes seconds at most, and its driver waits
 by spinning, so there only the answer counts, and that a rank begins or ends to compile a kernel: the others
-may have to wait for it. A stopped process makes no progress whatever it has to do.
+may have to wait for it. A stopped process makes no progress whatever it has to do. Of several ranks the one
+that is behind the others is to blame: they wait for it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Verdict(NamedTuple):
     """Seconds without a sign of progress, and whose fault that is."""
 
     seconds: float
-    rank: int
+    rank: int | None
+    """None: no rank more than the others."""
     text: str
 
 
@@ -40,15 +42,22 @@ class Compilation(NamedTuple):
     since: float
 
 
+class Sight(NamedTuple):
+    """A rank at one moment."""
+
+    activity: Activity
+    compilation: Compilation
+    distance: int
+    """How far it has come, in units that only compare with the other ranks'."""
+
+
 class Watch:
     """Watches one life of the workers; `look` about once a second."""
 
     def __init__(self, hang_seconds: float, *, computes_on_cpu: bool) -> None:
         self._hang_seconds = hang_seconds
         self._computes_on_cpu = computes_on_cpu
-        self._before: dict[int, Activity] = {}
-        self._compilations: dict[int, Compilation] = {}
-        """As they were at the last look."""
+        self._before: dict[int, Sight] = {}
         self._last_look = 0.0
         self._silent = 0.0
         """Seconds without an answer that is due."""
@@ -66,19 +75,12 @@ class Watch:
         """A result has come."""
         self._is_answered = True
 
-    def look(
-        self,
-        now: float,
-        ranks: Mapping[int, Activity],
-        compilations: Mapping[int, Compilation],
-        *,
-        is_due: bool,
-    ) -> None:
-        """`is_due`: a plan is out. `compilations`: of the ranks that ever had one."""
+    def look(self, now: float, ranks: Mapping[int, Sight], *, is_due: bool) -> None:
+        """`is_due`: a plan is out."""
         # When we have been stopped ourselves, the time until now is not their fault.
         elapsed = min(now - self._last_look, 2 * LOOK_SECONDS)
         self._last_look = now
-        stopped = [rank for rank, each in ranks.items() if each.state in STOPPED]
+        stopped = [rank for rank, each in ranks.items() if each.activity.state in STOPPED]
         # Rank 0 may go on answering when another one is stopped: the oracle's ranks do not need each other.
         if not stopped and (self._is_answered or not is_due):
             self._silent = self._quiet = 0.0
@@ -86,42 +88,41 @@ class Watch:
             self._silent += elapsed
             self._quiet += elapsed
             if not stopped:
-                self._excuse(now, elapsed, ranks, compilations)
+                self._excuse(now, elapsed, ranks)
         self._is_answered = False
-        self._before, self._compilations = dict(ranks), dict(compilations)
+        self._before = dict(ranks)
         self.verdict = None
         if self._quiet >= SUSPICIOUS_SECONDS:
             self.verdict = self._judge(now, ranks, stopped)
 
-    def _excuse(
-        self,
-        now: float,
-        elapsed: float,
-        ranks: Mapping[int, Activity],
-        compilations: Mapping[int, Compilation],
-    ) -> None:
-        """Take back what there is a reason for."""
+    def _excuse(self, now: float, elapsed: float, ranks: Mapping[int, Sight]) -> None:
+        """Take back the quiet that there is a reason for."""
         least = max(0.0, self._silent - BUSY_SECONDS)
-        if compilations != self._compilations or (self._computes_on_cpu and self._is_busy(ranks, elapsed)):
-            self._quiet = least
-        for each in compilations.values():
-            if each.kernel:
-                self._quiet = min(self._quiet, max(least, now - each.since - COMPILE_SECONDS))
-
-    def _is_busy(self, ranks: Mapping[int, Activity], elapsed: float) -> bool:
-        """Someone computes, wants to, or waits for a page of the weights."""
         for rank, each in ranks.items():
             before = self._before.get(rank, each)
-            if each.state in "RD" or each.cpu_seconds - before.cpu_seconds >= _BUSY * elapsed:
-                return True
-        return False
+            if each.compilation != before.compilation or (
+                self._computes_on_cpu and _is_busy(each.activity, before.activity, elapsed)
+            ):
+                self._quiet = least
+            if each.compilation.kernel:
+                late = now - each.compilation.since - COMPILE_SECONDS
+                self._quiet = min(self._quiet, max(least, late))
 
-    def _judge(self, now: float, ranks: Mapping[int, Activity], stopped: list[int]) -> Verdict:
-        states = "; ".join(f"worker {each}: {ranks[each]}" for each in sorted(ranks))
-        compiling = [(each.since, rank) for rank, each in self._compilations.items() if each.kernel]
+    def _judge(self, now: float, ranks: Mapping[int, Sight], stopped: list[int]) -> Verdict:
+        states = "; ".join(f"worker {rank}: {each.activity}" for rank, each in sorted(ranks.items()))
+        compiling = [rank for rank, each in ranks.items() if each.compilation.kernel]
         if compiling and not stopped:
-            since, rank = min(compiling)
-            kernel = self._compilations[rank].kernel
-            return Verdict(self._quiet, rank, f"compiling {kernel} for {now - since:.0f} s ({states})")
-        rank = stopped[0] if stopped else 0
-        return Verdict(self._quiet, rank, f"no progress for {self._quiet:.0f} s ({states})")
+            rank = min(compiling, key=lambda rank: ranks[rank].compilation.since)
+            kernel, since = ranks[rank].compilation
+            text = f"worker {rank} is compiling {kernel} for {now - since:.0f} s ({states})"
+            return Verdict(self._quiet, rank, text)
+        distances = {each.distance for each in ranks.values()}
+        behind = [rank for rank, each in ranks.items() if each.distance == min(distances)]
+        culprit = stopped[0] if stopped else behind[0] if len(distances) > 1 or len(ranks) == 1 else None
+        who = "" if culprit is None or len(ranks) == 1 else f", because of worker {culprit}"
+        return Verdict(self._quiet, culprit, f"no progress for {self._quiet:.0f} s{who} ({states})")
+
+
+def _is_busy(now: Activity, before: Activity, elapsed: float) -> bool:
+    """It computes, wants to, or waits for a page of the weights."""
+    return now.state in "RD" or now.cpu_seconds - before.cpu_seconds >= _BUSY * elapsed

@@ -15,7 +15,7 @@ from enum import Enum, auto
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo
-from ..ipc.inspection import activity, print_stacks
+from ..ipc.inspection import print_stacks
 from ..ipc.logs import fields
 from ..ipc.messages import Allocate, Command, CommandResult, Fatal, Loaded, Progress, StepPlan, StepResult
 from ..ipc.pipe import wait
@@ -147,11 +147,9 @@ class Workers:
         if self._num_busy and now - self._asked_at > START_SECONDS:
             raise self._ranks.failure(0, "took too long for a command")
         is_due = self._num_due > 0 and not self._num_busy
-        pids = self._ranks.pids()
-        ranks = {rank: activity(pid) for rank, pid in pids.items()}
-        self._watch.look(now, ranks, self._ranks.compilations, is_due=is_due)
+        self._watch.look(now, self._ranks.look(), is_due=is_due)
         if self._watch.has_hung and self._watch.verdict is not None:
-            self._show_stacks(pids)
+            self._show_stacks(self._ranks.pids())
             verdict = self._watch.verdict
             raise self._ranks.failure(verdict.rank, f"hangs: {verdict.text}")
 

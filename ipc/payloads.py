@@ -26,6 +26,8 @@ class WorkerStart(msgspec.Struct, frozen=True):
     """Its end of the pipe to the core."""
     rendezvous: str
     """A file for the ranks to find each other through; empty for a single rank."""
+    odometers: int
+    """The descriptor of the memory in which it counts how far it has come (`ipc.odometer`)."""
 
 
 class Daemon(msgspec.Struct, frozen=True):

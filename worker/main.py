@@ -34,6 +34,7 @@ from ..ipc.messages import (
     UsePrepared,
     WorkerReady,
 )
+from ..ipc.odometer import odometer
 from ..ipc.payloads import WorkerStart
 from ..ipc.pipe import Pipe, PipeClosedError
 from ..ipc.process import die_with_parent
@@ -105,6 +106,7 @@ class Worker:
         """What is being compiled, if anything."""
         self._start = start
         self._pipe = pipe
+        self._advance = odometer(start.odometers, start.rank)
 
     def run(self) -> None:
         """Start up and serve. Ends by raising; PipeClosedError is the good end."""
@@ -155,7 +157,8 @@ class Worker:
         bound_kernel_caches()
         from .runner import ModelRunner  # noqa: PLC0415 (as above)
 
-        return InOrder(config, ModelRunner(config, self._start.rank, self._start.rendezvous))
+        runner = ModelRunner(config, self._start.rank, self._start.rendezvous, self._advance)
+        return InOrder(config, runner)
 
     def _prepared(self, runner: Runner, count: int) -> None:
         if self._start.config.tensor_parallel_size == 1:
@@ -184,6 +187,7 @@ class Worker:
                 quiet = False
                 self.phase = f"step {message.step}"
                 under_way.append((message.step, runner.submit(message)))
+                self._advance()
             elif isinstance(message, UsePrepared):
                 if not commands.is_asleep:  # what was prepared is gone
                     runner.use_prepared(message.count)

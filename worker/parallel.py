@@ -64,6 +64,10 @@ class Peers:
         return Share(first, count, self._winners, self._live)
 
 
+def nothing() -> None:
+    """It is done."""
+
+
 @dataclass(frozen=True)
 class TensorParallel:
     """A rank and the collectives it takes part in. With one rank every collective is the identity."""
@@ -76,12 +80,15 @@ class TensorParallel:
     """None: not GPUs, or their memories are out of each other's reach."""
     store: Any = None
     """A torch.distributed store that the ranks have in common; None when `size` is 1."""
+    advance: Callable[[], None] = nothing
+    """Called whenever this rank comes to where it may have to wait for the others."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in place. Contiguous."""
         if self.peers is not None and self.peers.serve(tensor):
             return self.peers.add(tensor)
         if self.group is not None:
+            self.advance()
             self.group.allreduce([tensor]).wait()
         return tensor
 
@@ -91,7 +98,8 @@ class TensorParallel:
         """
         if self.peers is not None and self.peers.serve(partial):
             self.peers.add(partial, residual)
-            return _nothing
+            return nothing
+        self.advance()
         work = self.group.allreduce([partial])
 
         def finish() -> None:
@@ -104,6 +112,7 @@ class TensorParallel:
         """The ranks' tensors (of equal shapes) side by side along the last dimension."""
         if self.group is None:
             return tensor
+        self.advance()
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         self.group.allgather([parts], [tensor.contiguous()]).wait()
         return torch.cat(parts, dim=-1)
@@ -111,12 +120,9 @@ class TensorParallel:
     def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
         """Rank `src`'s tensor, in place."""
         if self.group is not None:
+            self.advance()
             self.group.broadcast(tensor, src).wait()
         return tensor
-
-
-def _nothing() -> None:
-    """It is done."""
 
 
 def check_devices(size: int, found: int) -> None:
@@ -130,11 +136,13 @@ def check_devices(size: int, found: int) -> None:
         )
 
 
-def connect(rank: int, size: int, device: torch.device, rendezvous: str) -> TensorParallel:
+def connect(
+    rank: int, size: int, device: torch.device, rendezvous: str, advance: Callable[[], None] = nothing
+) -> TensorParallel:
     """Meet the other ranks: over NCCL on CUDA devices, over gloo on CPUs.
 
     `rendezvous` is the path of a file that all ranks can open and that is empty or does not exist before;
-    returns once all `size` ranks have come.
+    returns once all `size` ranks have come. `advance`: see `TensorParallel`.
     """
     if size == 1:
         return TensorParallel()
@@ -143,12 +151,13 @@ def connect(rank: int, size: int, device: torch.device, rendezvous: str) -> Tens
         os.environ["NCCL_NVLS_ENABLE"] = "0"  # NVLink multicast: a fault in it takes the whole host along
         # Before products that are launched at the same time: those fill the GPU, and its peers wait.
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        group = dist.ProcessGroupNCCL(store, rank, size, options)
-        return TensorParallel(rank, size, group, store=store)
+        group: Any = dist.ProcessGroupNCCL(store, rank, size, options)
+        return TensorParallel(rank, size, group, store=store, advance=advance)
     # Without a named interface gloo asks the resolver for this machine's hostname, which may not resolve.
     gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-    return TensorParallel(rank, size, dist.ProcessGroupGloo(store, rank, size, gloo), store=store)
+    group = dist.ProcessGroupGloo(store, rank, size, gloo)
+    return TensorParallel(rank, size, group, store=store, advance=advance)
 
 
 def open_mailboxes(

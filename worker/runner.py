@@ -25,7 +25,7 @@ from .layers import RowWise
 from .logprobs import LogprobStage, prompt_to_wire, prompt_wishes, scores_to_show, to_wire
 from .models import build_model
 from .models.causal_lm import CausalLM, LayerCache
-from .parallel import TensorParallel, connect
+from .parallel import TensorParallel, connect, nothing
 from .sampler import Sampler
 from .slots import I32, I64, Batch, Slots
 from .weights import load_weights, weights_bytes, weights_checksum
@@ -52,8 +52,12 @@ class ModelInput:
 class ModelRunner:
     """A worker's backend with a network."""
 
-    def __init__(self, config: EngineConfig, rank: int, rendezvous: str) -> None:
+    def __init__(
+        self, config: EngineConfig, rank: int, rendezvous: str, advance: Callable[[], None] = nothing
+    ) -> None:
+        """`advance`: see `TensorParallel`."""
         self._config = config
+        self._advance = advance
         self._rank = rank
         self._rendezvous = rendezvous
         self._device = torch.device("cpu")
@@ -74,7 +78,8 @@ class ModelRunner:
         keep_freed_memory()
         if config.tensor_parallel_size > 1:
             progress("connect ranks")
-            self._tp = connect(self._rank, config.tensor_parallel_size, self._device, self._rendezvous)
+            size = config.tensor_parallel_size
+            self._tp = connect(self._rank, size, self._device, self._rendezvous, self._advance)
         progress("load weights")
         self._model = self._load_model()
         if config.batch_invariant:

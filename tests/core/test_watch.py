@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
-from headrace.core.watch import BUSY_SECONDS, COMPILE_SECONDS, Compilation, Watch
+from headrace.core.watch import BUSY_SECONDS, COMPILE_SECONDS, Compilation, Sight, Watch
 from headrace.ipc.inspection import Activity
 
-NOTHING: Mapping[int, Compilation] = {}
+IDLE = Compilation("", 0.0)
 
 
 def run(
@@ -18,18 +18,22 @@ def run(
     *,
     cpu: float = 0.0,
     is_due: bool = True,
-    compilations: Mapping[int, Compilation] = NOTHING,
+    compilations: Mapping[int, Compilation] | None = None,
+    distances: Sequence[int] = (7, 7),
 ) -> None:
     """Look once a second at ranks in these states that use `cpu` of a CPU."""
     start = int(watch._last_look)
     for now in range(start + 1, start + seconds + 1):
-        ranks = {rank: Activity(state, now * cpu) for rank, state in enumerate(states)}
-        watch.look(now, ranks, compilations, is_due=is_due)
+        ranks = {
+            rank: Sight(Activity(state, now * cpu), (compilations or {}).get(rank, IDLE), distances[rank])
+            for rank, state in enumerate(states)
+        }
+        watch.look(now, ranks, is_due=is_due)
 
 
 def make(*, cpu: bool = True) -> Watch:
     watch = Watch(8.0, computes_on_cpu=cpu)
-    watch.look(0.0, {0: Activity("S", 0.0)}, NOTHING, is_due=False)
+    watch.look(0.0, {0: Sight(Activity("S", 0.0), IDLE, 7)}, is_due=False)
     return watch
 
 
@@ -85,7 +89,7 @@ def test_idle_ranks_and_a_core_that_was_stopped_itself() -> None:
     run(watch, "SS", 1000, is_due=False)
     assert watch.verdict is None
     run(watch, "S", 1)
-    watch.look(5000.0, {0: Activity("S", 0.0)}, NOTHING, is_due=True)
+    watch.look(5000.0, {0: Sight(Activity("S", 0.0), IDLE, 7)}, is_due=True)
     assert not watch.has_hung
 
 
@@ -98,7 +102,7 @@ def test_a_kernel_that_is_compiled_has_time_and_its_rank_is_blamed() -> None:
     assert watch.has_hung
     assert watch.verdict is not None
     assert watch.verdict.rank == 1
-    assert watch.verdict.text.startswith("compiling attend for 128 s (worker 0: running")
+    assert watch.verdict.text.startswith("worker 1 is compiling attend for 128 s (worker 0: running")
     run(watch, "RT", 1, cpu=1.0, compilations=one)
     assert watch.verdict is not None
     assert watch.verdict.text.startswith("no progress")
@@ -111,9 +115,21 @@ def test_kernel_after_kernel_is_progress_and_its_end_is_not() -> None:
     assert watch.verdict is None
     run(watch, "RR", 6, compilations={1: Compilation("", 99.0)})
     assert watch.verdict is not None
-    assert watch.verdict.rank == 0
     run(watch, "RR", 1, compilations={1: Compilation("", 99.0)})
     assert watch.has_hung
+
+
+@pytest.mark.parametrize(
+    ("states", "distances", "rank"),
+    [("R", [3], 0), ("RR", [9, 8], 1), ("SS", [8, 9], 0), ("RRR", [9, 9, 9], None)],
+)
+def test_the_rank_that_is_behind_is_blamed(states: str, distances: list[int], rank: int | None) -> None:
+    watch = make(cpu=False)
+    run(watch, states, 8, distances=distances)
+    assert watch.has_hung
+    assert watch.verdict is not None
+    assert watch.verdict.rank == rank
+    assert ("because of worker" in watch.verdict.text) == (rank is not None and len(states) > 1)
 
 
 def test_a_compilation_without_an_end_accuses_nobody_later() -> None:

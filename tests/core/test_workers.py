@@ -115,7 +115,7 @@ def pids(crew: Workers) -> list[int]:
 
 def compiles(crew: Workers) -> bool:
     assert crew._ranks is not None
-    return any(each.kernel for each in crew._ranks.compilations.values())
+    return any(each.kernel for each in crew._ranks._compilations.values())
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,9 @@ def test_a_kernel_that_is_compiled_is_no_hang_unless_it_takes_too_long(
         slow.touch()
         monkeypatch.setattr(watch, "COMPILE_SECONDS", 1.0)
         crew.send(StepPlan(1, b"", [], b"", None, pack([1])))
-        with pytest.raises(WorkerError, match=r"worker 0.* hangs: compiling _copy_segments_kernel for"):
+        with pytest.raises(
+            WorkerError, match=r"worker 0.* hangs: worker 0 is compiling _copy_segments_kernel for"
+        ):
             answer(crew)
     finally:
         slow.unlink(missing_ok=True)  # lets the assembler end, whose worker is gone

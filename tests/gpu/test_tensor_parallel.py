@@ -65,7 +65,7 @@ FAULTY_SITE = Path(__file__).parents[1] / "faulty_site"
 FAULTS = {
     signal.SIGKILL: "worker {last}, in phase 'serving'",
     signal.SIGUSR2: "worker {last}, in phase",
-    signal.SIGRTMIN: "no progress for",
+    signal.SIGRTMIN: "s, because of worker {last}",
 }
 """A signal to the last rank, and what the core says of it: killed; raises; hangs (`faulty_site`)."""
 

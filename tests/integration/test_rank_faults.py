@@ -17,7 +17,7 @@ from .tiny_llama import tiny_llama
 FAULTY_SITE = Path(__file__).parents[1] / "faulty_site"
 FAULTS = {
     signal.SIGUSR2: "worker 1, in phase 'step .*: RuntimeError: told to raise",
-    signal.SIGRTMIN: "no progress for",
+    signal.SIGRTMIN: r"no progress for \d s, because of worker 1",
 }
 GREEDY = SamplingParams(
     temperature=0, max_tokens=400, ignore_eos=True, output_kind=RequestOutputKind.DELTA, detokenize=False

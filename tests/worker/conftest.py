@@ -24,6 +24,7 @@ from headrace.ipc.messages import (
     pack,
     unpack,
 )
+from headrace.ipc.odometer import Odometers
 from headrace.ipc.payloads import WorkerStart
 from headrace.ipc.pipe import Pipe, socket_pair
 from headrace.ipc.process import Child, spawn
@@ -59,9 +60,12 @@ class Worker:
     def __init__(self, config: EngineConfig, rank: int, rendezvous: Path) -> None:
         ours, theirs = socket_pair()
         self.sock = ours
-        start = WorkerStart(config, rank, theirs.fileno(), str(rendezvous))
-        self.child: Child = spawn("worker", "headrace.worker.main:run", start, pass_fds=[theirs.fileno()])
+        odometers = Odometers(config.tensor_parallel_size)
+        descriptors = [theirs.fileno(), odometers.fd]
+        start = WorkerStart(config, rank, theirs.fileno(), str(rendezvous), odometers.fd)
+        self.child: Child = spawn("worker", "headrace.worker.main:run", start, pass_fds=descriptors)
         theirs.close()
+        odometers.close()
         self.pipe: Pipe[ToWorker, FromWorker] = Pipe(ours, FromWorker)
 
     def recv(self) -> FromWorker:
