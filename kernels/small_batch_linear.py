@@ -249,6 +249,8 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     tokens, in_features = x.shape
     if not AVAILABLE or not x.is_cuda or tokens > MAX_TOKENS or split(in_features) is None:
         return False
+    if x.element_size() != 2:  # these instructions round float32 to TensorFloat32
+        return False
     if tokens > 8:
         return weight.numel() <= 1 << 23
     return in_features <= 2048 or weight.numel() <= 1 << 26

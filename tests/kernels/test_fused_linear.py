@@ -114,3 +114,19 @@ def test_tilings_fit_the_registers(n: int, k: int, gated: bool) -> None:
     loaded = chosen.rows * (2 if gated else 1) * -(-k // chosen.block_k) * chosen.block_k
     assert loaded <= 160 * 32 * chosen.num_warps
     assert chosen.block_k & (chosen.block_k - 1) == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 12, 40])
+def test_float32_keeps_its_precision(device: torch.device, tokens: int) -> None:
+    x, weight, gate_up = (random(device, *shape).float() for shape in ((tokens, 256), (96, 256), (192, 256)))
+    norm, bias = 1 + random(device, 256).float() / 8, random(device, 96).float()
+    out = norm_linear(x, weight, bias, norm_weight=norm, eps=1e-5)
+    exact = norm_linear_reference(
+        x.double(), weight.double(), bias.double(), norm_weight=norm.double(), eps=1e-5
+    )
+    assert_close(out, exact, 1e-6)
+    gated = norm_gate_up_silu(x, norm, gate_up, 1e-5)
+    assert_close(gated, norm_gate_up_silu_reference(x.double(), norm.double(), gate_up.double(), 1e-5), 1e-6)
+    residual = random(device, tokens, 96, seed=3).float()
+    exact = linear_add_reference(x.double(), weight.double(), bias.double(), residual.double())
+    assert_close(linear_add(x, weight, bias, residual), exact, 1e-6)
