@@ -4,7 +4,8 @@ Sans I/O: requests and results go in, plans and outputs come out; the caller sen
 in the order in which it got them, and owns the clock.
 
 Each step gives tokens to requests until a budget is spent: first one to each decoding request, then chunks
-of the prompts under way, then of newly admitted ones. Whose turn it is to be admitted is the queue's to say.
+of the prompts under way, then of newly admitted ones. While requests decode, prompts get a share of it
+only: a stream waits as long as a step takes. Whose turn it is to be admitted is the queue's to say.
 Up to `MAX_IN_FLIGHT` plans are ahead of their results: lengths are known in advance, so only a stop token is
 noticed late, and the one token after it is dropped.
 
@@ -37,6 +38,8 @@ from .slot_pool import SlotPool
 from .steps import Ended, Outputs, Step, check_result, take_prompt_logprobs
 
 MAX_IN_FLIGHT = 2
+SMALLEST_SHARE = 512
+"""Prompt tokens beside decoding requests that no budget is too small for; a quarter of a larger one."""
 PREFIX_WINDOW = 8
 """How far behind the head a longer cached prefix is looked for, and how often a head lets one pass."""
 _CRASHED = ErrorInfo.of(RequestCrashedError("the workers crashed each time when they computed this request"))
@@ -65,6 +68,7 @@ class Scheduler:
         self._max_in_flight = max_in_flight
         self._block_size = config.block_size
         self._budget = config.max_num_batched_tokens
+        self._prompt_share = max(self._budget // 4, min(self._budget, SMALLEST_SHARE))
         self._chunked = config.enable_chunked_prefill
         self._caching = config.enable_prefix_caching
         self._by_priority = config.scheduling_policy == "priority"
@@ -191,6 +195,8 @@ class Scheduler:
         for request in self._decoding:
             request.num_computed_tokens += 1
         step.budget -= len(self._decoding)
+        if self._decoding and self._chunked:
+            step.budget = min(step.budget, self._prompt_share)
 
     def _grow(self, request: Request, step: Step) -> None:
         """Give a decoding request the block for its next position, if it needs one."""
@@ -371,7 +377,7 @@ class Scheduler:
             request.move(Phase.DRAINING)
             self._num_draining += 1
         self._in_flight.append(step)
-        self._counters.count_step(self._budget - step.budget)
+        self._counters.count_step(step.num_decodes + sum(count for _, count in step.chunks))
         return plan
 
     def _compose(self, step: Step) -> tuple[bytes | None, bytes | None]:

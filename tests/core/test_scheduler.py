@@ -77,6 +77,25 @@ def test_steady_decoding_sends_no_columns(make: MakeScheduler) -> None:
     assert list(unpack(fourth.granted)) == [request.slot, request.block_table[2]]
 
 
+def test_prompts_get_a_share_of_the_budget_while_others_decode(make: MakeScheduler) -> None:
+    scheduler = make(num_blocks=2048, max_num_batched_tokens=4096, max_model_len=6000)
+    add(scheduler, 3000)
+    add(scheduler, 5000, first=1)
+    first, second = schedule(scheduler), schedule(scheduler)
+    assert counts(first) == [3000, 1096]  # nobody decodes
+    assert counts(second) == [1, 1024]
+    answer(scheduler, first, 7)
+    assert counts(schedule(scheduler)) == [1, 1024]
+
+
+def test_a_small_budget_is_not_divided(make: MakeScheduler) -> None:
+    scheduler = make(num_blocks=256, max_num_batched_tokens=600, max_model_len=1000)
+    add(scheduler, 4)
+    add(scheduler, 900, first=1)
+    assert counts(schedule(scheduler)) == [4, 596]
+    assert counts(schedule(scheduler)) == [1, 304]
+
+
 def test_a_request_that_the_worker_gives_up_ends_alone(make: MakeScheduler) -> None:
     scheduler = make()
     first, second = add(scheduler, 5), add(scheduler, 5, first=50)
