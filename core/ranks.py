@@ -17,7 +17,7 @@ import msgspec
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, HeadraceError
-from ..ipc.inspection import activity
+from ..ipc.inspection import STOPPED, activity
 from ..ipc.logs import fields
 from ..ipc.messages import (
     Allocate,
@@ -73,6 +73,7 @@ class _Worker:
         self.child = child
         self.pipe = pipe
         self.phase = "start"
+        self.num_phases = 0
 
 
 class Ranks:
@@ -145,11 +146,17 @@ class Ranks:
         return [pipe.fileno() for pipe in self._pipes]
 
     def laggard(self) -> WorkerError:
-        """Blames the first rank that the others wait for: it took too long."""
-        count = len(self._workers)
-        done = self._loaded.keys() if len(self._loaded) < count else self._ready
-        rank = next(rank for rank in range(count) if rank not in done)
-        return self.failure(rank, "took too long to start")
+        """Blames the rank that the others wait for, if there is one: it took too long."""
+        sights = self.look()
+
+        def progress(rank: int) -> tuple[bool, int, int]:
+            sight = sights[rank]
+            return sight.activity.state not in STOPPED, self._workers[rank].num_phases, sight.distance
+
+        done = self._loaded.keys() if len(self._loaded) < len(sights) else self._ready
+        late = sorted(sights.keys() - done, key=progress)
+        everyone = len(late) > 1 and progress(late[0]) == progress(late[-1])
+        return self.failure(None if everyone else late[0], "took too long to start")
 
     def pids(self) -> dict[int, int]:
         """By rank."""
@@ -164,8 +171,8 @@ class Ranks:
         }
 
     def failure(self, rank: int | None, cause: str, *, silent: bool = False) -> WorkerError:
-        """None: no rank more than the others."""
-        phase = SERVING if rank is None else self._workers[rank].phase
+        """`rank` None: none more than the others."""
+        phase = self._workers[rank or 0].phase
         return WorkerError(Fatal(rank, phase, ErrorInfo("dead", cause)), silent=silent)
 
     # --- their end ----------------------------------------------------------------------------------
@@ -211,6 +218,7 @@ class Ranks:
         match message:
             case Progress():
                 worker.phase = message.phase
+                worker.num_phases += 1
                 self._progress(message)
             case Loaded() if rank not in self._loaded:
                 self._loaded[rank] = message

@@ -7,10 +7,17 @@ import os
 import re
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from headrace import AsyncEngineArgs, AsyncLLM, RequestOutputKind, SamplingParams
+from headrace.core import workers
+from headrace.core.cache_size import size_cache
+from headrace.core.ranks import WorkerError
+from headrace.core.workers import Workers
+from headrace.frontend.engine_args import resolve
+from headrace.ipc.messages import Progress
 
 from .tiny_llama import tiny_llama
 
@@ -19,6 +26,7 @@ FAULTS = {
     signal.SIGUSR2: "worker 1, in phase 'step .*: RuntimeError: told to raise",
     signal.SIGRTMIN: r"no progress for \d s, because of worker 1",
 }
+PHASES = ("import torch", "connect ranks", "load weights", "size KV cache", "allocate KV cache", "warm up")
 GREEDY = SamplingParams(
     temperature=0, max_tokens=400, ignore_eos=True, output_kind=RequestOutputKind.DELTA, detokenize=False
 )
@@ -47,12 +55,13 @@ async def break_rank(engine: AsyncLLM, how: signal.Signals) -> tuple[list[int], 
     return await task, trouble, seconds
 
 
-def test_a_rank_that_fails_is_named_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = os.environ.get("PYTHONPATH")
-    monkeypatch.setenv("PYTHONPATH", f"{FAULTY_SITE}{os.pathsep}{path}" if path else str(FAULTY_SITE))
-    tiny_llama().save_pretrained(tmp_path)
-    args = AsyncEngineArgs(
-        model=str(tmp_path),
+@pytest.fixture(scope="module")
+def args(tmp_path_factory: pytest.TempPathFactory) -> AsyncEngineArgs:
+    """A model on two ranks."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(folder)
+    return AsyncEngineArgs(
+        model=str(folder),
         dtype="float32",
         skip_tokenizer_init=True,
         max_model_len=512,
@@ -62,6 +71,13 @@ def test_a_rank_that_fails_is_named_and_replaced(tmp_path: Path, monkeypatch: py
         hang_seconds=3,
         max_replays=10,
     )
+
+
+def test_a_rank_that_fails_is_named_and_replaced(
+    args: AsyncEngineArgs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", f"{FAULTY_SITE}{os.pathsep}{path}" if path else str(FAULTY_SITE))
 
     async def main() -> None:
         async with AsyncLLM.from_engine_args(args) as engine:
@@ -73,3 +89,31 @@ def test_a_rank_that_fails_is_named_and_replaced(tmp_path: Path, monkeypatch: py
                 assert tokens == expected
 
     asyncio.run(asyncio.wait_for(main(), 200))
+
+
+@pytest.mark.parametrize(
+    ("phase", "how"),
+    [(phase, (signal.SIGKILL, signal.SIGSTOP)[number % 2]) for number, phase in enumerate(PHASES)],
+)
+def test_a_rank_that_dies_or_stalls_while_it_starts_is_named(
+    phase: str, how: signal.Signals, args: AsyncEngineArgs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = resolve(args)
+    crew, began = Workers(config), time.monotonic()
+
+    def strike(progress: Progress) -> None:
+        if (progress.rank, progress.phase) != (1, phase):
+            return
+        assert crew._ranks is not None
+        os.kill(crew._ranks.pids()[1], how)
+        monkeypatch.setattr(workers, "START_SECONDS", time.monotonic() - began + 1)  # not in ten minutes
+
+    try:
+        with pytest.raises(WorkerError) as caught:
+            crew.bring_up(partial(size_cache, config), strike)
+    finally:
+        crew.close()
+    fatal = caught.value.fatal
+    assert fatal.rank == 1
+    assert fatal.phase in PHASES[PHASES.index(phase) :]  # it may have gone a bit further
+    assert ("killed by SIGKILL" if how is signal.SIGKILL else "took too long to start") in fatal.error.message
