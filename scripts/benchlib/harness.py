@@ -63,6 +63,7 @@ def run_benchmark(
         names = args.compare.split(",")
         if unknown := [name for name in names if name not in engines]:
             parser.error(f"--compare: {unknown[0]!r} is not one of {', '.join(engines)}")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end the engine under way
         results, failures = _in_turn(names, args)
     else:
         results, failures = {args.engine: _measured(measure, args)}, []
