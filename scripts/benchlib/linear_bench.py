@@ -141,16 +141,18 @@ def bench_tilings(shape: Shape, weights: Weights) -> list[Row]:
 
 
 def candidates(default: Tiling, key: tuple[int, int, bool]) -> list[Tiling]:
-    """The default, and tilings with 16 to 160 weights a thread."""
+    """The default, and tilings with 32 to 160 weights a thread, eight of them in one load."""
     out_features, in_features, gated = key
     found = [default]
-    for rows, warps, walk in itertools.product((1, 2, 4, 8, 16), (2, 4, 8, 16), (None, 2, 3)):
-        weights = rows * (2 if gated else 1) * in_features / (32 * warps)
-        programs = out_features / rows
-        if walk and (warps * walk > 16 or programs < 3 * 132 * walk or weights > 64):
+    for rows, groups, warps in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16)):
+        if warps % groups:
             continue
-        if 16 <= weights <= 128 and programs >= 132:
-            found.append(Tiling(rows, default.block_k, warps, walk and 132 * walk))
+        block_k = 256 * warps // groups
+        columns = -(-in_features // block_k) * block_k
+        weights = rows * groups * (2 if gated else 1) * columns / (32 * warps)
+        programs = out_features / (rows * groups)
+        if 32 <= weights <= 160 and programs >= 96 and columns <= 1.2 * in_features:
+            found.append(Tiling(rows, groups, block_k, warps))
     return found
 
 
