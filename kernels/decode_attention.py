@@ -131,7 +131,7 @@ def decode_attention(
         NORM=q_norm is not None,
         LATE=0 if late is None else late.shape[1],
         HAS_BIAS=bias is not None,
-        GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
+        GROUP=max(16, triton.next_power_of_2(heads // kv_heads + 1)),
         WIDTH=width,
         TILE=chosen.tile,
         AT_ONCE=_at_once(rows, kv_heads, chosen.num_warps, heads // kv_heads, width),
@@ -147,8 +147,8 @@ def decode_attention(
 
 @triton.jit
 def _load_heads(heads_ptr, inside, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROTATE: tl.constexpr):
-    """Heads [n, WIDTH] at pointers [n, 1], and the components that a rotation pairs them with."""
-    column = tl.arange(0, WIDTH)[None, :]
+    """Heads at `heads_ptr`, scalar or [n, 1], where `inside` [n, WIDTH], and what a rotation pairs them with."""
+    column = tl.broadcast_to(tl.arange(0, WIDTH)[None, :], inside.shape)
     x = tl.load(heads_ptr + column, mask=inside, other=0.0)
     partner = x
     if ROTATE:
@@ -160,9 +160,11 @@ def _load_heads(heads_ptr, inside, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
-def _load_norm(norm_ptr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Weights of a head's norm, as `_load_heads` loads heads."""
-    return _load_heads(norm_ptr, tl.arange(0, WIDTH)[None, :] < HEAD_DIM, HEAD_DIM, WIDTH, True)
+def _load_norms(q_norm_ptr, k_norm_ptr, is_query, is_key, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Weights of the heads' norms, as `_load_heads` loads heads."""
+    q, q_partner = _load_heads(q_norm_ptr, is_query, HEAD_DIM, WIDTH, True)
+    k, k_partner = _load_heads(k_norm_ptr, is_key, HEAD_DIM, WIDTH, True)
+    return q + k, q_partner + k_partner
 
 
 @triton.jit
@@ -193,7 +195,7 @@ def _prepared(
         x = (x * factor * weight.to(tl.float32)).to(dtype).to(tl.float32)
         partner = (partner * factor * partner_weight.to(tl.float32)).to(dtype).to(tl.float32)
     if ROTATE:
-        x = x * cos + partner * sin
+        x = x * cos.to(tl.float32) + partner * sin.to(tl.float32)
     return x
 
 
@@ -214,9 +216,9 @@ def _dot(a, b):
 
 
 @triton.jit
-def _attend(q, k, v, inside, largest, total, values):
+def _attend(q, k, v, inside, scale, largest, total, values):
     """The running softmax (largest score, sum, weighted values) after one more tile."""
-    scores = tl.where(inside[None, :], _dot(q, tl.trans(k)), -1e30)
+    scores = tl.where(inside[None, :], _dot(q, tl.trans(k)) * scale, -1e30)
     larger = tl.maximum(largest, tl.max(scores, 1))
     weights = tl.exp2(scores - larger[:, None])
     kept = tl.exp2(largest - larger)
@@ -307,7 +309,7 @@ def _decode_attention_kernel(
     NORM: tl.constexpr,
     LATE: tl.constexpr,  # columns of `late`
     HAS_BIAS: tl.constexpr,
-    GROUP: tl.constexpr,  # heads that share keys and values, padded to a matrix unit's 16 rows
+    GROUP: tl.constexpr,  # heads that share keys and values and the new key, padded to 16 rows or more
     WIDTH: tl.constexpr,  # head_dim, padded to a power of two
     TILE: tl.constexpr,
     AT_ONCE: tl.constexpr,
@@ -341,17 +343,19 @@ def _decode_attention_kernel(
     is_last = end == seq_len
     old_end = tl.minimum(end, new)
 
+    # The new key is one more row below the queries: norm and rotation are theirs, and a product of all rows
+    # with themselves has its scores. In the shape of the queries all of it lies in the threads as they do.
     member = tl.arange(0, GROUP)
     column = tl.arange(0, WIDTH)
     in_head = (column < HEAD_DIM)[None, :]
-    cos = 1.0
-    sin = 0.0
+    is_query = (member < SHARING)[:, None] & in_head
+    is_key = (member == SHARING)[:, None] & in_head
+    in_tile = is_query | is_key
+    cos, sin = 1.0, 0.0
     if ROTATE:
-        angle = rotation_ptr + new.to(tl.int64) * (3 * HALF) + column[None, :]
-        cos = tl.load(angle - tl.where(column < HALF, 0, HALF)[None, :], mask=in_head, other=0.0).to(
-            tl.float32
-        )
-        sin = tl.load(angle + HALF, mask=in_head, other=0.0).to(tl.float32)
+        angle = rotation_ptr + new.to(tl.int64) * (3 * HALF) + tl.broadcast_to(column[None, :], GROUP, WIDTH)
+        cos = tl.load(angle - tl.where(column < HALF, 0, HALF)[None, :], mask=in_tile, other=0.0)
+        sin = tl.load(angle + HALF, mask=in_tile, other=0.0)
     k_ptr = k_cache_ptr + kv_head * HEAD_DIM + column[None, :]
     v_ptr = v_cache_ptr + kv_head * HEAD_DIM + column[None, :]
     token = start + tl.arange(0, TILE)
@@ -360,21 +364,14 @@ def _decode_attention_kernel(
         offset = _token_offsets(table_ptr, token, inside, BLOCK_SIZE, STRIDE)[:, None]
         k = tl.load(k_ptr + offset, mask=inside[:, None] & in_head, other=0.0)
         v = tl.load(v_ptr + offset, mask=inside[:, None] & in_head, other=0.0)
-    q_weight, q_partner_weight = 0.0, 0.0
-    k_weight, k_partner_weight = 0.0, 0.0
+    norm, partner_norm = 0.0, 0.0
     if NORM:
-        q_weight, q_partner_weight = _load_norm(q_norm_ptr, HEAD_DIM, WIDTH)
-        k_weight, k_partner_weight = _load_norm(k_norm_ptr, HEAD_DIM, WIDTH)
-    in_group = (member < SHARING)[:, None] & in_head
-    q_heads = (kv_head * SHARING + member)[:, None] * HEAD_DIM
-    k_head = (HEADS + kv_head) * HEAD_DIM
+        norm, partner_norm = _load_norms(q_norm_ptr, k_norm_ptr, is_query, is_key, HEAD_DIM, WIDTH)
+    head = tl.where(member < SHARING, kv_head * SHARING + member, HEADS + kv_head)[:, None] * HEAD_DIM
     v_head = (HEADS + KV_HEADS + kv_head) * HEAD_DIM
-    q_bias, q_partner_bias = 0.0, 0.0
-    k_bias, k_partner_bias = 0.0, 0.0
-    v_bias = 0.0
+    bias, partner_bias, v_bias = 0.0, 0.0, 0.0
     if HAS_BIAS:
-        q_bias, q_partner_bias = _load_heads(bias_ptr + q_heads, in_group, HEAD_DIM, WIDTH, ROTATE)
-        k_bias, k_partner_bias = _load_heads(bias_ptr + k_head, in_head, HEAD_DIM, WIDTH, ROTATE)
+        bias, partner_bias = _load_heads(bias_ptr + head, in_tile, HEAD_DIM, WIDTH, ROTATE)
         v_bias = tl.load(bias_ptr + v_head + column[None, :], mask=in_head, other=0.0)
     new_block = tl.load(table_ptr + new // BLOCK_SIZE).to(tl.int64)
     new_offset = (new_block * BLOCK_SIZE + new % BLOCK_SIZE) * STRIDE
@@ -385,35 +382,28 @@ def _decode_attention_kernel(
     # All loads together: what follows the wait is what a step waits for.
     in_row = qkv_ptr + row.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
     dtype = k_cache_ptr.dtype.element_ty
-    q, q_partner = _load_heads(in_row + q_heads, in_group, HEAD_DIM, WIDTH, ROTATE)
-    new_k, k_partner = _load_heads(in_row + k_head, in_head, HEAD_DIM, WIDTH, ROTATE)
+    q, partner = _load_heads(in_row + head, in_tile, HEAD_DIM, WIDTH, ROTATE)
     new_v = tl.load(in_row + v_head + column[None, :], mask=in_head, other=0.0)
     if LATE:
         late = row_scale(late_ptr + row.to(tl.int64) * LATE, eps, LATE)
-        q, q_partner = _finished(q, late, q_bias), _finished(q_partner, late, q_partner_bias)
-        new_k, k_partner = _finished(new_k, late, k_bias), _finished(k_partner, late, k_partner_bias)
+        q, partner = _finished(q, late, bias), _finished(partner, late, partner_bias)
         new_v = _finished(new_v, late, v_bias)
-    q = _prepared(q, q_partner, q_weight, q_partner_weight, cos, sin, eps, HEAD_DIM, NORM, ROTATE)
-    # Rounded as the unfused path rounds it; scaling it costs the old tokens' scores one more rounding.
-    q = q.to(dtype).to(tl.float32)
+    q = _prepared(q, partner, norm, partner_norm, cos, sin, eps, HEAD_DIM, NORM, ROTATE).to(dtype)
     largest = tl.full([GROUP], -1e30, tl.float32)
     total = tl.zeros([GROUP], tl.float32)
     values = tl.zeros([GROUP, WIDTH], tl.float32)
     if is_last:
-        new_k = _prepared(
-            new_k, k_partner, k_weight, k_partner_weight, cos, sin, eps, HEAD_DIM, NORM, ROTATE
-        ).to(dtype)
-        tl.store(k_ptr + new_offset, new_k, mask=in_head)
-        tl.store(v_ptr + new_offset, new_v.to(dtype), mask=in_head)
-        largest = tl.sum(q * new_k.to(tl.float32), 1) * scale
+        new_v = new_v.to(dtype)
+        tl.store(tl.broadcast_to(k_ptr + new_offset, GROUP, WIDTH), q, mask=is_key)
+        tl.store(v_ptr + new_offset, new_v, mask=in_head)
+        largest = tl.sum(_dot(q, tl.trans(tl.where(is_key, q, 0.0))), 1) * scale
         total = tl.full([GROUP], 1.0, tl.float32)
-        values = tl.broadcast_to(new_v.to(dtype).to(tl.float32), GROUP, WIDTH)
-    q = (q * scale).to(dtype)
+        values = tl.broadcast_to(new_v.to(tl.float32), GROUP, WIDTH)
 
     loop_start = start
     if FIRST_TILE:
         if start < old_end:
-            largest, total, values = _attend(q, k, v, inside, largest, total, values)
+            largest, total, values = _attend(q, k, v, inside, scale, largest, total, values)
         loop_start = start + TILE
     for at in tl.range(loop_start, old_end, TILE, num_stages=STAGES):
         token = at + tl.arange(0, TILE)
@@ -421,22 +411,22 @@ def _decode_attention_kernel(
         offset = _token_offsets(table_ptr, token, inside, BLOCK_SIZE, STRIDE)[:, None]
         k = tl.load(k_ptr + offset, mask=inside[:, None] & in_head, other=0.0)
         v = tl.load(v_ptr + offset, mask=inside[:, None] & in_head, other=0.0)
-        largest, total, values = _attend(q, k, v, inside, largest, total, values)
+        largest, total, values = _attend(q, k, v, inside, scale, largest, total, values)
 
-    head = kv_head * SHARING
+    first_head = kv_head * SHARING
     out_row = out_ptr + row.to(tl.int64) * (HEADS * HEAD_DIM)
     if pieces == 1:
         tl.store(
-            out_row + (head + member)[:, None] * HEAD_DIM + column[None, :],
+            out_row + (first_head + member)[:, None] * HEAD_DIM + column[None, :],
             (values / total[:, None]).to(out_ptr.dtype.element_ty),
-            mask=in_group,
+            mask=is_query,
         )
     else:
-        place = piece * HEADS + head + member
+        place = piece * HEADS + first_head + member
         tl.store(
             partial_ptr + place[:, None] * HEAD_DIM + column[None, :],
             values,
-            mask=in_group,
+            mask=is_query,
         )
         tl.store(stats_ptr + place * 2, largest, mask=member < SHARING)
         tl.store(stats_ptr + place * 2 + 1, total, mask=member < SHARING)
@@ -450,7 +440,7 @@ def _decode_attention_kernel(
                 out_row,
                 first,
                 pieces,
-                head,
+                first_head,
                 HEADS,
                 SHARING,
                 triton.next_power_of_2(SHARING),

@@ -109,7 +109,7 @@ def _sum_of_squares(pieces, PIECES: tl.constexpr):
 
 @triton.jit
 def _matvec(rows, x, PIECES: tl.constexpr):
-    """Products of the weight rows with x, [GROUPS, ROWS]. Eight neighbours lie in one thread: they are added first."""
+    """Products of the weight rows with x, [GROUPS, ROWS]. Eight neighbours in one thread are added first."""
     GROUPS: tl.constexpr = rows[0].shape[0]
     ROWS: tl.constexpr = rows[0].shape[1]
     EIGHTS: tl.constexpr = rows[0].shape[2] // 8
