@@ -45,6 +45,7 @@ def norm_linear(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     activation: Activation = "none",
+    norm_is_folded: bool = False,
 ) -> Tensor:
     """`act(norm(x) @ weight.T + bias)`.
 
@@ -52,6 +53,7 @@ def norm_linear(
         x: [tokens, in_features]
         weight: [out_features, in_features], contiguous; `bias`: [out_features]
         norm_weight: [in_features]: RMS norm; with `norm_bias`, layer norm; without either, none.
+        norm_is_folded: `norm_weight` is all ones.
     """
     if x.is_cuda and len(x) <= MAX_TOKENS:
         return vector_linear(
@@ -60,6 +62,7 @@ def norm_linear(
             bias=bias,
             norm_weight=norm_weight,
             norm_bias=norm_bias,
+            norm_is_folded=norm_is_folded,
             eps=eps,
             activation=activation,
         )
@@ -80,13 +83,17 @@ def norm_linear(
     return ACTIVATIONS[activation](F.linear(x, weight, bias))
 
 
-def norm_gate_up_silu(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+def norm_gate_up_silu(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, norm_is_folded: bool = False
+) -> Tensor:
     """`silu(gate) * up` of the RMS norm of x [tokens, in_features], as [tokens, size].
 
-    `weight`: [2 * size, in_features], the gate's rows first.
+    `weight`: [2 * size, in_features], the gate's rows first. `norm_is_folded`: `norm_weight` is all ones.
     """
     if x.is_cuda and len(x) <= MAX_TOKENS:
-        return vector_linear(x, weight, norm_weight=norm_weight, eps=eps, gated=True)
+        return vector_linear(
+            x, weight, norm_weight=norm_weight, norm_is_folded=norm_is_folded, eps=eps, gated=True
+        )
     if small_batch.serves(x, weight):
         return small_batch.small_batch_linear(x, weight, norm_weight=norm_weight, eps=eps, gated=True)
     x = _norm(x, norm_weight, None, eps)

@@ -273,32 +273,39 @@ def _llama(model: Llama, inputs: StepInputs, attend: Attend, late: bool) -> Tens
             heads = replace(heads, q_norm=attention.q_norm.weight, k_norm=attention.k_norm.weight)
         if late:
             heads = replace(heads, late=residual, bias=attention.qkv_proj.bias)
-        qkv = [_project(layer, part.settled(), late) for part in parts]
+        qkv = [_project(layer, part.settled(), late, model.norms_are_folded) for part in parts]
         attended = attend(number, qkv[0] if len(qkv) == 1 else torch.cat(qkv), heads)
         for part, rows in zip(parts, attended.chunk(len(parts)), strict=True):
             part.add(attention.o_proj, rows, late)
         for part in parts:
-            part.add(layer.mlp.down_proj, _gate(layer, part, late))
+            part.add(layer.mlp.down_proj, _gate(layer, part, late, model.norms_are_folded))
     for part in parts:
         part.settled()
     return residual
 
 
-def _project(layer: LlamaLayer, residual: Tensor, late: bool) -> Tensor:
+def _project(layer: LlamaLayer, residual: Tensor, late: bool, folded: bool) -> Tensor:
     """Queries, keys and values."""
     linear, norm = layer.attention.qkv_proj, layer.input_norm
     if late:
         return norm_linear(residual, linear.weight)
-    return norm_linear(residual, linear.weight, linear.bias, norm_weight=norm.weight, eps=norm.eps)
+    return norm_linear(
+        residual,
+        linear.weight,
+        linear.bias,
+        norm_weight=norm.weight,
+        eps=norm.eps,
+        norm_is_folded=folded,
+    )
 
 
-def _gate(layer: LlamaLayer, part: _Part, late: bool) -> Tensor:
+def _gate(layer: LlamaLayer, part: _Part, late: bool, folded: bool) -> Tensor:
     """The input of the down projection."""
     residual = part.settled()
     weight, norm = layer.mlp.gate_up_proj.weight, layer.mlp_norm
     if late:
         return late_gate_up_silu(residual, weight, norm.eps, part.squares)
-    return norm_gate_up_silu(residual, norm.weight, weight, norm.eps)
+    return norm_gate_up_silu(residual, norm.weight, weight, norm.eps, folded)
 
 
 def _llama_logits(model: Llama, hidden: Tensor) -> Tensor:

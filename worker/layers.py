@@ -189,7 +189,7 @@ class VocabTable(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """int64 [tokens] to [tokens, size]."""
-        if self.tp.size == 1:
+        if self.tp.size == 1 and not ids.is_cuda:
             return F.embedding(ids, self.weight)
         return self.tp.all_reduce(embed(ids, self.weight, self.start))
 

@@ -49,6 +49,20 @@ def test_norm_linear(device: torch.device, tokens: int, n: int, k: int, norm: st
     assert_close(out, expected)
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("gated", [False, True])
+def test_norm_whose_weight_is_in_the_matrix(device: torch.device, tokens: int, gated: bool) -> None:
+    x, weight = random(device, tokens, 96, scale=3.0), random(device, 40, 96, scale=0.1)
+    garbage = random(device, 96, seed=9)
+    out = vector_linear(x, weight, norm_weight=garbage, norm_is_folded=True, eps=1e-5, gated=gated)
+    ones = torch.ones(96, dtype=torch.float64, device=device)
+    if gated:
+        expected = norm_gate_up_silu_reference(x.double(), ones, weight.double(), 1e-5)
+    else:
+        expected = norm_linear_reference(x.double(), weight.double(), norm_weight=ones)
+    assert_close(out, expected)
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_activation_without_bias(device: torch.device, groups: int, activation: Activation) -> None:
