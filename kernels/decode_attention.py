@@ -147,7 +147,7 @@ def decode_attention(
 
 @triton.jit
 def _load_heads(heads_ptr, inside, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROTATE: tl.constexpr):
-    """Heads at a pointer or [n, 1] of them, where `inside` [n, WIDTH]; and what a rotation pairs with them."""
+    """Heads at a pointer or [n, 1] of them, where `inside` [n, WIDTH]; what a rotation pairs with them."""
     column = tl.broadcast_to(tl.arange(0, WIDTH)[None, :], inside.shape)
     x = tl.load(heads_ptr + column, mask=inside, other=0.0)
     partner = x

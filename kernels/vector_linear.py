@@ -42,9 +42,10 @@ class Tiling(NamedTuple):
 def tiling(out_features: int, in_features: int, gated: bool) -> Tiling:
     """Loads of eight weights by each thread, in few and large programs.
 
-    Up to 2048 columns that are no power of two each warp has rows of its own, and sums need no other warp. More are shared by all warps of a program, as few as 96 weights a thread
-    (48 registers) allow, gated 128; where 16 warps are not enough, 2 rows and up to 128 weights: 28 us against
-    38 for Llama-3.1-8B's down projection.
+    Up to 2048 columns that are no power of two each warp has rows of its own: their sums need no other warp.
+    More are shared by all warps of a program, as few as 96 weights a thread (48 registers) allow, gated 128;
+    where 16 warps are not enough, 2 rows and up to 128 weights: 28 us against 38 for Llama-3.1-8B's down
+    projection.
     """
     halves = 2 if gated else 1
     block_k = _block_k(in_features)
@@ -256,7 +257,7 @@ def vector_linear(
     """All of `fused_linear`'s formulas: x [tokens, in_features], weight [out_features, in_features], dense.
 
     `norm_weight`: RMS norm; with `norm_bias`, layer norm. `norm_is_folded`: RMS norm whose weight is in
-    `weight` already, which spares the registers of a vector as wide as x. `gated`: the weight's first half are
+    `weight` already, which spares the registers of a vector like x. `gated`: the weight's first half are
     the gate's rows; the result is half as wide. `residual` [tokens, out_features] is added to in place and
     returned; the sum is rounded once.
     """
