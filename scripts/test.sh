@@ -27,4 +27,6 @@ stage "lint" ruff check --quiet .
 stage "types: the package" mypy --no-error-summary
 stage "types: tests, scripts, examples" mypy --no-error-summary tests scripts examples
 stage "layers" layers
-stage "tests" pytest --quiet --no-header -m "not gpu and not multi_gpu" "$@"
+# A file's tests stay together: they share engines. More than four files at a time want much memory.
+stage "tests" pytest --quiet --no-header -m "not gpu and not multi_gpu" \
+    --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

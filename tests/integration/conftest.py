@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from headrace import AsyncEngineArgs, AsyncLLM
+from headrace.ipc import process
 
 from .cores import VOCAB_SIZE, Daemon, NumberedClient
 
@@ -59,6 +60,25 @@ def engine(oracle_args: Callable[..., AsyncEngineArgs]) -> Iterator[AsyncLLM]:
         stats, _ = asyncio.run(engine.get_stats())
         assert (engine._client.num_restarts, stats.num_restarts) == (0, 0)
     engine.shutdown()
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Child processes find the modules of this folder."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+
+
+@pytest.fixture
+def embed_other(importable: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`embed_other(module)`: cores of engines that start from now on run that module of this folder."""
+    spawn = process.spawn
+
+    def other(module: str) -> None:
+        monkeypatch.setattr(
+            process, "spawn", lambda name, _, *args, **options: spawn(name, f"{module}:run", *args, **options)
+        )
+
+    return other
 
 
 @pytest.fixture

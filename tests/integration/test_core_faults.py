@@ -28,20 +28,14 @@ VOCAB_SIZE = 1000
 LENGTH = 1500
 Args = Callable[..., AsyncEngineArgs]
 
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Child processes find `faulty_core`."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+pytestmark = pytest.mark.usefixtures("importable")
 
 
 @pytest.fixture
-def embed(oracle_args: Args, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], AsyncLLM]]:
+def embed(oracle_args: Args, embed_other: Callable[[str], None]) -> Iterator[Callable[[], AsyncLLM]]:
     """Makes engines whose cores have bugs."""
-    spawn, engines = process.spawn, list[AsyncLLM]()
-    monkeypatch.setattr(
-        process, "spawn", lambda name, _, *args, **options: spawn(name, "faulty_core:run", *args, **options)
-    )
+    embed_other("faulty_core")
+    engines = list[AsyncLLM]()
 
     def make() -> AsyncLLM:
         engines.append(AsyncLLM(oracle_args()))

@@ -22,6 +22,8 @@ from headrace import (
 )
 from headrace.ipc.oracle import oracle_stream
 
+from .hasty_core import AGEING_SECONDS
+
 Args = Callable[..., AsyncEngineArgs]
 Result = TypeVar("Result")
 
@@ -43,6 +45,12 @@ def oracle(prompt: list[int], num_tokens: int, seed: int = 1) -> list[int]:
 async def last(stream: Any) -> RequestOutput:
     outputs: list[RequestOutput] = [output async for output in stream]
     return outputs[-1]
+
+
+async def until_waiting(engine: AsyncLLM, count: int) -> None:
+    """So many have reached the core, and are in line."""
+    while (await engine.get_stats())[0].num_waiting < count:
+        pass
 
 
 def test_a_crowd_of_one_client_does_not_delay_another(oracle_args: Args) -> None:
@@ -105,8 +113,11 @@ def test_an_urgent_arrival_overtakes_those_that_run(oracle_args: Args) -> None:
     run(main())
 
 
-def test_the_oldest_is_not_starved_by_the_urgent(oracle_args: Args) -> None:
-    """It has waited ten seconds: one of eight places is its own, though all others are more urgent."""
+def test_the_oldest_is_not_starved_by_the_urgent(
+    oracle_args: Args, embed_other: Callable[[str], None]
+) -> None:
+    """It has waited long: one of eight places is its own, though all others are more urgent."""
+    embed_other("hasty_core")
 
     async def main() -> None:
         async with AsyncLLM(oracle_args(max_num_seqs=1, scheduling_policy="priority")) as engine:
@@ -119,9 +130,10 @@ def test_the_oldest_is_not_starved_by_the_urgent(oracle_args: Args) -> None:
                 ended.append(name)
 
             tasks = [asyncio.create_task(one("old", 1, 9))]
-            await asyncio.sleep(10.1)
+            await until_waiting(engine, 1)
+            await asyncio.sleep(AGEING_SECONDS)
             tasks += [asyncio.create_task(one(f"urgent-{seed}", seed, -9)) for seed in range(2, 40)]
-            await asyncio.sleep(0.1)  # all have reached the core
+            await until_waiting(engine, 39)
             await engine.resume_generation()
             await asyncio.gather(*tasks)
             assert ended.index("old") == 7
@@ -148,7 +160,7 @@ def test_a_cached_prefix_goes_first_when_it_would_be_evicted(oracle_args: Args) 
 
             tasks = [asyncio.create_task(one(number, prompt)) for number, prompt in enumerate(others)]
             tasks.append(asyncio.create_task(one(2, [*stem, 7])))
-            await asyncio.sleep(0.1)
+            await until_waiting(engine, 3)
             await engine.resume_generation()
             outputs = await asyncio.gather(*tasks)
             assert ended == [2, 0, 1]
