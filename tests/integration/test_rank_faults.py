@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import re
 import signal
+import socket
 import time
 from functools import partial
 from pathlib import Path
+from typing import cast
 
+import psutil
 import pytest
 from headrace import AsyncEngineArgs, AsyncLLM, RequestOutputKind, SamplingParams
 from headrace.core import workers
@@ -23,18 +28,18 @@ from .tiny_llama import tiny_llama
 
 FAULTY_SITE = Path(__file__).parents[1] / "faulty_site"
 FAULTS = {
-    signal.SIGUSR2: "worker 1, in phase 'step .*: RuntimeError: told to raise",
-    signal.SIGRTMIN: r"no progress for \d s, because of worker 1",
+    signal.SIGUSR2: "worker 1, in phase '(step|waiting) .*': RuntimeError: told to raise",
+    signal.SIGRTMIN: r"no progress for \d+ s, because of worker 1",
 }
 PHASES = ("import torch", "connect ranks", "load weights", "size KV cache", "allocate KV cache", "warm up")
-GREEDY = SamplingParams(
-    temperature=0, max_tokens=400, ignore_eos=True, output_kind=RequestOutputKind.DELTA, detokenize=False
-)
 
 
-async def stream(engine: AsyncLLM, begun: asyncio.Event) -> list[int]:
+async def stream(engine: AsyncLLM, begun: asyncio.Event, length: int = 400) -> list[int]:
+    greedy = SamplingParams(
+        temperature=0, max_tokens=length, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
     tokens: list[int] = []
-    async for output in engine.generate({"prompt_token_ids": [5, 6, 7]}, GREEDY):
+    async for output in engine.generate({"prompt_token_ids": [5, 6, 7]}, greedy):
         tokens += output.outputs[0].token_ids
         begun.set()
     return tokens
@@ -53,6 +58,18 @@ async def break_rank(engine: AsyncLLM, how: signal.Signals) -> tuple[list[int], 
         pass
     seconds = time.monotonic() - began
     return await task, trouble, seconds
+
+
+async def babble(engine: AsyncLLM) -> None:
+    """Say nonsense to every port that the ranks listen at, which are for each other: loopback's alone."""
+    for rank in await engine.collective_rpc("rank"):
+        connections = psutil.Process(cast(int, rank["pid"])).net_connections()
+        addresses = [each.laddr for each in connections if each.status == psutil.CONN_LISTEN]
+        assert addresses
+        assert {host for host, _ in addresses} == {"127.0.0.1"}
+        for address, noise in itertools.product(addresses, (b"", bytes(100), b"\xff" * 70_000)):
+            with socket.create_connection(tuple(address)) as peer, contextlib.suppress(ConnectionError):
+                peer.sendall(noise)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +99,10 @@ def test_a_rank_that_fails_is_named_and_replaced(
     async def main() -> None:
         async with AsyncLLM.from_engine_args(args) as engine:
             expected = await stream(engine, asyncio.Event())
+            await babble(engine)
+            assert await stream(engine, asyncio.Event(), 50) == expected[:50]
+            stats, _ = await engine.get_stats()
+            assert stats.num_restarts == 0
             for how, words in FAULTS.items():
                 tokens, trouble, seconds = await break_rank(engine, how)
                 assert re.search(words, trouble), trouble
