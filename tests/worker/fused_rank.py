@@ -21,7 +21,7 @@ from headrace.worker.weights import load_weights
 from torch import Tensor
 
 CPU = torch.device("cpu")
-PROMPT = [3, 96, 41, 0, 7, 55, 8, 17, 95]
+PROMPT = [3, 96, 41, 0, 7, 55, 8, 95]
 NUM_PREFILLED = 6
 BLOCK = 4
 LARGEST = 512
@@ -97,16 +97,13 @@ def run(config: EngineConfig, tp: TensorParallel) -> dict[str, Tensor]:
 def main(rank: str, size: str, folder: str, *encoded: str) -> None:
     torch.set_num_threads(1)
     configs = [msgspec.json.decode(config, type=EngineConfig) for config in encoded]
-    if size == "1":
-        results = [run(config, TensorParallel()) for config in configs]
-    else:
-        mailboxes = connect(int(rank), int(size), Path(folder))
-        results = [run(config, mailboxes) for config in configs]
-        # Large messages, whose sums go on in the background, over gloo in NCCL's place.
-        fused.HALVED_FROM = NUM_PREFILLED - 1
-        gloo = parallel.connect(int(rank), int(size), CPU, f"{folder}/ranks")
-        results.append(run(configs[0], gloo))
-    torch.save(results, Path(folder) / f"{rank}-of-{size}.pt")
+    mailboxes = connect(int(rank), int(size), Path(folder))
+    results = [run(config, mailboxes) for config in configs]
+    # Large messages, whose sums go on in the background, over gloo in NCCL's place.
+    fused.HALVED_FROM = NUM_PREFILLED - 1
+    gloo = parallel.connect(int(rank), int(size), CPU, f"{folder}/ranks")
+    results.append(run(configs[0], gloo))
+    torch.save(results, Path(folder) / f"results-{rank}.pt")
 
 
 if __name__ == "__main__":
