@@ -21,7 +21,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from ..ipc import grammars
 from ..ipc.errors import RequestError
-from ..ipc.messages import MAX_GRAMMAR, CheckedGrammar, CheckerReady, CheckGrammar, FromChecker, GrammarKind
+from ..ipc.grammar_messages import CheckedGrammar, CheckerReady, CheckGrammar, FromChecker, GrammarKind
+from ..ipc.messages import MAX_GRAMMAR
 from ..ipc.payloads import CheckerStart
 from ..ipc.pipe import Pipe, PipeClosedError
 from .json_schemas import prepared

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import OverloadedError, RequestError
-from ..ipc.messages import CheckedGrammar, CheckerReady, CheckGrammar, FromChecker
+from ..ipc.grammar_messages import CheckedGrammar, CheckerReady, CheckGrammar, FromChecker
 from ..ipc.payloads import CheckerStart
 from ..ipc.pipe import Pipe, PipeClosedError, socket_pair
 from ..ipc.process import Child, spawn

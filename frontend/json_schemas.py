@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..ipc.messages import CheckGrammar
+from ..ipc.grammar_messages import CheckGrammar
 
 _OPTIONS = "x-guidance"
 """The key under which llguidance takes options from a schema."""

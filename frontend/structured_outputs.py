@@ -14,7 +14,7 @@ import msgspec
 
 from ..ipc.config import StructuredOutputsConfig
 from ..ipc.errors import RequestError
-from ..ipc.messages import CheckGrammar, GrammarKind
+from ..ipc.grammar_messages import CheckGrammar, GrammarKind
 from .names import nearest
 
 MAX_TEXT = 1 << 18

@@ -1,4 +1,4 @@
-"""Every message that crosses a process border; docs/protocol.md is their prose.
+"""Every message between frontend, core and worker; docs/protocol.md is their prose.
 
 One tagged union per pipe and direction. Messages are MessagePack arrays whose first element is the type's
 name. Columns of integers travel as the bytes of little-endian int32 arrays (`pack` and `unpack`): two
@@ -488,45 +488,8 @@ class Ready(Message, frozen=True):
     info: EngineInfo
 
 
-# --- grammars: frontend <-> the process that checks them ---------------------------------------------
-
-
-GrammarKind: TypeAlias = Literal["json", "regex", "choice", "grammar", "structural_tag"]
-
-
-class CheckGrammar(Message, frozen=True):
-    """Turn a constraint into a grammar and try it out."""
-
-    kind: GrammarKind
-    text: str
-    """A JSON schema, a regular expression, a JSON list of strings, EBNF or Lark, a JSON structural tag."""
-    any_whitespace: bool = True
-    """Of JSON: whether there may be any between its tokens."""
-    additional_properties: bool = True
-    """Of JSON: False forbids those that a schema does not mention."""
-    whitespace_pattern: str | None = None
-    """Of JSON: what `any_whitespace` means, a regular expression."""
-
-
-class CheckedGrammar(Message, frozen=True):
-    """The answer to `CheckGrammar`."""
-
-    grammar: str = ""
-    """For `Sampling.grammar`."""
-    error: str = ""
-    """Why there is none."""
-
-
-class CheckerReady(Message, frozen=True):
-    """The vocabulary is read."""
-
-    error: str = ""
-    """Why no grammar can be matched with it."""
-
-
 ToWorker: TypeAlias = Allocate | StepPlan | UsePrepared | Command
 FromWorker: TypeAlias = (
     Progress | Loaded | WorkerReady | StepResult | Prepared | Compiling | CommandResult | Fatal
 )
 FromStarting: TypeAlias = Progress | Ready | Fatal
-FromChecker: TypeAlias = CheckerReady | CheckedGrammar

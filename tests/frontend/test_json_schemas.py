@@ -20,7 +20,7 @@ import pytest
 from headrace.frontend.grammar_checker import check
 from headrace.ipc import grammars
 from headrace.ipc.config import EngineConfig
-from headrace.ipc.messages import CheckGrammar
+from headrace.ipc.grammar_messages import CheckGrammar
 
 Schema = dict[str, Any]
 STRING: Schema = {"type": "string", "maxLength": 6}

@@ -9,7 +9,7 @@ import pytest
 from headrace import RequestError, SamplingParams, StructuredOutputsConfig, StructuredOutputsParams
 from headrace.frontend.json_schemas import prepared
 from headrace.frontend.structured_outputs import MAX_CHOICES, MAX_TEXT
-from headrace.ipc.messages import CheckGrammar
+from headrace.ipc.grammar_messages import CheckGrammar
 from hypothesis import given
 from hypothesis import strategies as st
 
