@@ -25,7 +25,7 @@ from itertools import compress
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, RequestCrashedError
-from ..ipc.messages import FinishReason, Stats, StepPlan, StepResult, pack, unpack
+from ..ipc.messages import FinishReason, Stats, StepPlan, StepResult, unpack
 from .blame import Blame
 from .counters import Counters
 from .deadlines import DeadlineQueue
@@ -35,7 +35,7 @@ from .logprobs import entries_per_position, rows_of
 from .queue import WaitingQueue
 from .request import Phase, Request
 from .slot_pool import SlotPool
-from .steps import Ended, Outputs, Step, check_result, take_prompt_logprobs
+from .steps import Ended, Outputs, PlanColumns, Step, check_result, take_prompt_logprobs
 
 MAX_IN_FLIGHT = 2
 SMALLEST_SHARE = 512
@@ -85,8 +85,7 @@ class Scheduler:
         self._decoding: list[Request] = []
         self._stale = False  # the two lists hold requests that no longer run
         self._in_flight: deque[Step] = deque()
-        self._last_rows: list[Request] | None = None
-        self._last_slots = b""
+        self._columns = PlanColumns()
         self._num_draining = 0
         # Who could not be admitted, and whom displacing others would not help, until something changes.
         self._stuck: tuple[Request, int, int] | None = None
@@ -359,7 +358,7 @@ class Scheduler:
 
     def _seal(self, step: Step) -> StepPlan:
         """Make the message, and take the requests where this step brings them."""
-        slots, num_tokens = self._compose(step)
+        slots, num_tokens = self._columns.of(self._decoding, step.chunks)
         plan = StepPlan(
             step=step.number,
             released=self._slots.take_released(),
@@ -379,19 +378,6 @@ class Scheduler:
         self._in_flight.append(step)
         self._counters.count_step(step.num_decodes + sum(count for _, count in step.chunks))
         return plan
-
-    def _compose(self, step: Step) -> tuple[bytes | None, bytes | None]:
-        """The plan's `slots` and `num_tokens`."""
-        if self._decoding is self._last_rows and not step.chunks:
-            return None, None
-        rows = [*self._decoding, *(request for request, _ in step.chunks)]
-        counts = [1] * len(self._decoding) + [count for _, count in step.chunks]
-        slots = pack([request.slot for request in rows])
-        self._last_rows = None if step.chunks else self._decoding
-        if slots == self._last_slots and sum(counts) == len(rows):
-            return None, None
-        self._last_slots = slots
-        return slots, pack(counts)
 
     def _end_prefills(self, step: Step) -> None:
         """Requests whose known tokens are all computed sample in this step, and decode from the next."""
@@ -496,7 +482,7 @@ class Scheduler:
         self._slots.clear()
         self._prefilling, self._decoding, self._stale = [], [], False
         self._in_flight.clear()
-        self._last_rows, self._last_slots = None, b""
+        self._columns = PlanColumns()
         self._num_draining = 0
 
     # --- leaving ------------------------------------------------------------------------------------

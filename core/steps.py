@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from ..ipc.errors import ErrorInfo, HeadraceError
-from ..ipc.messages import Admit, FinishReason, Logprobs, StepResult, unpack
+from ..ipc.messages import Admit, FinishReason, Logprobs, StepResult, pack, unpack
 from .logprobs import MAX_ENTRIES, LogprobRow, check_rows
 from .request import Phase, Request
 
@@ -65,6 +65,29 @@ class Step:
     started: list[Request] = field(default_factory=list)
     last: list[Request] = field(default_factory=list)
     """Rows that sample their request's last token."""
+
+
+class PlanColumns:
+    """A plan's `slots` and `num_tokens`: left out when the workers know them from the plan before."""
+
+    def __init__(self) -> None:
+        self._decoding: list[Request] | None = None
+        self._slots = b""
+
+    def of(
+        self, decoding: list[Request], chunks: list[tuple[Request, int]]
+    ) -> tuple[bytes | None, bytes | None]:
+        """`decoding` is the same object as long as the same requests decode."""
+        if decoding is self._decoding and not chunks:
+            return None, None
+        rows = [*decoding, *(request for request, _ in chunks)]
+        counts = [1] * len(decoding) + [count for _, count in chunks]
+        slots = pack([request.slot for request in rows])
+        self._decoding = None if chunks else decoding
+        if slots == self._slots and sum(counts) == len(rows):
+            return None, None
+        self._slots = slots
+        return slots, pack(counts)
 
 
 def check_result(step: Step | None, result: StepResult, vocab_size: int) -> None:
