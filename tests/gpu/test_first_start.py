@@ -1,0 +1,57 @@
+"""Where nothing has been compiled yet, requests wait for kernels, and the engine is healthy meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from headrace import AsyncEngineArgs, AsyncLLM, SamplingParams
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 4096,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+}
+CROWDS = (1, 3, 12, 40, 100)
+"""Requests at once: products of each size have kernels of their own."""
+
+
+async def complete(engine: AsyncLLM, number: int) -> int:
+    params = SamplingParams(max_tokens=8, ignore_eos=True, top_p=0.9 if number % 3 == 2 else 1.0)
+    async for output in engine.generate({"prompt_token_ids": [5] * (10 + number)}, params):
+        if output.finished:
+            return len(output.outputs[0].token_ids)
+    raise AssertionError("the stream ended without an end")
+
+
+def test_compiling_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    args = AsyncEngineArgs(
+        model=str(tmp_path),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_num_seqs=128,
+        kv_cache_memory_bytes=1 << 28,
+        hang_seconds=4,
+    )
+
+    async def main() -> None:
+        async with AsyncLLM.from_engine_args(args) as engine:
+            for size in CROWDS:  # at once: nothing is prepared in idle moments
+                tasks = [asyncio.create_task(complete(engine, number)) for number in range(size)]
+                while not all(task.done() for task in tasks):
+                    await engine.check_health()
+                    await asyncio.sleep(0.05)
+                assert await asyncio.gather(*tasks) == [8] * size
+            stats, _ = await engine.get_stats()
+            assert stats.num_restarts == 0
+
+    asyncio.run(asyncio.wait_for(main(), 200))
