@@ -21,32 +21,25 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import product
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .hopper import (
+    AVAILABLE,
+    descriptor,
+    gdc_launch_dependents,
+    gdc_wait,
+    gl,
+    gluon,
+    mbarrier,
+    multiplies,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from .pdl import pdl_options
-
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:  # an experimental part of Triton may move; then cuBLAS serves these batches
-    AVAILABLE = False
-    gluon = SimpleNamespace(jit=lambda function: function, constexpr_function=lambda function: function)
-    gl = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
-    gdc_wait = gdc_launch_dependents = None
-else:
-    AVAILABLE = True
 
 
 class Tiling(NamedTuple):
@@ -114,9 +107,7 @@ def _with_ring(rows: int, block_tokens: int, in_features: int, shares: int, prog
 
 def chosen(x: Tensor, weight: Tensor, gated: bool = False) -> Tiling | None:
     """The tiling for x [tokens, in_features]; None where this kernel cannot or should not multiply."""
-    if not x.is_cuda or not _is_hopper(x.device) or weight.data_ptr() % 16 or x.data_ptr() % 16:
-        return None
-    if x.element_size() != 2:  # these instructions multiply 16 bit numbers
+    if not multiplies(x, weight):
         return None
     out_features = len(weight) // 2 if gated else len(weight)
     return tiling(len(x), out_features, x.shape[1], gated)
@@ -125,11 +116,6 @@ def chosen(x: Tensor, weight: Tensor, gated: bool = False) -> Tiling | None:
 def parts_of(tiling: Tiling, out_features: int) -> int:
     """Parts in which a product leaves the sums of its results' squares."""
     return -(-out_features // tiling.rows)
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @gluon.jit
@@ -311,18 +297,6 @@ def _arrivals(device: torch.device) -> Tensor:
     return torch.zeros(4096, dtype=torch.int32, device=device)
 
 
-@cache
-def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> object:
-    return gl.NVMMASharedLayout.get_default_for(
-        [rows, columns], gl.float16 if dtype == torch.float16 else gl.bfloat16
-    )
-
-
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> object:
-    layout = _shared_layout(rows, columns, matrix.dtype)
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], layout)
-
-
 def medium_batch_linear(
     x: Tensor,
     weight: Tensor,
@@ -356,8 +330,8 @@ def medium_batch_linear(
         size = token_tiles * tiles * shares * block_tokens * rows
         sums = torch.empty(size, dtype=torch.float32, device=x.device)
     _medium_batch_kernel[tiles, shares, token_tiles](
-        _descriptor(x, block_tokens, block_k),
-        _descriptor(weight, outputs, block_k),
+        descriptor(x, block_tokens, block_k),
+        descriptor(weight, outputs, block_k),
         x if bias is None else bias,
         out,
         out,

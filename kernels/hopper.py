@@ -1,0 +1,76 @@
+"""What kernels of warpgroup instructions share: the names of Gluon, if there is Gluon, and descriptors.
+
+Gluon is an experimental part of Triton, which may move; `AVAILABLE` says whether it is where it was.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:
+    AVAILABLE = False
+    gluon = SimpleNamespace(jit=lambda function=None, **_: function or (lambda kernel: kernel))
+    gl = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = fence_async_shared = TensorDescriptor = None
+    gdc_wait = gdc_launch_dependents = None
+else:
+    AVAILABLE = True
+
+__all__ = [
+    "AVAILABLE",
+    "TensorDescriptor",
+    "descriptor",
+    "fence_async_shared",
+    "gdc_launch_dependents",
+    "gdc_wait",
+    "gl",
+    "gluon",
+    "is_hopper",
+    "mbarrier",
+    "multiplies",
+    "shared_layout",
+    "tma",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether the instructions and bulk copies can take these matrices, but for their numbers of columns."""
+    if not x.is_cuda or not is_hopper(x.device) or weight.data_ptr() % 16 or x.data_ptr() % 16:
+        return False
+    return x.element_size() == 2 and x.is_contiguous()  # they multiply 16 bit numbers
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
+def shared_layout(rows: int, columns: int, dtype: torch.dtype) -> object:
+    """Of a tile in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for(
+        [rows, columns], gl.float16 if dtype == torch.float16 else gl.bfloat16
+    )
+
+
+def descriptor(matrix: Tensor, rows: int, columns: int) -> object:
+    """Of `matrix`, for copies of tiles of so many rows and columns."""
+    layout = shared_layout(rows, columns, matrix.dtype)
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], layout)
