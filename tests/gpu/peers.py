@@ -85,7 +85,9 @@ def make_peer(name: str, folder: Path) -> Peer:
             noise = torch.randn_like(parameter, dtype=torch.float32) * (0.2 if is_norm else 0.06) + is_norm
             parameter.copy_(noise.bfloat16())
     model.to(torch.bfloat16).save_pretrained(folder)
-    return Peer(folder, model.float().cuda().eval())
+    # Read again: the conversion has rounded this one's rotary frequencies, too.
+    wide = type(model).from_pretrained(folder, dtype=torch.float32)
+    return Peer(folder, wide.cuda().eval())
 
 
 @torch.no_grad()

@@ -128,7 +128,8 @@ def make_model(name: str, folder: Path) -> Any:
             noise = torch.randn_like(parameter, dtype=torch.float32) * (0.2 if is_norm else 0.05) + is_norm
             parameter.copy_(noise.bfloat16())
     model.to(torch.bfloat16).save_pretrained(folder)
-    return model.float().cuda().eval()
+    # Read again: the conversion has rounded this one's rotary frequencies, too.
+    return type(model).from_pretrained(folder, dtype=torch.float32).cuda().eval()
 
 
 def make_prompts() -> list[list[int]]:
