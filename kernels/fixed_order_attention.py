@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .jit import INTERPRETED, tl, triton
+from .dot import dot
+from .jit import tl, triton
 from .pdl import allow_next, pdl_options, wait_previous
 
 CHUNK = 256
@@ -143,15 +144,6 @@ def _stages(head_dim: int, dtype: torch.dtype) -> int:
 
 
 @triton.jit
-def _dot(a, b, total):
-    """The interpreter multiplies bfloat16 wrongly. float32 is not rounded to fewer bits."""
-    if INTERPRETED:
-        return total + tl.dot(a.to(tl.float32), b.to(tl.float32))
-    else:
-        return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
 def _attend(
     q,
     highest,
@@ -189,7 +181,7 @@ def _attend(
         mask = (key < end)[:, None] & (column < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + place, mask=mask, other=0.0)
         v = tl.load(v_ptr + place, mask=mask, other=0.0)
-    scores = _dot(q, tl.trans(k), tl.zeros([q.shape[0], TILE], tl.float32))
+    scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], TILE], tl.float32))
     if not ALL_SEEN:
         seen = key[None, :] <= position[:, None]
         scores = tl.where(seen, scores, -1e30)
@@ -199,7 +191,7 @@ def _attend(
         weights = tl.where(seen, weights, 0.0)
     kept = tl.exp2(highest - higher)
     total = tl.fma(total, kept, tl.sum(weights, 1))
-    values = _dot(weights.to(v.dtype), v, values * kept[:, None])
+    values = dot(weights.to(v.dtype), v, values * kept[:, None])
     return higher, total, values
 
 
@@ -212,6 +204,27 @@ def _merge(highest, total, values, more_highest, more_total, more_values):
     total = tl.fma(more_total, weight, total * kept)
     wide = tl.broadcast_to(weight[:, None], values.shape)
     return higher, total, tl.fma(more_values, wide, values * kept[:, None])
+
+
+@triton.jit
+def _walk(
+    q, highest, total, values, chunk_highest, chunk_total, chunk_values, begin, stop,
+    end, position, k_ptr, v_ptr, table_ptr, scale,
+    STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, ALL_SEEN: tl.constexpr,
+):  # fmt: skip
+    """Attend to the tiles of keys from `begin` to `stop`; merge every chunk that is complete with the rest."""
+    for at in range(begin, stop, TILE):
+        chunk_highest, chunk_total, chunk_values = _attend(
+            q, chunk_highest, chunk_total, chunk_values, at, end, position, k_ptr, v_ptr, table_ptr,
+            scale, STRIDE, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, ALL_SEEN,
+        )  # fmt: skip
+        if (at + TILE) % CHUNK == 0:
+            highest, total, values = _merge(highest, total, values, chunk_highest, chunk_total, chunk_values)
+            chunk_highest = tl.full(chunk_highest.shape, -1e30, tl.float32)
+            chunk_total = tl.zeros(chunk_total.shape, tl.float32)
+            chunk_values = tl.zeros(chunk_values.shape, tl.float32)
+    return highest, total, values, chunk_highest, chunk_total, chunk_values
 
 
 @triton.jit(do_not_specialize=["table_stride", "max_chunks"])
@@ -325,30 +338,16 @@ def _fixed_order_kernel(
             chunk_values = tl.load(partial + at * HEAD_DIM, mask=whole, other=0.0, cache_modifier=".cg")
     else:
         seen_by_all = context // TILE * TILE
-        for at in range(0, seen_by_all, TILE):
-            chunk_highest, chunk_total, chunk_values = _attend(
-                q, chunk_highest, chunk_total, chunk_values, at, end, position, k_ptr, v_ptr, table_ptr,
-                scale, STRIDE, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, True,
-            )  # fmt: skip
-            if (at + TILE) % CHUNK == 0:
-                highest, total, values = _merge(
-                    highest, total, values, chunk_highest, chunk_total, chunk_values
-                )
-                chunk_highest = tl.full([ROWS], -1e30, tl.float32)
-                chunk_total = tl.zeros([ROWS], tl.float32)
-                chunk_values = tl.zeros([ROWS, WIDTH], tl.float32)
-        for at in range(seen_by_all, end, TILE):
-            chunk_highest, chunk_total, chunk_values = _attend(
-                q, chunk_highest, chunk_total, chunk_values, at, end, position, k_ptr, v_ptr, table_ptr,
-                scale, STRIDE, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, False,
-            )  # fmt: skip
-            if (at + TILE) % CHUNK == 0:
-                highest, total, values = _merge(
-                    highest, total, values, chunk_highest, chunk_total, chunk_values
-                )
-                chunk_highest = tl.full([ROWS], -1e30, tl.float32)
-                chunk_total = tl.zeros([ROWS], tl.float32)
-                chunk_values = tl.zeros([ROWS, WIDTH], tl.float32)
+        highest, total, values, chunk_highest, chunk_total, chunk_values = _walk(
+            q, highest, total, values, chunk_highest, chunk_total, chunk_values, 0, seen_by_all,
+            end, position, k_ptr, v_ptr, table_ptr, scale,
+            STRIDE, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, CHUNK, True,
+        )  # fmt: skip
+        highest, total, values, chunk_highest, chunk_total, chunk_values = _walk(
+            q, highest, total, values, chunk_highest, chunk_total, chunk_values, seen_by_all, end,
+            end, position, k_ptr, v_ptr, table_ptr, scale,
+            STRIDE, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, CHUNK, False,
+        )  # fmt: skip
     _, total, values = _merge(highest, total, values, chunk_highest, chunk_total, chunk_values)
     out_place = ((start + token).to(tl.int64) * HEADS + head) * HEAD_DIM
     tl.store(

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .dot import dot
 from .fused_linear import ACTIVATIONS
-from .jit import INTERPRETED, tl, triton
+from .jit import tl, triton
 from .pdl import allow_next, pdl_options, wait_previous
 from .vector_linear import Activation
 
@@ -218,15 +219,6 @@ def _can_describe(x: Tensor) -> bool:
 
 
 @triton.jit
-def _dot(a, b, total):
-    """The interpreter multiplies bfloat16 wrongly. float32 is not rounded to fewer bits."""
-    if INTERPRETED:
-        return total + tl.dot(a.to(tl.float32), b.to(tl.float32))
-    else:
-        return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
 def _prefetch(pointers):
     """Bring the lines at `pointers` to the second-level cache."""
     tl.inline_asm_elementwise(
@@ -269,7 +261,7 @@ def _run(
             exists = start + column < length
             w = tl.load(weights + k[None, :], mask=exists[None, :], other=0.0)
             tokens = tl.load(x + k[:, None], mask=inside & exists[:, None], other=0.0)
-        total = _dot(w, tokens, total)
+        total = dot(w, tokens, total)
     return total
 
 
@@ -289,7 +281,7 @@ def _described_run(
     total = tl.zeros([FEATURES, TOKENS], tl.float32)
     for start in range(0, length, COLUMNS):
         w = weights.load([feature, first + start])
-        total = _dot(w, x.load([token, first + start]).T, total)
+        total = dot(w, x.load([token, first + start]).T, total)
     return total
 
 
