@@ -213,7 +213,7 @@ def _walk(
     STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr, ALL_SEEN: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the tiles of keys from `begin` to `stop`; merge every chunk that is complete with the rest."""
+    """Attend to the keys from `begin` to `stop`; merge every chunk that is complete with the rest."""
     for at in range(begin, stop, TILE):
         chunk_highest, chunk_total, chunk_values = _attend(
             q, chunk_highest, chunk_total, chunk_values, at, end, position, k_ptr, v_ptr, table_ptr,
