@@ -204,6 +204,17 @@ def _medium_batch_kernel(
         tma.async_copy_global_to_shared(
             x_desc, [first_token, (begin + i) * BLOCK_K], bars.index(i), x.index(i), i < steps
         )
+    # What this program will store, and what is added to it then: loaded now, it is there in time.
+    OUT: gl.constexpr = _out_layout(SHARES, WARPS)
+    output = first + gl.arange(0, OUTPUTS, layout=gl.SliceLayout(0, OUT))
+    taken = share * (TOKENS // SHARES) + gl.arange(0, TOKENS // SHARES, layout=gl.SliceLayout(1, OUT))
+    token = first_token + taken
+    inside = (token < tokens)[:, None] & (output < N)[None, :]
+    place = token[:, None] * N + output[None, :]
+    if HAS_RESIDUAL:
+        residual = gl.load(residual_ptr + place, mask=inside, other=0.0)
+    if HAS_BIAS:
+        bias = gl.load(bias_ptr + output, mask=output < N, other=0.0)
     sums = gl.zeros([ROWS, TOKENS], gl.float32, ACC)
     if PARTS > 0:
         scale = _scales(parts_ptr, tokens, first_token, eps, K, PARTS, TOKENS, WARPS)
@@ -229,30 +240,29 @@ def _medium_batch_kernel(
         gate, up = gl.split(gl.permute(gl.reshape(sums, [2, OUTPUTS, TOKENS]), [1, 2, 0]))
         sums = gate / (1.0 + gl.exp(-gate)) * up
     if SHARES == 1:
-        # Neighbours in a row of the output in one thread.
-        WIDE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
-        sums = gl.permute(gl.convert_layout(sums, WIDE), [1, 0])
+        sums = gl.convert_layout(gl.permute(sums, [1, 0]), OUT)
     else:
         tile = gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)
-        sums = _add_up(sums, sums_ptr, arrivals_ptr + tile, tile, share, ROWS, TOKENS, SHARES, WARPS)
-        first_token += share * (TOKENS // SHARES)
-    OUT_LAYOUT: gl.constexpr = sums.type.layout
-    TAKEN: gl.constexpr = sums.shape[0]
-    output = first + gl.arange(0, OUTPUTS, layout=gl.SliceLayout(0, OUT_LAYOUT))
-    token = first_token + gl.arange(0, TAKEN, layout=gl.SliceLayout(1, OUT_LAYOUT))
-    inside = (token < tokens)[:, None] & (output < N)[None, :]
-    place = token[:, None] * N + output[None, :]
+        sums = _add_up(sums, sums_ptr, arrivals_ptr + tile, tile, share, taken, ROWS, TOKENS, SHARES, OUT)
     if HAS_BIAS:
-        sums += gl.load(bias_ptr + output, mask=output < N, other=0.0).to(gl.float32)[None, :]
+        sums += bias.to(gl.float32)[None, :]
     if RELU:
         sums = gl.maximum(sums, 0.0)
     if HAS_RESIDUAL:
-        sums += gl.load(residual_ptr + place, mask=inside, other=0.0).to(gl.float32)
+        sums += residual.to(gl.float32)
     rounded = sums.to(out_ptr.dtype.element_ty)
     gl.store(out_ptr + place, rounded, mask=inside)
     if SQUARES:
         sums = gl.where(inside, rounded.to(gl.float32), 0.0)
         gl.store(squares_ptr + gl.program_id(0) * tokens + token, gl.sum(sums * sums, 1), mask=token < tokens)
+
+
+@gluon.constexpr_function
+def _out_layout(shares, warps):
+    """Of [tokens, outputs]: neighbours in a row in one thread."""
+    if shares == 1:
+        return gl.BlockedLayout([1, 8], [4, 8], [warps, 1], [1, 0])
+    return gl.BlockedLayout([1, 4], [1, 32], [warps, 1], [1, 0])
 
 
 @gluon.jit
@@ -262,12 +272,13 @@ def _add_up(
     arrivals,
     tile,
     share,
+    taken,
     ROWS: gl.constexpr,
     TOKENS: gl.constexpr,
     SHARES: gl.constexpr,
-    WARPS: gl.constexpr,
+    OUT: gl.constexpr,
 ):
-    """The sums over all columns of this share's tokens, [TOKENS // SHARES, ROWS]."""
+    """The sums over all columns of this share's tokens `taken`, [TOKENS // SHARES, ROWS]."""
     ACC: gl.constexpr = sums.type.layout
     sums_ptr += tile * SHARES * TOKENS * ROWS
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, ACC))
@@ -277,11 +288,8 @@ def _add_up(
     gl.atomic_add(arrivals, 1, sem="release", scope="gpu")
     while gl.atomic_add(arrivals, 0, sem="acquire", scope="gpu") < SHARES:
         pass
-    TAKEN: gl.constexpr = TOKENS // SHARES
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, WIDE))
-    token = share * TAKEN + gl.arange(0, TAKEN, layout=gl.SliceLayout(1, WIDE))
-    place = sums_ptr + token[:, None] * ROWS + row[None, :]
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, OUT))
+    place = sums_ptr + taken[:, None] * ROWS + row[None, :]
     total = gl.load(place, cache_modifier=".cg")
     for i in gl.static_range(1, SHARES):
         total += gl.load(place + i * TOKENS * ROWS, cache_modifier=".cg")
