@@ -40,19 +40,21 @@ class Tiling(NamedTuple):
 
 @cache
 def tiling(out_features: int, in_features: int, gated: bool) -> Tiling:
-    """Loads of eight weights by each thread, in few and large programs.
+    """The best, or nearly, of a sweep over the models of scripts/models on an H200.
 
-    Up to 2048 columns that are no power of two each warp has rows of its own: their sums need no other warp.
-    More are shared by all warps of a program, as few as 96 weights a thread (48 registers) allow, gated 128;
-    where 16 warps are not enough, 2 rows and up to 128 weights: 28 us against 38 for Llama-3.1-8B's down
-    projection.
+    Below 2048 columns each warp has rows of its own: their sums need no other warp. Programs are few and
+    large, but where rows are few. More columns are shared by all warps of a program, as few as 96 weights a
+    thread (48 registers) allow, gated 128; where 16 warps are not enough, 2 rows and up to 128 weights: 28 us
+    against 38 for Llama-3.1-8B's down projection.
     """
     halves = 2 if gated else 1
     block_k = _block_k(in_features)
-    if in_features <= 2048 and block_k < 1024:
-        if out_features < 2048:
+    if in_features < 2048:
+        if not gated and out_features < 2048:
             return Tiling(1, 2, min(block_k, 256), 2)
-        return Tiling(1 if gated or out_features > 8192 else 2, 8, min(block_k, 256), 8)
+        return Tiling(1 if gated and in_features > 1024 else 2, 8, min(block_k, 256), 8)
+    if 2048 < in_features <= 4096 and out_features < 2048 and not gated:
+        return Tiling(1, 4, 512, 8)
     rows = 4
     while rows > 1 and triton.cdiv(out_features, rows) < 132:
         rows //= 2
