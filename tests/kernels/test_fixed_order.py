@@ -10,7 +10,6 @@ import torch
 from headrace.kernels import fixed_order_attention as attention
 from headrace.kernels import fixed_order_linear as linear
 from headrace.kernels.fixed_order_linear import Tiling
-from headrace.kernels.fused_linear import ACTIVATIONS
 from headrace.kernels.vector_linear import Activation
 from torch import Tensor
 
@@ -34,8 +33,8 @@ def test_linear(
     x, weight, bias = torch.randn(tokens, k), torch.randn(n, k) * k**-0.5, torch.randn(n)
     x, weight, bias = (tensor.to(device, dtype) for tensor in (x, weight, bias))
     residual = torch.randn(tokens, n).to(device, dtype)
-    product = x.double() @ weight.double().T + bias.double()
-    expected = ACTIVATIONS[activation](product) + residual.double()
+    wide = (tensor.double() for tensor in (x, weight, bias))
+    expected = linear.fixed_order_linear_reference(*wide, activation=activation) + residual.double()
     workspace = linear.Workspace.empty(device)
     described = [Tiling(64, 16, 64, 4, 2, descriptors=True)] if k % 8 == 0 else []
     for how in (None, Tiling(64, 16, 64, 4, 2), *described):
