@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Callable
 
@@ -14,49 +13,9 @@ from headrace.ipc.config import EngineConfig
 from headrace.ipc.errors import ErrorInfo, RequestError
 from headrace.ipc.messages import FailedRow, FinishReason, Sampling, StepPlan, StepResult, pack, unpack
 
+from .plans import MakeScheduler, add, answer, counts, schedule
+
 MakeConfig = Callable[..., EngineConfig]
-MakeScheduler = Callable[..., Scheduler]
-
-
-@pytest.fixture
-def make(make_config: MakeConfig) -> MakeScheduler:
-    def make_scheduler(num_blocks: int = 16, **changes: object) -> Scheduler:
-        config = make_config(**changes)
-        return Scheduler(config, num_blocks, config.max_model_len)
-
-    return make_scheduler
-
-
-def add(
-    scheduler: Scheduler,
-    length: int,
-    max_tokens: int = 8,
-    *,
-    first: int = 0,
-    min_tokens: int = 0,
-    priority: int = 0,
-) -> Request:
-    """A request whose prompt counts up from `first`."""
-    sampling = Sampling(eos_token_id=900, stop_token_ids=[901], min_tokens=min_tokens)
-    tokens = array("i", range(first, first + length))
-    request = Request(b"", 0, tokens, sampling, max_tokens, priority)
-    scheduler.add(request)
-    return request
-
-
-def schedule(scheduler: Scheduler) -> StepPlan:
-    plan = scheduler.schedule(0.0)
-    assert plan is not None
-    return plan
-
-
-def counts(plan: StepPlan) -> list[int]:
-    assert plan.num_tokens is not None
-    return list(unpack(plan.num_tokens))
-
-
-def answer(scheduler: Scheduler, plan: StepPlan, *tokens: int) -> Outputs:
-    return scheduler.update(StepResult(plan.step, pack(tokens)))
 
 
 def test_steady_decoding_sends_no_columns(make: MakeScheduler) -> None:

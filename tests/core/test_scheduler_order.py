@@ -2,68 +2,14 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 from headrace.core.request import Deadlines, Phase, Request
 from headrace.core.scheduler import Pause, Scheduler
-from headrace.core.steps import Ended, Outputs
-from headrace.ipc.config import EngineConfig
+from headrace.core.steps import Ended
 from headrace.ipc.errors import OverloadedError
-from headrace.ipc.messages import FinishReason, Sampling, StepPlan, StepResult, pack, unpack
+from headrace.ipc.messages import FinishReason, StepPlan, unpack
 
-MakeConfig = Callable[..., EngineConfig]
-MakeScheduler = Callable[..., Scheduler]
-
-
-@pytest.fixture
-def make(make_config: MakeConfig) -> MakeScheduler:
-    def make_scheduler(num_blocks: int = 16, **changes: object) -> Scheduler:
-        config = make_config(**changes)
-        return Scheduler(config, num_blocks, config.max_model_len)
-
-    return make_scheduler
-
-
-def add(
-    scheduler: Scheduler,
-    length: int,
-    max_tokens: int = 8,
-    *,
-    first: int = 0,
-    min_tokens: int = 0,
-    priority: int = 0,
-    client: bytes = b"",
-    arrival: float = 0.0,
-    skip: bool = False,
-    **changes: Any,
-) -> Request:
-    """A request whose prompt counts up from `first`."""
-    sampling = Sampling(
-        eos_token_id=900, stop_token_ids=[901], min_tokens=min_tokens, skip_reading_prefix_cache=skip
-    )
-    tokens = array("i", range(first, first + length))
-    request = Request(client, 0, tokens, sampling, max_tokens, priority, arrival, **changes)
-    scheduler.add(request)
-    return request
-
-
-def schedule(scheduler: Scheduler) -> StepPlan:
-    plan = scheduler.schedule(0.0)
-    assert plan is not None
-    return plan
-
-
-def counts(plan: StepPlan) -> list[int]:
-    assert plan.num_tokens is not None
-    return list(unpack(plan.num_tokens))
-
-
-def answer(scheduler: Scheduler, plan: StepPlan, *tokens: int) -> Outputs:
-    return scheduler.update(StepResult(plan.step, pack(tokens)))
-
+from .plans import MakeScheduler, add, answer, counts, schedule
 
 # --- order ------------------------------------------------------------------------------------------------
 
