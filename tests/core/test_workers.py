@@ -18,7 +18,6 @@ from headrace.core.ranks import WorkerError
 from headrace.core.workers import MAX_RESTARTS, Workers
 from headrace.ipc.config import EngineConfig
 from headrace.ipc.messages import Admit, Progress, Sampling, StepPlan, StepResult, pack
-from triton.backends.nvidia.compiler import get_ptxas
 
 MakeConfig = Callable[..., EngineConfig]
 BABBLER = """
@@ -201,8 +200,9 @@ def test_a_kernel_that_is_compiled_is_no_hang_unless_it_takes_too_long(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    triton = pytest.importorskip("triton.backends.nvidia.compiler")
     slow, ptxas = tmp_path / "slow", tmp_path / "ptxas"
-    ptxas.write_text(SLOW_ASSEMBLER.format(slow=slow, ptxas=get_ptxas(90).path))
+    ptxas.write_text(SLOW_ASSEMBLER.format(slow=slow, ptxas=triton.get_ptxas(90).path))
     ptxas.chmod(0o700)
     for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
         monkeypatch.setenv(name, str(ptxas))
