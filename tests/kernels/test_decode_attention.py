@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from headrace.kernels.decode_attention import DecodeTuning, decode_attention, decode_attention_reference
-from headrace.kernels.decode_plan import DecodePlan, plan_decode
+from headrace.kernels.decode_plan import MANY_ROWS, DecodePlan, plan_decode
 from torch import Tensor
 
 BF16 = 1 / 64
@@ -125,6 +125,20 @@ def test_many_rows_are_cut_less(device: torch.device) -> None:
     assert_close(out, expected)
 
 
+def test_of_very_many_rows_the_longest_come_first(device: torch.device) -> None:
+    lens = [1 + 61 * row % 90 for row in range(MANY_ROWS)] + [0, 700, 0, 433]
+    case = Case(device, lens, 2, 1, 16, False)
+    expected, *_ = case.expected()
+    assert_close(case.run()[case.seq_lens > 0], expected[case.seq_lens > 0])
+    work = case.plan.work.cpu()
+    lengths = (work[:, 3] - work[:, 2])[work[:, 0] >= 0].tolist()
+    assert lengths[:5] == [256, 256, 188, 256, 177], (
+        "pieces of the longest rows first, a row's of equal length"
+    )
+    rest = [-(-length // 64) for length in lengths[5:]]
+    assert rest == sorted(rest, reverse=True)
+
+
 def test_rows_elsewhere_in_the_tables_and_rows_left_out(device: torch.device) -> None:
     case = Case(device, [40, 100, 7], 4, 2, 32, False)
     expected, *_ = case.expected()
@@ -147,7 +161,7 @@ def test_tunings_agree(device: torch.device, tuning: DecodeTuning, reads_ahead: 
 
 def test_the_plan_fits_any_lengths(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(1)
-    for rows, kv_heads in ((1, 8), (3, 2), (64, 8), (100, 12)):
+    for rows, kv_heads in ((1, 8), (3, 2), (64, 8), (100, 12), (129, 2), (256, 8)):
         plan = DecodePlan.empty(rows, kv_heads, kv_heads, 16, device)
         for longest in (1, 100, 5000, 100_000):
             seq_lens = torch.randint(1, longest + 1, (rows,), generator=generator, dtype=torch.int32)
