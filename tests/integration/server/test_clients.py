@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -147,6 +148,17 @@ def test_errors_have_the_clients_types(client: openai.OpenAI) -> None:
     broken: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
     with pytest.raises(openai.BadRequestError):
         ask(response_format=broken)
+
+
+def test_a_structural_tag_as_response_format(client: openai.OpenAI) -> None:
+    tag = {"type": "tag", "begin": "<n>", "content": {"type": "regex", "pattern": "[0-9]{3}"}, "end": "</n>"}
+    form: Any = {"type": "structural_tag", "format": tag}
+    answer = client.chat.completions.create(
+        model="demo", messages=HELLO, max_tokens=30, extra_body={"response_format": form}
+    )
+    content = answer.choices[0].message.content
+    assert content is not None
+    assert re.fullmatch("<n>[0-9]{3}</n>", content)
 
 
 def test_langchain(demo: Any) -> None:

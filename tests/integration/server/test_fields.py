@@ -136,17 +136,6 @@ def test_offsets_of_tokens(http: httpx.Client) -> None:
     assert post(http, "/tokenize", prompt=text)["token_offsets"] is None
 
 
-def test_a_structural_tag_as_response_format(demo: Server) -> None:
-    tag = {"type": "tag", "begin": "<n>", "content": {"type": "regex", "pattern": "[0-9]{3}"}, "end": "</n>"}
-    form = {"type": "structural_tag", "format": tag}
-    body = {"messages": TALK[:1], "max_tokens": 30, "response_format": form}
-    with demo.client() as client:
-        content = post(client, "/v1/chat/completions", **body)["choices"][0]["message"]["content"]
-    assert content.startswith("<n>")
-    assert content.endswith("</n>")
-    assert content[3:6].isdigit()
-
-
 def test_timings_of_a_request(serve: Callable[..., Server], http: httpx.Client) -> None:
     body = {"prompt": [5, 6, 7], "max_tokens": 9, "ignore_eos": True}
     stream = {**body, "stream": True, "stream_options": {"include_usage": True}}
