@@ -11,8 +11,9 @@ import signal
 import time
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -320,6 +321,7 @@ def test_a_rank_that_fails_is_named_and_replaced(
                 assert regrets(model, [prompt], [tokens]).max() < 0.5
                 told = near_tie(model, prompt, expected, tokens) or "the tokens of an undisturbed run"
                 print(f"{ranks} ranks, {how.name}: noticed after {seconds:.2f} s: {trouble!r}; {told}")
+            assert {host for rank in await pids(engine) for host in listens_at(rank)} <= {"127.0.0.1", "::1"}
 
     run(main(), 200)
 
@@ -331,8 +333,7 @@ async def break_rank(
 
     Its peers spin in their kernels, and are ended all the same. Waits for `words`, or half a minute.
     """
-    pid = (await engine.collective_rpc("rank"))[-1]["pid"]
-    assert isinstance(pid, int)
+    pid = (await pids(engine))[-1]
     begun = asyncio.Event()
     task = asyncio.create_task(complete(engine, prompt, 900, begun, **GREEDY))
     await begun.wait()
@@ -342,6 +343,17 @@ async def break_rank(
         trouble = await trouble_of(engine) or trouble
     seconds = time.monotonic() - began
     return await task, trouble, seconds
+
+
+async def pids(engine: AsyncLLM) -> list[int]:
+    """Of the ranks."""
+    return [cast(int, rank["pid"]) for rank in await engine.collective_rpc("rank")]
+
+
+def listens_at(pid: int) -> set[str]:
+    """Addresses of this host at which a process can be reached over TCP."""
+    connections = psutil.Process(pid).net_connections("tcp")
+    return {each.laddr[0] for each in connections if each.status == psutil.CONN_LISTEN}
 
 
 async def trouble_of(engine: AsyncLLM) -> str:
