@@ -150,7 +150,7 @@ def connect(
     if device.type == "cuda":
         os.environ["NCCL_NVLS_ENABLE"] = "0"  # NVLink multicast: a fault in it takes the whole host along
         # All ranks are on this host: nobody else is to reach them, or their state, which NCCL would tell.
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "=lo")
         os.environ.setdefault("NCCL_RAS_ENABLE", "0")
         # Before products that are launched at the same time: those fill the GPU, and its peers wait.
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
