@@ -31,7 +31,7 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 except ImportError:  # an experimental part of Triton may move; then `paged_prefill` serves prompts
     AVAILABLE = False
-    gluon = SimpleNamespace(jit=lambda function: function, constexpr_function=lambda function: function)
+    gluon = SimpleNamespace(jit=lambda function=None, **_: function or (lambda f: f), constexpr_function=lambda function: function)
     gl = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
 else:
     AVAILABLE = True
@@ -61,15 +61,15 @@ def _exp2(x):
 
 
 @gluon.jit
-def _piece(item, tiles_ptr, query_start_ptr, seq_lens_ptr, HEADS: gl.constexpr):
+def _piece(item, tiles_ptr, query_start_ptr, seq_lens_ptr, heads):
     """A piece of work: head, row, first query token, its row's start, query tokens and tokens."""
-    tile = item // HEADS
+    tile = item // heads
     row = gl.load(tiles_ptr + 2 * tile)
     first = gl.load(tiles_ptr + 2 * tile + 1)
     used = gl.maximum(row, 0)
     start = gl.load(query_start_ptr + used)
     queries = gl.load(query_start_ptr + used + 1) - start
-    return item % HEADS, row, first, start, queries, gl.load(seq_lens_ptr + used)
+    return item % heads, row, first, start, queries, gl.load(seq_lens_ptr + used)
 
 
 @gluon.jit
@@ -104,8 +104,8 @@ def _load_block(
 
 @gluon.jit
 def _produce(
-    qkv_desc, k_desc, v_desc, rings, rows, table_rows_ptr, block_tables_ptr, table_stride, items,
-    HEADS: gl.constexpr, KV_HEADS: gl.constexpr, BLOCK_SIZE: gl.constexpr,
+    qkv_desc, k_desc, v_desc, rings, rows, table_rows_ptr, block_tables_ptr, table_stride, items, heads, kv_heads,
+    BLOCK_SIZE: gl.constexpr,
 ):  # fmt: skip
     """Fill the rings: for each piece its queries, then its blocks of keys and values, the last ones first."""
     q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
@@ -124,12 +124,12 @@ def _produce(
         item = _item(turn, programs)
         if item < items:
             head, row, first, start, queries, tokens = _piece(
-                item, tiles_ptr, query_start_ptr, seq_lens_ptr, HEADS
+                item, tiles_ptr, query_start_ptr, seq_lens_ptr, heads
             )
             if row >= 0:
                 context = tokens - queries
                 table = block_tables_ptr + gl.load(table_rows_ptr + row).to(gl.int64) * table_stride
-                kv_head = head // (HEADS // KV_HEADS)
+                kv_head = head // (heads // kv_heads)
                 end = gl.minimum(context + first + CONSUMERS * ROWS, tokens)
                 blocks = (end + BLOCK - 1) // BLOCK
                 mbarrier.wait(q_empty, (pieces & 1) ^ 1)
@@ -149,14 +149,14 @@ def _produce(
                     mbarrier.expect(k_full.index(stage), BLOCK_BYTES)
                     _load_block(
                         qkv_desc, k_desc, k.index(stage), k_full.index(stage), table, block, qkv_row,
-                        (HEADS + kv_head) * HEAD_DIM, kv_head * HEAD_DIM, tokens, in_step,
+                        (heads + kv_head) * HEAD_DIM, kv_head * HEAD_DIM, tokens, in_step,
                         BLOCK_SIZE,
                     )  # fmt: skip
                     mbarrier.wait(v_empty.index(stage), phase ^ 1)
                     mbarrier.expect(v_full.index(stage), BLOCK_BYTES)
                     _load_block(
                         qkv_desc, v_desc, v.index(stage), v_full.index(stage), table, block, qkv_row,
-                        (HEADS + KV_HEADS + kv_head) * HEAD_DIM, kv_head * HEAD_DIM, tokens, in_step,
+                        (heads + kv_heads + kv_head) * HEAD_DIM, kv_head * HEAD_DIM, tokens, in_step,
                         BLOCK_SIZE,
                     )  # fmt: skip
                     filled += 1
@@ -261,7 +261,7 @@ def _clear(values, count):
 
 @gluon.jit
 def _consume(
-    rings, rows, out_ptr, scale, items, HEADS: gl.constexpr, ME: gl.constexpr
+    rings, rows, out_ptr, scale, items, heads, ME: gl.constexpr
 ):  # fmt: skip
     """The part of one consumer of all pieces of the program."""
     q_tiles, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
@@ -287,7 +287,7 @@ def _consume(
         item = _item(turn, programs)
         if item < items:
             head, row, first, start, queries, tokens = _piece(
-                item, tiles_ptr, query_start_ptr, seq_lens_ptr, HEADS
+                item, tiles_ptr, query_start_ptr, seq_lens_ptr, heads
             )
             if row >= 0:
                 context = tokens - queries
@@ -341,13 +341,13 @@ def _consume(
                     result = gl.convert_layout((sums * share[:, None]).to(k.dtype), WIDE)
                     token = mine + gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
                     column = head * HEAD_DIM + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, WIDE))
-                    place = (start + token).to(gl.int64) * (HEADS * HEAD_DIM)
+                    place = (start + token).to(gl.int64) * (heads * HEAD_DIM)
                     gl.store(
                         out_ptr + place[:, None] + column[None, :], result, mask=(token < queries)[:, None]
                     )
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["table_stride", "items", "heads", "kv_heads"])
 def _prompt_attention_kernel(
     qkv_desc,  # [tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM]
     k_desc,  # [slots, KV_HEADS * HEAD_DIM]
@@ -361,8 +361,8 @@ def _prompt_attention_kernel(
     scale,  # times log2(e): the softmax is computed with exp2
     table_stride,
     items,
-    HEADS: gl.constexpr,
-    KV_HEADS: gl.constexpr,
+    heads,
+    kv_heads,
     HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     CONSUMERS: gl.constexpr,
@@ -392,17 +392,17 @@ def _prompt_attention_kernel(
     rows = (tiles_ptr, query_start_ptr, seq_lens_ptr)
     if CONSUMERS == 2:
         gl.warp_specialize(
-            [(_consume, (rings, rows, out_ptr, scale, items, HEADS, 0)), (_consume, (rings, rows, out_ptr, scale, items, HEADS, 1)), (_produce, (qkv_desc, k_desc, v_desc, rings, rows, table_rows_ptr, block_tables_ptr, table_stride, items, HEADS, KV_HEADS, BLOCK_SIZE))],
+            [(_consume, (rings, rows, out_ptr, scale, items, heads, 0)), (_consume, (rings, rows, out_ptr, scale, items, heads, 1)), (_produce, (qkv_desc, k_desc, v_desc, rings, rows, table_rows_ptr, block_tables_ptr, table_stride, items, heads, kv_heads, BLOCK_SIZE))],
             [4, 1],
             [REGISTERS, 24],
         )
     elif CONSUMERS == 3:
         gl.warp_specialize(
             [
-                (_consume, (rings, rows, out_ptr, scale, items, HEADS, 0)),
-                (_consume, (rings, rows, out_ptr, scale, items, HEADS, 1)),
-                (_consume, (rings, rows, out_ptr, scale, items, HEADS, 2)),
-                (_produce, (qkv_desc, k_desc, v_desc, rings, rows, table_rows_ptr, block_tables_ptr, table_stride, items, HEADS, KV_HEADS, BLOCK_SIZE)),
+                (_consume, (rings, rows, out_ptr, scale, items, heads, 0)),
+                (_consume, (rings, rows, out_ptr, scale, items, heads, 1)),
+                (_consume, (rings, rows, out_ptr, scale, items, heads, 2)),
+                (_produce, (qkv_desc, k_desc, v_desc, rings, rows, table_rows_ptr, block_tables_ptr, table_stride, items, heads, kv_heads, BLOCK_SIZE)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],
@@ -410,11 +410,11 @@ def _prompt_attention_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (rings, rows, out_ptr, scale, items, HEADS, 0)),
-                (_consume, (rings, rows, out_ptr, scale, items, HEADS, 1)),
-                (_consume, (rings, rows, out_ptr, scale, items, HEADS, 2)),
-                (_consume, (rings, rows, out_ptr, scale, items, HEADS, 3)),
-                (_produce, (qkv_desc, k_desc, v_desc, rings, rows, table_rows_ptr, block_tables_ptr, table_stride, items, HEADS, KV_HEADS, BLOCK_SIZE)),
+                (_consume, (rings, rows, out_ptr, scale, items, heads, 0)),
+                (_consume, (rings, rows, out_ptr, scale, items, heads, 1)),
+                (_consume, (rings, rows, out_ptr, scale, items, heads, 2)),
+                (_consume, (rings, rows, out_ptr, scale, items, heads, 3)),
+                (_produce, (qkv_desc, k_desc, v_desc, rings, rows, table_rows_ptr, block_tables_ptr, table_stride, items, heads, kv_heads, BLOCK_SIZE)),
             ],
             [4, 4, 4, 1],
             [REGISTERS, REGISTERS, REGISTERS, 24],
@@ -477,8 +477,8 @@ def prompt_attention(
         scale * 1.4426950408889634,
         block_tables.stride(0),
         items,
-        HEADS=heads,
-        KV_HEADS=kv_heads,
+        heads,
+        kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         CONSUMERS=used.consumers,
