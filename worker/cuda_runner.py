@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..ipc.config import EngineConfig
 from ..ipc.messages import Admit, Argument, Sampling, StepPlan, pack
-from ..kernels.causal_attention import padded_lengths
 from .constraints import ConstraintBuilder, Constraints
 from .device_slots import DeviceSlots, Work
 from .device_step import MORE_RESULTS, RESULTS, DeviceStep, Logits
@@ -168,10 +167,6 @@ class CudaRunner:
                 assert kind is not None
                 kind.record(size)
                 yield partial(kind.use, size)
-        longest = min(self._config.max_num_batched_tokens, self._step.slots.tokens.shape[1])
-        for length in padded_lengths(longest):
-            self._step.prepare_whole(length)
-            yield lambda: None
         for shape in packed:
             assert packed_graphs is not None
             yield partial(packed_graphs.use, shape)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..ipc.config import LogprobsMode
-from ..kernels.causal_attention import SHORTEST, padded_length, prepare
 from ..kernels.draw_tokens import draw_tokens
 from ..kernels.forbid_tokens import forbid_tokens
 from ..kernels.paged_attention import AttentionMetadata
@@ -55,7 +54,7 @@ class PackedTensors(NamedTuple):
     query_start: Tensor
     """[rows + 1], each row's first token in the step; the last is the number of tokens"""
     tiles: Tensor
-    """[2 * tiles], as `paged_prefill` takes them"""
+    """[2 * tiles], as `Packed` has them"""
     last: Tensor
     """[sampling rows], the last token of each in the step; then where prompt logprobs are wanted"""
     sampling_slots: Tensor
@@ -128,13 +127,13 @@ class DeviceStep:
         self._tp = tp or TensorParallel()
         device, on_gpu = slots.device, slots.device.type == "cuda"
         self._fused: Fused | FixedOrder | None = None
-        self._batch_invariant = batch_invariant
         if batch_invariant:
             room = len(slots.rows), slots.tokens.shape[1]
             self._fused = FixedOrder(model, caches, slots.block_tables, num_heads, *room)
-            self.tile_tokens = self._fused.tile_tokens
         elif on_gpu:
             self._fused = fuse(model, caches, slots.block_tables, num_heads, len(slots.rows))
+        if self._fused is not None:
+            self.tile_tokens = self._fused.tile_tokens
         self._sampler = Sampler(device, logprobs_mode)
         self._masks = MaskStage(device)
         self._logprobs_mode: LogprobsMode = logprobs_mode
@@ -148,7 +147,6 @@ class DeviceStep:
             torch.zeros_like(slots.counter),
         )
         self.staging = Staging(device)
-        self._whole_lengths: list[int] = []
         starts = torch.arange(len(slots.rows) + 1, dtype=torch.int32, device=device)
         self._each_row = starts
         self._each_tile = torch.stack((starts, torch.zeros_like(starts)), dim=1)
@@ -276,13 +274,13 @@ class DeviceStep:
         last_token = np.empty(len(order), np.int64)
         last_token[order] = query_start[1:] - 1
         num_decodes = int(work.continuing.sum())
-        tiled, whole = self._split(num_decodes, query_lens, starts, query_start)
+        tiled = np.arange(0 if self._fused is None else num_decodes, len(query_lens))
         tensors = PackedTensors(
             *self.staging.send(
                 work.slots[order],
                 starts,
                 query_start,
-                self._tiles(query_lens, tiled),
+                prompt_tiles(tiled, query_lens, starts, self.tile_tokens).reshape(-1),
                 np.concatenate((last_token[work.sampling], *_prompt_places(work, last_token))),
                 work.slots[work.sampling],
                 (work.starts + work.num_scheduled)[work.sampling],
@@ -290,7 +288,7 @@ class DeviceStep:
         )
         num_tokens, longest = int(query_start[-1]), int(query_lens.max())
         if self._fused is not None:
-            logits = self.run_packed(tensors, num_tokens, longest, num_decodes, whole)
+            logits = self.run_packed(tensors, num_tokens, longest, num_decodes)
             return None if logits is None else _divide(logits, work.num_sampling)
         inputs = self._packed_inputs(tensors, num_tokens, longest)
         meta = self._packed_metadata(inputs, tensors, query_lens, starts + query_lens)
@@ -306,20 +304,16 @@ class DeviceStep:
         num_tokens: int,
         longest: int,
         num_decodes: int,
-        whole: Sequence[tuple[int, int]],
     ) -> Logits | None:
         """Run the fused model; None when no row samples. Nothing here depends on what the tensors hold.
 
         Args:
             longest: at least the largest number of tokens of a row.
             num_decodes: so many rows come first that have one token each.
-            whole: the rows that are in no tile, as `Packed` has them.
         """
         assert self._fused is not None
         inputs = self._packed_inputs(tensors, num_tokens, longest)
-        step = Packed(
-            inputs, tensors.slots, tensors.query_start, num_decodes, tensors.tiles.view(-1, 2), whole
-        )
+        step = Packed(inputs, tensors.slots, tensors.query_start, num_decodes, tensors.tiles.view(-1, 2))
         logits = self._fused.packed(step, tensors.last)
         return None if logits is None else Logits(logits, tensors.sampling_slots, tensors.sampling_ends)
 
@@ -336,30 +330,6 @@ class DeviceStep:
             num_tokens,
             longest,
         )
-
-    def _split(
-        self, num_decodes: int, query_lens: I64, starts: I64, query_start: I64
-    ) -> tuple[I64, list[tuple[int, int]]]:
-        """Which rows are for `paged_prefill`, and where those for `causal_attention` are."""
-        if self._fused is None:
-            return np.arange(len(query_lens)), []
-        whole = (starts == 0) & (query_lens >= SHORTEST)
-        whole &= np.isin([padded_length(length) for length in query_lens.tolist()], self._whole_lengths)
-        whole[:num_decodes] = False
-        tiled = ~whole
-        tiled[:num_decodes] = False
-        places = [(int(query_start[row]), int(query_lens[row])) for row in np.flatnonzero(whole)]
-        return np.flatnonzero(tiled), places
-
-    def prepare_whole(self, length: int) -> None:
-        """Prompts that are computed at this padded length may from now on go to `causal_attention`."""
-        blocks, heads, head_dim = self._caches[0][0], self._model.num_kv_heads, self._model.head_dim
-        if self._batch_invariant:
-            return
-        if self._fused is not None and prepare(
-            length, self.num_heads, heads, head_dim, head_dim**-0.5, blocks.dtype, blocks.device
-        ):
-            self._whole_lengths.append(length)
 
     def prepare_rules(self) -> None:
         """Compile what the first step with rules would otherwise wait for."""
@@ -392,13 +362,6 @@ class DeviceStep:
         )
         return self._portable(meta, tensors.slots)
 
-    def _tiles(self, query_lens: I64, rows: I64) -> I64:
-        """The tiles of these rows as `paged_prefill` takes them, flat; the shortest come last."""
-        counts = -(-query_lens[rows] // self.tile_tokens)
-        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        tiles = np.stack((np.repeat(rows, counts), number * self.tile_tokens), axis=1)
-        return tiles[np.argsort(-number, kind="stable")].reshape(-1)
-
     def _decode_metadata(self, slots: Tensor, inputs: StepInputs) -> AttentionMetadata:
         rows = len(slots)
         meta = AttentionMetadata(
@@ -423,6 +386,15 @@ class DeviceStep:
             return meta
         tables = self.slots.block_tables[slots.long()]
         return replace(meta, block_tables=tables, table_rows=None, tiles=None)
+
+
+def prompt_tiles(rows: I64, query_lens: I64, starts: I64, tile_tokens: int) -> I64:
+    """The tiles of these rows as `Packed` has them; those that see the fewest tokens come last."""
+    counts = -(-query_lens[rows] // tile_tokens)
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    row, first = np.repeat(rows, counts), number * tile_tokens
+    order = np.argsort(-(starts[row] + first), kind="stable")
+    return np.stack((row, first), axis=1)[order]
 
 
 def _prompt_places(work: Work, last_token: I64) -> list[I64]:

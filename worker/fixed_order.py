@@ -83,7 +83,7 @@ class FixedOrder:
     def decode(self, inputs: StepInputs, slots: Tensor) -> Tensor:
         """Logits [rows, vocab], in the model's dtype, of rows of one token each; `slots`: int32 [rows]."""
         rows = len(slots)
-        step = Packed(inputs, slots, self._starts[: rows + 1], rows, self._each[:0], ())
+        step = Packed(inputs, slots, self._starts[: rows + 1], rows, self._each[:0])
         return self._logits(self._run(step))
 
     def packed(self, step: Packed, last: Tensor) -> Tensor | None:
@@ -99,7 +99,6 @@ class FixedOrder:
         return run(step.inputs, attend)
 
     def _attend(self, step: Packed, layer: int, qkv: Tensor, heads: Heads) -> Tensor:
-        assert not step.whole, "prompts go through the same kernel as decodes"
         each = qkv.view(len(qkv), -1, self._head_dim)
         finish_heads(
             each,

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import small_batch_linear
-from ..kernels.causal_attention import causal_attention, padded_length
 from ..kernels.decode_attention import decode_attention
 from ..kernels.decode_plan import DecodePlan, plan_decode
 from ..kernels.draw_tokens import Share
@@ -28,7 +27,8 @@ from ..kernels.fused_linear import (
 )
 from ..kernels.kv_write import finish_heads
 from ..kernels.layer_norm import layer_norm
-from ..kernels.paged_prefill import paged_prefill
+from ..kernels.paged_prefill import paged_prefill, tile_tokens
+from ..kernels.prompt_attention import prompt_attention, prompt_cache
 from ..kernels.slot_table import StepInputs
 from ..kernels.vector_linear import Activation
 from .layers import ColumnLinear, LayerNorm, RowLinear, VocabTable
@@ -67,9 +67,8 @@ class Packed:
     """int32 [rows + 1]"""
     num_decodes: int
     tiles: Tensor
-    """int32 [tiles, 2], as `paged_prefill` takes them, of the rows that it computes."""
-    whole: Sequence[tuple[int, int]]
-    """(first token in the step, number of tokens) of the rows that `causal_attention` computes."""
+    """int32 [tiles, 2], of the rows that are not among the first `num_decodes`: the tile's row, and its first
+    token in it, a multiple of the model's `tile_tokens`. Rows of -1 come last and are no tiles."""
 
 
 HALVED_FROM = 2048
@@ -102,6 +101,10 @@ class Fused:
         self._caches, self._tables = caches, block_tables
         _, _, kv_heads, head_dim = caches[0][0].shape
         self._kv_heads, self._head_dim, self._num_heads = kv_heads, head_dim, num_heads
+        self._prompt_caches = [prompt_cache(*cache) for cache in caches]
+        found = self._prompt_caches[0]
+        self.tile_tokens = tile_tokens(num_heads, kv_heads) if found is None else found.tuning.tile_tokens
+        """Query tokens of one tile of `Packed.tiles`."""
         self._plan = DecodePlan.empty(max_rows, num_heads, kv_heads, head_dim, block_tables.device)
 
     @property
@@ -162,31 +165,24 @@ class Fused:
                 k_norm=heads.k_norm,
                 eps=heads.eps,
             )
-        for first, length in step.whole:
-            self._attend_whole(each, first, length, heads.scale, out)
         if len(step.tiles):
-            paged_prefill(
-                each[:, : self._num_heads],
-                *self._caches[layer],
-                block_tables=self._tables,
-                table_rows=step.slots,
-                query_start=step.query_start,
-                seq_lens=step.inputs.seq_lens,
-                tiles=step.tiles,
-                scale=heads.scale,
-                out=out,
-            )
+            self._attend_prompts(step, layer, each, heads.scale, out)
         return out
 
-    def _attend_whole(self, each: Tensor, first: int, length: int, scale: float, out: Tensor) -> None:
-        """A prompt over itself; what follows it in the step serves as padding, if there is enough."""
-        padded = padded_length(length)
-        rows = each[first : first + padded]
-        if len(rows) < padded:
-            rows = F.pad(rows, (0, 0, 0, 0, 0, padded - len(rows)))
-        q, k, v = torch.split(rows, [self._num_heads, self._kv_heads, self._kv_heads], dim=1)
-        attended = causal_attention(q, k, v, scale)
-        out[first : first + length] = attended[:length].reshape(length, -1)
+    def _attend_prompts(self, step: Packed, layer: int, each: Tensor, scale: float, out: Tensor) -> None:
+        rows: dict[str, Any] = {
+            "block_tables": self._tables,
+            "table_rows": step.slots,
+            "query_start": step.query_start,
+            "seq_lens": step.inputs.seq_lens,
+            "tiles": step.tiles,
+        }
+        cache = self._prompt_caches[layer]
+        if cache is None:
+            q = each[:, : self._num_heads]
+            paged_prefill(q, *self._caches[layer], **rows, scale=scale, out=out)
+        else:
+            prompt_attention(each, cache, **rows, scale=scale, out=out)
 
 
 def fuse(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .device_slots import Work
-from .device_step import DeviceStep, PackedTensors
+from .device_step import DeviceStep, PackedTensors, prompt_tiles
 from .graphs import Recorder, Recording
 from .slots import I64
 from .staging import aligned
@@ -93,17 +93,10 @@ class Form:
             last[place] = query_start[place + 1] - 1
             sampling_slots[place] = work.slots[work.sampling]
             ends[place] = (work.starts + work.num_scheduled)[work.sampling]
-        tiles = self._tiles(query_lens)
-        return PackedArrays(slots, starts, query_start, tiles, last, sampling_slots, ends), place
-
-    def _tiles(self, query_lens: I64) -> I64:
-        first = self.shape.decodes
-        counts = -(-query_lens[first:-1] // self._tile_tokens)
-        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         tiles = np.full((self._num_tiles, 2), -1)
-        tiles[: len(number), 0] = np.repeat(first + np.arange(len(counts)), counts)
-        tiles[: len(number), 1] = number * self._tile_tokens
-        return tiles
+        found = prompt_tiles(np.arange(decodes, rows - 1), query_lens, starts, self._tile_tokens)
+        tiles[: len(found)] = found
+        return PackedArrays(slots, starts, query_start, tiles, last, sampling_slots, ends), place
 
 
 class PackedArrays(NamedTuple):
@@ -169,7 +162,7 @@ class PackedGraphs:
 
     def _launch(self, form: Form, rehearsal: bool = False) -> None:
         decodes, tokens = form.shape
-        logits = self._step.run_packed(form.tensors, decodes + tokens, tokens, decodes, ())
+        logits = self._step.run_packed(form.tensors, decodes + tokens, tokens, decodes)
         assert logits is not None
         # Rows without a filter cost next to nothing.
         self._step.draw(logits, rehearsal, filtered=self._step.has_all_logits)

@@ -62,7 +62,7 @@ def i32(*values: int) -> Tensor:
 
 def steps(model: Fused) -> list[Tensor]:
     """Logits of the prompt's first part as one chunk, then token by token; this rank's share of them."""
-    chunk = Packed(inputs(0, NUM_PREFILLED), i32(0), i32(0, NUM_PREFILLED), 0, i32(0, 0).view(1, 2), ())
+    chunk = Packed(inputs(0, NUM_PREFILLED), i32(0), i32(0, NUM_PREFILLED), 0, i32(0, 0).view(1, 2))
     first = model.packed(chunk, i32(NUM_PREFILLED - 1))
     assert first is not None
     decodes = [model.decode(inputs(at, at + 1), i32(0)) for at in range(NUM_PREFILLED, len(PROMPT))]

@@ -109,6 +109,9 @@ def test_tiles_cover_each_prompt_token_once(step: DeviceStep) -> None:
     }
     assert len(tiles) == len(set(tiles))
     assert set(tiles) == expected
+    assert arrays.tiles[: len(tiles), 0].min() >= 0, "tiles come before what is none"
+    seen = [arrays.starts[row] + first for row, first in tiles]
+    assert seen == sorted(seen, reverse=True), "long tiles come first"
 
 
 @pytest.mark.parametrize("most_tokens", [300, 512, 2243, 100_000])
