@@ -80,11 +80,21 @@ def make_step(
     assert cache is not None
     step = cache.tuning.tile_tokens
     tiles = [(row, first) for row, (_, new) in enumerate(rows) for first in range(0, new, step)]
-    others = [
+    ends = [old + new for old, new in rows]
+    table_rows, query_start, seq_lens, all_tiles = (
         torch.tensor(values, dtype=torch.int32).cuda()
-        for values in (range(1, len(rows) + 1), starts, [old + new for old, new in rows], [*tiles, (-1, -1)])
-    ]
-    return Step(qkv.cuda(), cache, tables.cuda(), *others, torch.cat(expected))
+        for values in (range(1, len(rows) + 1), starts, ends, [*tiles, (-1, -1)])
+    )
+    return Step(
+        qkv.cuda(),
+        cache,
+        tables.cuda(),
+        table_rows,
+        query_start,
+        seq_lens,
+        all_tiles,
+        torch.cat(expected),
+    )
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
