@@ -216,11 +216,20 @@ def _unpack(pairs, dtype: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _hide(scores, key, position):
+    """Scores of keys behind the queries' positions become -inf. Compared in C the compiler makes bits of it."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }",
+        "=f,f,r,r", [scores, key, position], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _softmax(scores, highest, scale, first_key, position, MASKED: gl.constexpr):
     """The keys' weights, the highest score by now, and the factor for what has been added up before."""
     if MASKED:
         key = first_key + gl.arange(0, scores.shape[1], layout=gl.SliceLayout(0, scores.type.layout))
-        scores = gl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+        scores = _hide(scores, key[None, :], position[:, None])
     higher = gl.maximum(highest, gl.max(scores, 1))
     weights = _exp2(scores * scale - (higher * scale)[:, None])
     return weights, higher, _exp2((highest - higher) * scale)

@@ -119,7 +119,6 @@ class DeviceStep:
         tp: TensorParallel | None = None,
         batch_invariant: bool = False,
     ) -> None:
-        self.num_heads = num_heads
         head_bytes = model.head_dim * caches[0][0].element_size()
         self.tile_tokens = tile_tokens(num_heads, model.num_kv_heads, head_bytes)
         self.slots = slots

@@ -100,7 +100,7 @@ class Fused:
         self._run, self._logits, self._head = run, logits, head
         self._caches, self._tables = caches, block_tables
         _, _, kv_heads, head_dim = caches[0][0].shape
-        self._kv_heads, self._head_dim, self._num_heads = kv_heads, head_dim, num_heads
+        self._head_dim, self._num_heads = head_dim, num_heads
         self._prompt_caches = [prompt_cache(*cache) for cache in caches]
         found = self._prompt_caches[0]
         head_bytes = head_dim * caches[0][0].element_size()
