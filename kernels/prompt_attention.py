@@ -217,7 +217,7 @@ def _unpack(pairs, dtype: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _hide(scores, key, position):
-    """Scores of keys behind the queries' positions become -inf. Compared in C the compiler makes bits of it."""
+    """Scores of later keys become -inf. Of comparisons in Triton the compiler makes bits: dearer."""
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }",
         "=f,f,r,r", [scores, key, position], dtype=gl.float32, is_pure=True, pack=1,
