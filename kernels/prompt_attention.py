@@ -1,12 +1,12 @@
 """Attention of prompts by Hopper's warpgroup instructions: whole prompts, chunks, and any mix, in one launch.
 
 A tile is some consecutive query tokens of one row; a program takes some heads of one tile after the other,
-the long ones first. It consists of a producer, one warp that brings queries, keys and values into rings in shared
-memory by bulk copies, and of consumers, groups of four warps that have 64 queries each. Keys and
-values of tokens that are in the step come from its projections, in large pieces; earlier ones come from the
-paged cache, block by block. A consumer starts the product with the next keys before it adds up the values of
-the last, and turns to the next keys' softmax while that is under way. Consumers wait for nobody but the
-producer, so that one's softmax overlaps another's products too.
+long ones first. It consists of a producer, one warp that brings queries, keys and values into rings in
+shared memory by bulk copies, and of consumers, groups of four warps that have 64 queries each. Keys and values
+of tokens that are in the step come from its projections, in large pieces; earlier ones come from the paged
+cache, block by block. A consumer starts the product with the next keys before it adds up the values of the
+last, and turns to the next keys' softmax while that is under way. Consumers wait for nobody but the producer,
+so that one's softmax overlaps another's products too.
 """
 
 # mypy: disable-error-code="assignment"
@@ -101,7 +101,7 @@ def prompt_cache(
 
 @gluon.jit
 def _next_tile(turn, tiles_ptr, items, units):
-    """What this program takes at a turn: the unit of heads, the tile's row (-1: nothing), and its first token.
+    """What this program takes at a turn: the unit of heads, the tile's row (-1: none), and its first token.
 
     There and back again, because later tiles are shorter.
     """
