@@ -3,10 +3,10 @@
 A tile is some consecutive query tokens of one row; a program takes some heads of one tile after the other,
 long ones first. It consists of a producer, one warp that brings queries, keys and values into rings in
 shared memory by bulk copies, and of consumers, groups of four warps that have 64 queries each. Keys and
-values of tokens that are in the step come from its projections, in large pieces; earlier ones come from the paged
-cache, block by block. A consumer starts the product with the next keys before it adds up the values of the
-last, and turns to the next keys' softmax while that is under way. Consumers wait for nobody but the producer,
-so that one's softmax overlaps another's products too.
+values of tokens that are in the step come from its projections, in large pieces; earlier ones come from the
+paged cache, block by block. A consumer starts the product with the next keys before it adds up the values of
+the last, and turns to the next keys' softmax while that is under way. Consumers wait for nobody but the
+producer, so that one's softmax overlaps another's products too.
 """
 
 # mypy: disable-error-code="assignment"
