@@ -63,14 +63,13 @@ def is_hopper(device: torch.device) -> bool:
 
 
 @cache
-def shared_layout(rows: int, columns: int, dtype: torch.dtype) -> object:
+def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> object:
     """Of a tile in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for(
-        [rows, columns], gl.float16 if dtype == torch.float16 else gl.bfloat16
-    )
+    element = gl.float16 if dtype == torch.float16 else gl.bfloat16
+    return gl.NVMMASharedLayout.get_default_for(list(block), element)
 
 
-def descriptor(matrix: Tensor, rows: int, columns: int) -> object:
-    """Of `matrix`, for copies of tiles of so many rows and columns."""
-    layout = shared_layout(rows, columns, matrix.dtype)
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], layout)
+def descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:
+    """Of `tensor`, for copies of tiles of this shape."""
+    layout = shared_layout(block, tensor.dtype)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)

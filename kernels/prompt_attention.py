@@ -14,29 +14,24 @@ producer, so that one's softmax overlaps another's products too.
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except ImportError:  # an experimental part of Triton may move; then `paged_prefill` serves prompts
-    AVAILABLE = False
-    gluon = SimpleNamespace(jit=lambda function=None, **_: function or (lambda kernel: kernel))
-    gl = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
-else:
-    AVAILABLE = True
+from .hopper import (
+    AVAILABLE,
+    TensorDescriptor,
+    descriptor,
+    fence_async_shared,
+    gl,
+    gluon,
+    is_hopper,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 _ROWS = 64
 """Queries, that is pairs of token and head, of a consumer: what a group of four warps multiplies at once."""
@@ -85,13 +80,13 @@ def prompt_cache(
     `heads`: of the queries. `tuning`: None for the best.
     """
     blocks, block_size, kv_heads, head_dim = k_cache.shape
-    if not AVAILABLE or not k_cache.is_cuda or torch.cuda.get_device_capability(k_cache.device)[0] != 9:
+    if not AVAILABLE or not k_cache.is_cuda or not is_hopper(k_cache.device):
         return None
     if k_cache.element_size() != 2 or block_size < 8 or head_dim not in _TUNINGS:
         return None
     used = tuning or _TUNINGS[head_dim]
     piece = min(block_size, used.block)
-    keys, values = (_descriptor(x.view(blocks * block_size, -1), piece, head_dim) for x in (k_cache, v_cache))
+    keys, values = (descriptor(x.view(blocks * block_size, -1), piece, head_dim) for x in (k_cache, v_cache))
     group = heads // kv_heads
     return PromptCache(keys, values, block_size, heads, kv_heads, min(group & -group, 16), used)
 
@@ -494,18 +489,6 @@ def _prompt_attention_kernel(
 
 
 @cache
-def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> object:
-    return gl.NVMMASharedLayout.get_default_for(
-        list(block), gl.float16 if dtype == torch.float16 else gl.bfloat16
-    )
-
-
-def _descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:
-    layout = _shared_layout(block, tensor.dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
-
-
-@cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -541,8 +524,8 @@ def prompt_attention(
     tokens, _, head_dim = qkv.shape
     items = len(tiles) * cache.heads // cache.together
     _prompt_attention_kernel[(min(_processors(qkv.device), items),)](
-        _descriptor(qkv, _ROWS // cache.together, cache.together, head_dim),
-        _descriptor(qkv.view(tokens, -1), _ROWS, head_dim),
+        descriptor(qkv, _ROWS // cache.together, cache.together, head_dim),
+        descriptor(qkv.view(tokens, -1), _ROWS, head_dim),
         cache.keys,
         cache.values,
         out,
