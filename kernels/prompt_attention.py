@@ -1,8 +1,8 @@
 """Attention of prompts by Hopper's warpgroup instructions: whole prompts, chunks, and any mix, in one launch.
 
-A tile is some consecutive query tokens of one row; a program takes some heads of one tile after the other,
-long ones first. It consists of a producer, one warp that brings queries, keys and values into rings in
-shared memory by bulk copies, and of consumers, groups of four warps that have 64 queries each. Keys and
+A tile is some consecutive query tokens of one row; a program takes one head of one tile after the other, long
+ones first. It consists of a producer, one warp that brings queries, keys and values into rings in shared
+memory by bulk copies, and of consumers, groups of four warps that have 64 of the tile's tokens each. Keys and
 values of tokens that are in the step come from its projections, in large pieces; earlier ones come from the
 paged cache, block by block. A consumer starts the product with the next keys before it adds up the values of
 the last, and turns to the next keys' softmax while that is under way. Consumers wait for nobody but the
@@ -34,7 +34,7 @@ from .hopper import (
 )
 
 _ROWS = 64
-"""Queries, that is pairs of token and head, of a consumer: what a group of four warps multiplies at once."""
+"""Query tokens of a consumer: what a group of four warps multiplies at once."""
 
 
 class Tuning(NamedTuple):
@@ -49,6 +49,11 @@ class Tuning(NamedTuple):
     registers: int
     """Of each of a consumer's threads."""
 
+    @property
+    def tile_tokens(self) -> int:
+        """Query tokens of a tile."""
+        return self.consumers * _ROWS
+
 
 _TUNINGS = {64: Tuning(3, 128, 4, 160), 128: Tuning(2, 128, 2, 240)}
 """By head_dim: the fastest on an H200 for 4 prompts of 4096 tokens."""
@@ -60,24 +65,14 @@ class PromptCache(NamedTuple):
     keys: TensorDescriptor
     values: TensorDescriptor
     block_size: int
-    heads: int
     kv_heads: int
-    together: int
-    """Heads that a program computes at once, all of one key head: as many as without padding."""
     tuning: Tuning
 
-    @property
-    def tile_tokens(self) -> int:
-        """Query tokens of a tile."""
-        return self.tuning.consumers * _ROWS // self.together
 
-
-def prompt_cache(
-    k_cache: Tensor, v_cache: Tensor, heads: int, tuning: Tuning | None = None
-) -> PromptCache | None:
+def prompt_cache(k_cache: Tensor, v_cache: Tensor, tuning: Tuning | None = None) -> PromptCache | None:
     """The paged cache [blocks, block_size, kv_heads, head_dim], dense; None where only `paged_prefill` can.
 
-    `heads`: of the queries. `tuning`: None for the best.
+    `tuning`: None for the best.
     """
     blocks, block_size, kv_heads, head_dim = k_cache.shape
     if not AVAILABLE or not k_cache.is_cuda or not is_hopper(k_cache.device):
@@ -87,16 +82,15 @@ def prompt_cache(
     used = tuning or _TUNINGS[head_dim]
     piece = min(block_size, used.block)
     keys, values = (descriptor(x.view(blocks * block_size, -1), piece, head_dim) for x in (k_cache, v_cache))
-    group = heads // kv_heads
-    return PromptCache(keys, values, block_size, heads, kv_heads, min(group & -group, 16), used)
+    return PromptCache(keys, values, block_size, kv_heads, used)
 
 
 # --- the producer -------------------------------------------------------------------------------------
 
 
 @gluon.jit
-def _next_tile(turn, tiles_ptr, items, units):
-    """What this program takes at a turn: the unit of heads, the tile's row (-1: none), and its first token.
+def _next_tile(turn, tiles_ptr, items, heads):
+    """What this program takes at a turn: the head, the tile's row, or -1 for nothing, and its first token.
 
     There and back again, because later tiles are shorter.
     """
@@ -105,9 +99,9 @@ def _next_tile(turn, tiles_ptr, items, units):
     if turn % 2 == 1:
         place = programs - 1 - place
     item = turn * programs + place
-    tile = tiles_ptr + item // units * 2
+    tile = tiles_ptr + item // heads * 2
     inside = item < items
-    return item % units, gl.load(tile, mask=inside, other=-1), gl.load(tile + 1, mask=inside, other=0)
+    return item % heads, gl.load(tile, mask=inside, other=-1), gl.load(tile + 1, mask=inside, other=0)
 
 
 @gluon.jit
@@ -134,20 +128,19 @@ def _load_block(
 @gluon.jit
 def _produce(descriptors, rings, step, BLOCK_SIZE: gl.constexpr):
     """Fill the rings: for each tile its queries, then its blocks of keys and values, the last first."""
-    q_desc, qkv_desc, k_desc, v_desc = descriptors
+    qkv_desc, k_desc, v_desc = descriptors
     q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
     block_tables_ptr, table_stride, table_rows_ptr, query_start_ptr, seq_lens_ptr, tiles_ptr = step[:6]
     items, heads, kv_heads = step[6:]
     CONSUMERS: gl.constexpr = q.shape[0]
-    TOKENS: gl.constexpr = q.shape[1]
-    TOGETHER: gl.constexpr = q.shape[2]
+    ROWS: gl.constexpr = q.shape[1]
     STAGES: gl.constexpr = k.shape[0]
     BLOCK: gl.constexpr = k.shape[1]
     HEAD_DIM: gl.constexpr = k.shape[2]
-    Q_BYTES: gl.constexpr = CONSUMERS * TOKENS * TOGETHER * HEAD_DIM * 2
+    Q_BYTES: gl.constexpr = CONSUMERS * ROWS * HEAD_DIM * 2
     filled = 0
     turn = 0
-    unit, row, first = _next_tile(turn, tiles_ptr, items, heads // TOGETHER)
+    head, row, first = _next_tile(turn, tiles_ptr, items, heads)
     while row >= 0:
         start = gl.load(query_start_ptr + row)
         tokens = gl.load(seq_lens_ptr + row)
@@ -156,13 +149,13 @@ def _produce(descriptors, rings, step, BLOCK_SIZE: gl.constexpr):
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
         mbarrier.expect(q_full, Q_BYTES)
         for i in gl.static_range(CONSUMERS):
-            query = start + first + i * TOKENS
-            tma.async_copy_global_to_shared(q_desc, [query, unit * TOGETHER, 0], q_full, q.index(i))
-        kv_head = unit * TOGETHER // (heads // kv_heads)
+            query = start + first + i * ROWS
+            tma.async_copy_global_to_shared(qkv_desc, [query, head * HEAD_DIM], q_full, q.index(i))
+        kv_head = head // (heads // kv_heads)
         column = kv_head * HEAD_DIM
         k_column = (heads + kv_head) * HEAD_DIM
         v_column = (heads + kv_heads + kv_head) * HEAD_DIM
-        end = gl.minimum(context + first + CONSUMERS * TOKENS, tokens)
+        end = gl.minimum(context + first + CONSUMERS * ROWS, tokens)
         blocks = (end + BLOCK - 1) // BLOCK
         for i in range(blocks):
             key = (blocks - 1 - i) * BLOCK
@@ -182,7 +175,7 @@ def _produce(descriptors, rings, step, BLOCK_SIZE: gl.constexpr):
             )  # fmt: skip
             filled += 1
         turn += 1
-        unit, row, first = _next_tile(turn, tiles_ptr, items, heads // TOGETHER)
+        head, row, first = _next_tile(turn, tiles_ptr, items, heads)
 
 
 # --- a consumer ---------------------------------------------------------------------------------------
@@ -321,8 +314,8 @@ def _clear(values, count):
 
 
 @gluon.jit
-def _store(sums, total, out_ptr, first, count, head, heads, TOGETHER: gl.constexpr):
-    """The results of `count` tokens, to the output's from `first` on, and to its heads from `head` on."""
+def _store(sums, total, out_ptr, first, count, head, heads):
+    """The first `count` rows, to those of the output from `first` on."""
     ROWS: gl.constexpr = sums.shape[0]
     HEAD_DIM: gl.constexpr = sums.shape[1]
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
@@ -330,9 +323,8 @@ def _store(sums, total, out_ptr, first, count, head, heads, TOGETHER: gl.constex
     result = gl.convert_layout((sums * share[:, None]).to(out_ptr.dtype.element_ty), WIDE)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
     column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, WIDE))
-    token = row // TOGETHER
-    place = ((first + token).to(gl.int64) * heads + head + row % TOGETHER) * HEAD_DIM
-    gl.store(out_ptr + place[:, None] + column[None, :], result, mask=(token < count)[:, None])
+    place = ((first + row).to(gl.int64) * heads + head) * HEAD_DIM
+    gl.store(out_ptr + place[:, None] + column[None, :], result, mask=(row < count)[:, None])
 
 
 @gluon.jit
@@ -341,9 +333,7 @@ def _consume(rings, step, out_ptr, scale, ME: gl.constexpr):
     q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
     query_start_ptr, seq_lens_ptr, tiles_ptr, items, heads, _ = step[3:]
     CONSUMERS: gl.constexpr = q.shape[0]
-    TOKENS: gl.constexpr = q.shape[1]
-    TOGETHER: gl.constexpr = q.shape[2]
-    ROWS: gl.constexpr = TOKENS * TOGETHER
+    ROWS: gl.constexpr = q.shape[1]
     STAGES: gl.constexpr = k.shape[0]
     BLOCK: gl.constexpr = k.shape[1]
     HEAD_DIM: gl.constexpr = k.shape[2]
@@ -353,29 +343,28 @@ def _consume(rings, step, out_ptr, scale, ME: gl.constexpr):
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
     )
-    queries_tile = q.index(ME).reshape([ROWS, HEAD_DIM])
     taken = 0
     turn = 0
-    unit, row, first = _next_tile(turn, tiles_ptr, items, heads // TOGETHER)
+    head, row, first = _next_tile(turn, tiles_ptr, items, heads)
     while row >= 0:
         start = gl.load(query_start_ptr + row)
         queries = gl.load(query_start_ptr + row + 1) - start
         tokens = gl.load(seq_lens_ptr + row)
-        next_unit, next_row, next_first = _next_tile(turn + 1, tiles_ptr, items, heads // TOGETHER)
+        next_head, next_row, next_first = _next_tile(turn + 1, tiles_ptr, items, heads)
         context = tokens - queries
-        mine = first + ME * TOKENS
-        end = gl.minimum(context + first + CONSUMERS * TOKENS, tokens)
-        my_end = gl.minimum(context + mine + TOKENS, tokens)
+        mine = first + ME * ROWS
+        end = gl.minimum(context + first + CONSUMERS * ROWS, tokens)
+        my_end = gl.minimum(context + mine + ROWS, tokens)
         if mine >= queries:  # the tile is shorter: as little as possible
             my_end = 1
         block = (my_end + BLOCK - 1) // BLOCK - 1
         mbarrier.wait(q_full, turn & 1)
         taken = _pass(taken, (end + BLOCK - 1) // BLOCK - 1 - block, k_full, k_empty, v_full, v_empty)
         _wait_full(k_full, taken)
-        scores = _start_scores(queries_tile, k, taken)
+        scores = _start_scores(q.index(ME), k, taken)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(k_empty.index(taken % STAGES))
-        position = context + mine + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES)) // TOGETHER
+        position = context + mine + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
         highest = gl.full([ROWS], -1e30, gl.float32, gl.SliceLayout(1, SCORES))
         weights, highest, shrink = _softmax(scores, highest, scale, block * BLOCK, position, True)
         total = _partial_sums(weights)
@@ -391,23 +380,22 @@ def _consume(rings, step, out_ptr, scale, ME: gl.constexpr):
             block -= 1
             sums, pairs, shrink, highest, total = _block_step(
                 sums, pairs, shrink, highest, total, scale, position, taken, block,
-                queries_tile, k, v, k_full, k_empty, v_full, v_empty, True,
+                q.index(ME), k, v, k_full, k_empty, v_full, v_empty, True,
             )  # fmt: skip
             taken += 1
         for i in range(block):
             sums, pairs, shrink, highest, total = _block_step(
                 sums, pairs, shrink, highest, total, scale, position, taken, block - 1 - i,
-                queries_tile, k, v, k_full, k_empty, v_full, v_empty, False,
+                q.index(ME), k, v, k_full, k_empty, v_full, v_empty, False,
             )  # fmt: skip
             taken += 1
         mbarrier.arrive(q_empty)
         sums, operand = _start_sums(sums, pairs, shrink, v, v_full, taken - 1)
         sums, operand = warpgroup_mma_wait(0, deps=(sums, operand))
         mbarrier.arrive(v_empty.index((taken - 1) % STAGES))
-        head = unit * TOGETHER
-        _store(sums, total, out_ptr, start + mine, queries - mine, head, heads, TOGETHER)
+        _store(sums, total, out_ptr, start + mine, queries - mine, head, heads)
         turn += 1
-        unit, row, first = next_unit, next_row, next_first
+        head, row, first = next_head, next_row, next_first
 
 
 # --- both ---------------------------------------------------------------------------------------------
@@ -415,7 +403,6 @@ def _consume(rings, step, out_ptr, scale, ME: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["table_stride", "items", "heads", "kv_heads"])
 def _prompt_attention_kernel(
-    q_desc,  # [tokens, heads + 2 * kv_heads, HEAD_DIM]
     qkv_desc,  # [tokens, (heads + 2 * kv_heads) * HEAD_DIM]
     k_desc,  # [slots, kv_heads * HEAD_DIM]
     v_desc,
@@ -438,10 +425,9 @@ def _prompt_attention_kernel(
     REGISTERS: gl.constexpr,
 ):
     dtype: gl.constexpr = qkv_desc.dtype
-    TOKENS: gl.constexpr = q_desc.block_type.shape[0]
-    TOGETHER: gl.constexpr = q_desc.block_type.shape[1]
+    ROWS: gl.constexpr = qkv_desc.block_type.shape[0]
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, HEAD_DIM], dtype)
-    q = gl.allocate_shared_memory(dtype, [CONSUMERS, TOKENS, TOGETHER, HEAD_DIM], q_desc.layout)
+    q = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, HEAD_DIM], qkv_desc.layout)
     k = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, HEAD_DIM], LAYOUT)
     v = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, HEAD_DIM], LAYOUT)
     q_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -458,7 +444,7 @@ def _prompt_attention_kernel(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
     rings = (q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    descriptors = (q_desc, qkv_desc, k_desc, v_desc)
+    descriptors = (qkv_desc, k_desc, v_desc)
     step = (
         block_tables_ptr, table_stride, table_rows_ptr, query_start_ptr, seq_lens_ptr, tiles_ptr, items,
         heads, kv_heads,
@@ -515,16 +501,16 @@ def prompt_attention(
         query_start: int32 [rows + 1], each row's first token in `qkv`.
         seq_lens: int32 [rows], a row's tokens, of which its query tokens are the last.
         tiles: int32 [count, 2]: a row, and the tile's first query token in it, a multiple of
-            `cache.tile_tokens`. From the first row of -1 on there are none. Those that see the most
+            `cache.tuning.tile_tokens`. From the first row of -1 on there are none. Those that see the most
             tokens should come first.
         out: [tokens, heads * head_dim], dense. Tokens in no tile stay as they are.
 
     Returns: `out`.
     """
-    tokens, _, head_dim = qkv.shape
-    items = len(tiles) * cache.heads // cache.together
+    tokens, all_heads, head_dim = qkv.shape
+    heads = all_heads - 2 * cache.kv_heads
+    items = len(tiles) * heads
     _prompt_attention_kernel[(min(_processors(qkv.device), items),)](
-        descriptor(qkv, _ROWS // cache.together, cache.together, head_dim),
         descriptor(qkv.view(tokens, -1), _ROWS, head_dim),
         cache.keys,
         cache.values,
@@ -537,7 +523,7 @@ def prompt_attention(
         scale * 1.4426950408889634,
         block_tables.stride(0),
         items,
-        cache.heads,
+        heads,
         cache.kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=cache.block_size,

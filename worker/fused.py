@@ -101,11 +101,11 @@ class Fused:
         self._caches, self._tables = caches, block_tables
         _, _, kv_heads, head_dim = caches[0][0].shape
         self._head_dim, self._num_heads = head_dim, num_heads
-        self._prompt_caches = [prompt_cache(*cache, num_heads) for cache in caches]
+        self._prompt_caches = [prompt_cache(*cache) for cache in caches]
         found = self._prompt_caches[0]
         head_bytes = head_dim * caches[0][0].element_size()
         self.tile_tokens = (
-            tile_tokens(num_heads, kv_heads, head_bytes) if found is None else found.tile_tokens
+            tile_tokens(num_heads, kv_heads, head_bytes) if found is None else found.tuning.tile_tokens
         )
         """Query tokens of one tile of `Packed.tiles`."""
         self._plan = DecodePlan.empty(max_rows, num_heads, kv_heads, head_dim, block_tables.device)
