@@ -29,4 +29,4 @@ stage "types: tests, scripts, examples" mypy --no-error-summary tests scripts ex
 stage "layers" layers
 # A file's tests stay together: they share engines. More than four files at a time want much memory.
 stage "tests" pytest --quiet --no-header -m "not gpu and not multi_gpu" \
-    --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+    --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
