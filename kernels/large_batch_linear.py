@@ -178,7 +178,6 @@ def _multiply_tiles(
         stage = done % STAGES
         phase = (done // STAGES) & 1
         done += EVERY * steps
-        before = stage
         sums = gl.zeros([OWN, ROWS], gl.float32, ACC)
         for step in range(steps):
             mbarrier.wait(full.index(stage), phase)
@@ -187,8 +186,7 @@ def _multiply_tiles(
             # The product before this one has ended in all warps: its place in the ring takes new columns.
             sums = warpgroup_mma_wait(1, deps=(sums,))
             gl.thread_barrier()
-            mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
-            before = stage
+            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1, pred=step > 0)
             stage += 1
             if stage == STAGES:
                 stage = 0
@@ -203,7 +201,7 @@ def _multiply_tiles(
             residual = gl.load(residual_ptr + place, mask=inside, other=0.0)
         sums = warpgroup_mma_wait(0, deps=(sums,))
         gl.thread_barrier()
-        mbarrier.arrive(empty.index(before), count=1)
+        mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
         if GATED:
             gate, up = gl.split(gl.permute(gl.reshape(sums, [OWN, 2, OUTPUTS]), [0, 2, 1]))
             EACH: gl.constexpr = gl.SliceLayout(1, gate.type.layout)
