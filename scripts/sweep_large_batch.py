@@ -44,13 +44,6 @@ WAYS = {
 }
 
 
-def candidates(tokens: int) -> dict[str, Tiling]:
-    """Those worth a try."""
-    if tokens > 8192:
-        return {name: way for name, way in WAYS.items() if name != "small"}
-    return {name: way for name, way in WAYS.items() if name not in ("both 4", "both 16", "turns 8")}
-
-
 class Watchdog:
     """Ends the process when a way does not come to an end, and names it in a file."""
 
@@ -228,10 +221,12 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", default=["llama-3.1-8b", "llama-3.2-1b", "qwen2.5-1.5b", "qwen3-0.6b"]
     )
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[16384, 4096, 1024])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--out", type=Path, default=Path("."))
     args = parser.parse_args()
+    ways = {name: WAYS[name] for name in args.ways}
     begun = time.monotonic()
     bench = Bench()
     dog = Watchdog(args.out / "skipped.txt")
@@ -246,7 +241,7 @@ def main() -> None:
             for op in ops_of(shape)[:4]:
                 parts = -(-shape.hidden // 256)
                 case = Case(bench, op, 512, parts, "qwen2.5" in shape.name)
-                for tiling in WAYS.values():
+                for tiling in ways.values():
                     case.ours(tiling, case.weights[0], case.residual)
     say(f"compiled after {time.monotonic() - begun:.1f} s")
     for tokens in args.tokens:
@@ -257,7 +252,7 @@ def main() -> None:
                     say(f"{shape.name} {op.name} {tokens}: no time left")
                     continue
                 case = Case(bench, op, tokens, -(-shape.hidden // 256), "qwen2.5" in shape.name)
-                found = sweep_case(case, tokens, candidates(tokens), dog)
+                found = sweep_case(case, tokens, ways, dog)
                 results[f"{shape.name} {op.name} {tokens}"] = found
                 us, tflops = found["us"], found["tflops"]
                 ranked = sorted((t, n) for n, t in us.items() if n not in ("today", "alone"))
