@@ -91,7 +91,7 @@ class AsyncEngineArgs:
     max_logprobs: int = 20
     """Most logprobs that a request may ask for; -1: the whole vocabulary."""
     batch_invariant: bool = False
-    """Logits are the same bits whatever runs beside a request; on CPUs, without tensor parallelism."""
+    """Logits are the same bits whatever runs beside a request; on CPUs and one GPU, not on several ranks."""
     logprobs_mode: str = "raw_logprobs"
     """"raw_logprobs" or "raw_logits": as the model gives them; "processed_...": as the draw sees them."""
     hang_seconds: float = 8.0
