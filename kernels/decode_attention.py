@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decode_plan import DecodePlan, is_small
+from .decode_plan import MANY_ROWS, DecodePlan, is_small
 from .jit import INTERPRETED, tl, triton
 from .pdl import allow_next, pdl_options, wait_previous
 from .rms_norm import row_scale, row_scales
@@ -49,8 +49,12 @@ def _tuning(rows: int, kv_heads: int, head_dim: int, element_size: int) -> Decod
         return DecodeTuning(128, 4, 3)
     if is_small(rows, kv_heads):
         return DecodeTuning(64, 2, 5) if head_dim <= 64 else DecodeTuning(64, 4, 3)
+    few_programs = rows * kv_heads <= 768
+    if rows >= MANY_ROWS and 64 < head_dim <= 128:
+        # Rows are mostly whole: the programs that are left at the end should be fast.
+        return DecodeTuning(64, 2, 5) if few_programs else DecodeTuning(32, 1, 5)
     # Two large tiles under way leave room for 6 programs on a multiprocessor, 792 in all.
-    return DecodeTuning(32, 1, 5 if head_dim <= 64 or rows * kv_heads <= 768 else 3)
+    return DecodeTuning(32, 1, 5 if head_dim <= 64 or few_programs else 3)
 
 
 def _at_once(rows: int, kv_heads: int, num_warps: int, sharing: int, width: int) -> int:
