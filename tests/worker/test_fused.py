@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from headrace.kernels.slot_table import StepInputs
-from headrace.worker.fused import fold_norms, fuse
+from headrace.worker.fused import Fused, Packed, fold_norms, fuse
 from headrace.worker.models import build_model
 from headrace.worker.models.causal_lm import CausalLM
 from headrace.worker.parallel import TensorParallel
@@ -37,15 +38,22 @@ def build(family: str) -> CausalLM:
     return model.eval()
 
 
-@torch.inference_mode()
-def logits_of(model: CausalLM) -> Tensor:
-    """Two tokens of every row."""
+def fused_of(model: CausalLM, tables: Tensor) -> Fused:
     shape = (ROWS, BLOCK, 2, 16)
-    caches = [(torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16))]
-    rows = torch.arange(ROWS, dtype=torch.int32)
-    fused = fuse(model, caches, rows.view(-1, 1).contiguous(), 4, ROWS)
+    caches = [
+        (torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16))
+        for _ in range(model.num_layers)
+    ]
+    fused = fuse(model, caches, tables.contiguous(), 4, ROWS)
     assert fused is not None
-    found = []
+    return fused
+
+
+@torch.inference_mode()
+def decoded(model: CausalLM) -> Tensor:
+    """Logits of two tokens of every row."""
+    rows = torch.arange(ROWS, dtype=torch.int32)
+    fused, found = fused_of(model, rows.view(-1, 1)), []
     for position in range(2):
         ids = (rows.long() * 7 + 3 * position) % 50
         inputs = StepInputs(
@@ -55,8 +63,24 @@ def logits_of(model: CausalLM) -> Tensor:
     return torch.cat(found).float()
 
 
+@torch.inference_mode()
+def prompted(model: CausalLM) -> Tensor:
+    """Logits of all tokens of a prompt."""
+    place = torch.arange(3 * ROWS)
+    inputs = StepInputs(place % 50, place, place, torch.tensor([len(place)], dtype=torch.int32))
+    fused = fused_of(model, torch.arange(ROWS, dtype=torch.int32)[None])
+    firsts = range(0, len(place), fused.tile_tokens)
+    tiles = torch.tensor([[0, first] for first in firsts], dtype=torch.int32)
+    start = torch.tensor([0, len(place)], dtype=torch.int32)
+    step = Packed(inputs, torch.zeros(1, dtype=torch.int32), start, 0, tiles)
+    logits = fused.packed(step, place.int())
+    assert logits is not None
+    return logits.float()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter; tests/gpu has its like")
-def test_folded_norms_change_nothing_of_note() -> None:
+@pytest.mark.parametrize("logits_of", [decoded, prompted])
+def test_folded_norms_change_nothing_of_note(logits_of: Callable[[CausalLM], Tensor]) -> None:
     plain, folded = build("Qwen2ForCausalLM"), build("Qwen2ForCausalLM")
     fold_norms(folded)
     expected = logits_of(plain)
