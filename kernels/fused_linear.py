@@ -46,6 +46,7 @@ def norm_linear(
     eps: float = 1e-5,
     activation: Activation = "none",
     norm_is_folded: bool = False,
+    attention_follows: bool = False,
 ) -> Tensor:
     """`act(norm(x) @ weight.T + bias)`.
 
@@ -54,6 +55,7 @@ def norm_linear(
         weight: [out_features, in_features], contiguous; `bias`: [out_features]
         norm_weight: [in_features]: RMS norm; with `norm_bias`, layer norm; without either, none.
         norm_is_folded: `norm_weight` is all ones.
+        attention_follows: leave room on the processors for the first of its programs.
     """
     if x.is_cuda and len(x) <= MAX_TOKENS:
         return vector_linear(
@@ -73,7 +75,9 @@ def norm_linear(
             x, weight, norm_weight=norm_weight, eps=eps, bias=bias, relu=activation == "relu"
         )
     x = _norm(x, norm_weight, norm_bias, eps)
-    tiling = None if activation == "gelu" else medium_batch.chosen(x, weight)
+    tiling = None
+    if activation != "gelu":
+        tiling = medium_batch.chosen(x, weight, leaves_room=attention_follows)
     if tiling is not None:
         return medium_batch.medium_batch_linear(
             x, weight, tiling=tiling, bias=bias, relu=activation == "relu"

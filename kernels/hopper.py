@@ -25,7 +25,10 @@ try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
     AVAILABLE = False
-    gluon = SimpleNamespace(jit=lambda function=None, **_: function or (lambda kernel: kernel))
+    gluon = SimpleNamespace(
+        jit=lambda function=None, **_: function or (lambda kernel: kernel),
+        constexpr_function=lambda function: function,
+    )
     gl = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = fence_async_shared = TensorDescriptor = None
     gdc_wait = gdc_launch_dependents = None
 else:

@@ -287,7 +287,7 @@ def _project(layer: LlamaLayer, residual: Tensor, late: bool, folded: bool) -> T
     """Queries, keys and values."""
     linear, norm = layer.attention.qkv_proj, layer.input_norm
     if late:
-        return norm_linear(residual, linear.weight)
+        return norm_linear(residual, linear.weight, attention_follows=True)
     return norm_linear(
         residual,
         linear.weight,

@@ -126,6 +126,14 @@ def test_tilings_can_run(n: int, k: int, gated: bool, tokens: int) -> None:
     assert chosen.rows == 128 or not gated, "gate and up meet in one thread"
 
 
+def test_before_attention_the_ring_leaves_room() -> None:
+    usual, before_attention = tiling(128, 2048, 1536), tiling(128, 2048, 1536, leaves_room=True)
+    if usual is None or before_attention is None:
+        pytest.skip("needs Gluon")
+    assert before_attention == usual._replace(stages=before_attention.stages)
+    assert before_attention.stages * (usual.rows + usual.tokens) * usual.block_k * 2 <= 150 * 1024
+
+
 @pytest.mark.parametrize(("tokens", "k"), [(16, 1024), (129, 1024), (64, 1020)])
 def test_what_is_left_to_others(tokens: int, k: int) -> None:
     assert tiling(tokens, 1024, k) is None
