@@ -173,3 +173,22 @@ def test_the_plan_fits_any_lengths(device: torch.device) -> None:
             )
             assert covered.tolist() == seq_lens.tolist()
             assert (work[6] == work[0].bincount(minlength=rows)[work[0].long()]).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes the interpreter minutes")
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(12, 2, 128), (16, 8, 128), (8, 8, 64)])
+@pytest.mark.parametrize(
+    "lens",
+    [[1 + 97 * row % 401 for row in range(140)] + [64, 65, 1500], [1 + row % 50 for row in range(256)]],
+    ids=["mixed", "short"],
+)
+def test_very_many_rows_against_float64(
+    device: torch.device, lens: list[int], heads: int, kv_heads: int, head_dim: int
+) -> None:
+    case = Case(device, lens, heads, kv_heads, head_dim, False)
+    expected, *_ = case.expected()
+    out = case.run()
+    assert_close(out, expected)
+    assert (case.plan.arrivals == 0).all()
+    assert (case.run() == out).all(), "the same step, another result"
