@@ -48,7 +48,7 @@ def _tuning(rows: int, kv_heads: int, head_dim: int, element_size: int) -> Decod
     if rows == 1:
         return DecodeTuning(128, 4, 3)
     if is_small(rows, kv_heads):
-        if rows > 64 and head_dim > 64:  # many rows of few heads
+        if rows > 64 and 64 < head_dim <= 128:  # many rows of few heads
             return DecodeTuning(32, 1, 7)
         return DecodeTuning(64, 2, 5) if head_dim <= 64 else DecodeTuning(64, 4, 3)
     few_programs = rows * kv_heads <= 768
