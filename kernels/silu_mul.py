@@ -39,14 +39,17 @@ def silu_mul_triton(gate_up: Tensor, late: Tensor | None = None, eps: float = 0.
     """The same in one launch; `gate_up` and `late` are dense. The gate is not rounded before the product."""
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, size, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul_kernel[tokens, triton.cdiv(size, _BLOCK)](
+    # Each program of a late norm reads a whole row of its input: few large ones.
+    block, warps = (4096, 16) if late is not None and size > 4096 else (_BLOCK, 4)
+    _silu_mul_kernel[tokens, triton.cdiv(size, block)](
         gate_up,
         gate_up if late is None else late,
         out,
         size,
         eps,
         LATE=0 if late is None else late.shape[1],
-        BLOCK=_BLOCK,
+        BLOCK=block,
+        num_warps=warps,
         **pdl_options(gate_up),
     )
     return out

@@ -31,6 +31,7 @@ TILINGS = [
     Tiling(64, 128, 64, 4, 2),
     Tiling(128, 64, 64, 4, 8),
     Tiling(128, 128, 64, 3),
+    Tiling(128, 128, 64, 6, 4),
     Tiling(128, 32, 128, 5),
 ]
 
@@ -108,7 +109,7 @@ def test_float32_is_left_to_cublas(device: torch.device) -> None:
     assert chosen(x.bfloat16(), weight.bfloat16()) is not None
 
 
-@pytest.mark.parametrize("tokens", [17, 32, 33, 64, 100, 128])
+@pytest.mark.parametrize("tokens", [17, 32, 33, 64, 100, 128, 193, 256])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("k", [768, 1024, 1536, 2048, 3072, 4096, 8192, 8960, 14336])
 @pytest.mark.parametrize("n", [768, 1024, 1536, 2048, 3072, 4096, 6144, 8960, 14336, 151936])
@@ -134,6 +135,16 @@ def test_before_attention_the_ring_leaves_room() -> None:
     assert before_attention.stages * (usual.rows + usual.tokens) * usual.block_k * 2 <= 150 * 1024
 
 
-@pytest.mark.parametrize(("tokens", "k"), [(16, 1024), (129, 1024), (64, 1020)])
+@pytest.mark.parametrize(
+    ("tokens", "k"), [(16, 1024), (129, 1024), (192, 8960), (256, 1024), (257, 8960), (64, 1020)]
+)
 def test_what_is_left_to_others(tokens: int, k: int) -> None:
     assert tiling(tokens, 1024, k) is None
+
+
+def test_few_rows_of_many_columns_are_multiplied_with_more_tokens() -> None:
+    if tiling(128, 2048, 8192) is None:
+        pytest.skip("needs Gluon")
+    assert tiling(193, 2048, 8192) == tiling(256, 1536, 8960) == Tiling(128, 128, 64, 6, 4)
+    assert tiling(256, 2056, 8192) is None
+    assert tiling(256, 1536, 8960, gated=True) is None
