@@ -120,6 +120,8 @@ def test_frontends_come_and_go(
     while not isinstance(client.recv(), Welcome):
         pass
     client.streams.clear()
+    client.started.clear()
+    client.finished.clear()  # they may have ended before
     client.start(1, 2, 3, max_tokens=700)
     for other in others:
         out, _ = other.communicate(timeout=TIMEOUT)
