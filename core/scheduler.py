@@ -39,7 +39,8 @@ from .steps import Ended, Outputs, PlanColumns, Step, check_result, take_prompt_
 
 MAX_IN_FLIGHT = 2
 SMALLEST_SHARE = 512
-"""Prompt tokens beside decoding requests that no budget is too small for; a quarter of a larger one."""
+"""Prompt tokens beside decoding requests that no budget is too small for; of a larger one a quarter for each
+tensor-parallel rank."""
 PREFIX_WINDOW = 8
 """How far behind the head a longer cached prefix is looked for, and how often a head lets one pass."""
 _CRASHED = ErrorInfo.of(RequestCrashedError("the workers crashed each time when they computed this request"))
@@ -68,7 +69,9 @@ class Scheduler:
         self._max_in_flight = max_in_flight
         self._block_size = config.block_size
         self._budget = config.max_num_batched_tokens
-        self._prompt_share = max(self._budget // 4, min(self._budget, SMALLEST_SHARE))
+        # Ranks shorten a step, but not what it costs to launch it: they take more tokens in the same time.
+        share = max(self._budget * config.tensor_parallel_size // 4, SMALLEST_SHARE)
+        self._prompt_share = min(self._budget, share)
         self._chunked = config.enable_chunked_prefill
         self._caching = config.enable_prefix_caching
         self._by_priority = config.scheduling_policy == "priority"

@@ -47,6 +47,16 @@ def test_prompts_get_a_share_of_the_budget_while_others_decode(make: MakeSchedul
     assert counts(schedule(scheduler)) == [1, 1024]
 
 
+def test_ranks_make_the_share_larger(make: MakeScheduler) -> None:
+    for ranks, share in ((2, 2048), (4, 4095)):
+        options = {"max_num_batched_tokens": 4096, "max_model_len": 8000, "tensor_parallel_size": ranks}
+        scheduler = make(num_blocks=4096, **options)
+        add(scheduler, 4)
+        schedule(scheduler)
+        add(scheduler, 7000, first=1)
+        assert counts(schedule(scheduler)) == [1, share]
+
+
 def test_a_small_budget_is_not_divided(make: MakeScheduler) -> None:
     scheduler = make(num_blocks=256, max_num_batched_tokens=600, max_model_len=1000)
     add(scheduler, 4)
