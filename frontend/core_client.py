@@ -157,13 +157,13 @@ class CoreClient:
 
     @classmethod
     def attach(cls, address: str, requests: Requests, keys: ClientKeys | None, patience: float) -> CoreClient:
-        """Connect to a core that runs already, and wait `patience` seconds for it whenever it is gone.
+        """Connect to somebody's core; wait `patience` seconds for it to be ready, and whenever it is gone.
 
         Raises ConfigError when there is none, or an unfitting one.
         """
         check_address(address, "engine_core_address", has_keys=keys is not None)
         check_listening(address, "engine_core_address")
-        sock, welcome = connect(address, client_name(), keys)
+        sock, welcome = connect(address, client_name(), keys, patience)
         return cls(Connection(sock, None), welcome, requests, address, keys, patience)
 
     @property

@@ -110,7 +110,8 @@ class AsyncEngineArgs:
     engine_core_address: str | None = None
     """Attach to the engine core that listens there instead of starting one."""
     engine_core_reconnect_seconds: float = 60.0
-    """How long to wait for that core to come back when it is gone; then the engine is dead."""
+    """How long to wait for that core: to load its model, if it has just started, and to come back when it is
+    gone; then the engine is dead."""
     engine_core_curve_server_key: str | None = None
     """File with that core's public CURVE key."""
     engine_core_curve_secret_key: str | None = None

@@ -14,6 +14,7 @@ from ..ipc.messages import PROTOCOL_VERSION, Hello, Refused, Welcome
 from ..ipc.sockets import ClientSocket
 
 HANDSHAKE_SECONDS = 10.0
+"""For a core that serves already."""
 _LOOK_SECONDS = 0.1
 """How often to look whether the core has hung up."""
 
@@ -23,20 +24,24 @@ def client_name() -> str:
     return f"headrace {__version__}, pid {os.getpid()}"
 
 
-def connect(address: str, name: str, keys: ClientKeys | None = None) -> tuple[ClientSocket, Welcome]:
-    """Shake hands with the core there, as `name`. Raises ConfigError."""
+def connect(
+    address: str, name: str, keys: ClientKeys | None = None, patience: float = HANDSHAKE_SECONDS
+) -> tuple[ClientSocket, Welcome]:
+    """Shake hands with the core there, as `name`. A core that still loads its model answers when it has; it
+    is given `patience` seconds. Raises ConfigError.
+    """
     sock = ClientSocket(address, keys)
     try:
         sock.send(Hello(PROTOCOL_VERSION, name))
-        return sock, _await_welcome(sock, address)
+        return sock, _await_welcome(sock, address, patience)
     except BaseException:
         sock.close()
         raise
 
 
-def _await_welcome(sock: ClientSocket, address: str) -> Welcome:
-    deadline = time.monotonic() + HANDSHAKE_SECONDS
-    reason = f"no answer within {HANDSHAKE_SECONDS:g} s"
+def _await_welcome(sock: ClientSocket, address: str, patience: float) -> Welcome:
+    deadline = time.monotonic() + patience
+    reason = f"no answer within {patience:g} s"
     try:
         while (left := deadline - time.monotonic()) > 0:
             message = sock.recv(min(left, _LOOK_SECONDS))

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 from headrace import AsyncEngineArgs, AsyncLLM, ConfigError, EngineDeadError, SamplingParams
-from headrace.frontend import core_process, handshake
+from headrace.frontend import core_process
 from headrace.frontend.core_process import CoreProcess
 from headrace.frontend.engine_args import resolve
 from headrace.ipc import process
@@ -357,6 +357,22 @@ def test_an_unknown_address_is_an_error_at_once(address: str) -> None:
     assert caught.value.value == address
 
 
+def test_a_core_that_is_not_ready_yet_is_waited_for(standalone: Standalone) -> None:
+    """It listens, as one does that loads its model, and answers when it has: as patiently as asked."""
+    core = psutil.Process(standalone.child.pid)
+    core.suspend()
+    args = AsyncEngineArgs(engine_core_address=standalone.address, engine_core_reconnect_seconds=0.3)
+    with pytest.raises(ConfigError, match=r"no answer within 0\.3 s"):
+        AsyncLLM(args)
+    resume = threading.Timer(0.5, core.resume)
+    resume.start()
+    try:
+        AsyncLLM(AsyncEngineArgs(engine_core_address=standalone.address)).shutdown()
+        assert resume.finished.is_set()
+    finally:
+        resume.join()
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_an_attached_core_that_does_not_come_back(standalone: Standalone, how: signal.Signals) -> None:
     async def main() -> None:
@@ -378,14 +394,11 @@ def test_an_attached_core_that_does_not_come_back(standalone: Standalone, how: s
     ("answer", "names"),
     [
         (Refused(99, "this core speaks protocol 99"), "speaks protocol 99"),
-        (Reply(1), "no answer within"),
-        (None, "no answer within"),
+        (Reply(1), r"no answer within 0\.3 s"),
+        (None, r"no answer within 0\.3 s"),
     ],
 )
-def test_a_core_that_does_not_fit(
-    answer: FromCore | None, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(handshake, "HANDSHAKE_SECONDS", 0.3)
+def test_a_core_that_does_not_fit(answer: FromCore | None, names: str, tmp_path: Path) -> None:
     (tmp_path / "s").mkdir(mode=0o700)
     server = ServerSocket(f"ipc://{tmp_path / 's' / 'core'}")
 
@@ -401,7 +414,11 @@ def test_a_core_that_does_not_fit(
     thread.start()
     try:
         with pytest.raises(ConfigError, match=names) as caught:
-            AsyncLLM(AsyncEngineArgs(engine_core_address=f"ipc://{tmp_path / 's' / 'core'}"))
+            AsyncLLM(
+                AsyncEngineArgs(
+                    engine_core_address=f"ipc://{tmp_path / 's' / 'core'}", engine_core_reconnect_seconds=0.3
+                )
+            )
         assert caught.value.limit == f"protocol {PROTOCOL_VERSION}"
     finally:
         thread.join()
