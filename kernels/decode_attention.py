@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decode_plan import MANY_ROWS, DecodePlan, is_small
+from .decode_plan import DecodePlan, is_small, leaves_whole
 from .jit import INTERPRETED, tl, triton
 from .pdl import allow_next, pdl_options, wait_previous
 from .rms_norm import row_scale, row_scales
@@ -47,13 +47,11 @@ def _tuning(rows: int, kv_heads: int, head_dim: int, element_size: int) -> Decod
         return DecodeTuning(32, 4, 3)
     if rows == 1:
         return DecodeTuning(128, 4, 3)
+    is_whole = leaves_whole(rows, kv_heads) and head_dim <= 128
     if is_small(rows, kv_heads):
-        if rows > 64 and 64 < head_dim <= 128:  # many rows of few heads
-            return DecodeTuning(32, 1, 7)
-        return DecodeTuning(64, 2, 5) if head_dim <= 64 else DecodeTuning(64, 4, 3)
+        return DecodeTuning(64, 2, 5) if head_dim <= 64 or is_whole else DecodeTuning(64, 4, 3)
     few_programs = rows * kv_heads <= 768
-    if rows >= MANY_ROWS and 64 < head_dim <= 128:
-        # Rows are mostly whole: the programs that are left at the end should be fast.
+    if is_whole and head_dim > 64:  # the programs that are left at the end should be fast
         return DecodeTuning(64, 2, 5) if few_programs else DecodeTuning(32, 1, 5)
     # Two large tiles under way leave room for 6 programs on a multiprocessor, 792 in all.
     return DecodeTuning(32, 1, 5 if head_dim <= 64 or few_programs else 3)

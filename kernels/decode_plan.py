@@ -20,10 +20,9 @@ _COLUMNS = 8
 """Of a piece: row, block table's row, first token, end, sequence length, the row's first piece, its pieces;
 and one to spare, so that it is one sector of 32 bytes."""
 MANY_ROWS = 129
-"""Rows from which they are mostly left whole, and the longest pieces come first: a piece costs its stores and
-the combination, 6 to 20 per cent for pieces of 300 tokens."""
+"""Rows from which they are mostly left whole, whatever their heads (see `leaves_whole`)."""
 _LONG, _MOST, _LEAST = 1024, 792, 264
-"""With many rows: tokens of the longest piece; more if over _MOST programs were added to one for each row,
+"""Of rows left whole: tokens of the longest piece; more if over _MOST programs were added to one for each,
 less (but 256) if all rows in such pieces were under _LEAST."""
 
 
@@ -69,7 +68,7 @@ class DecodePlan(NamedTuple):
     def pieces_each(self, rows: int) -> int:
         """Pieces that a key-value head aims at. Every row may have one more, its remainder."""
         kv_heads = self.arrivals.shape[1]
-        if rows >= MANY_ROWS:
+        if leaves_whole(rows, kv_heads):
             return -(-_MOST // kv_heads)
         return -(-_target(rows, kv_heads, self.programs) // kv_heads)
 
@@ -79,13 +78,22 @@ class DecodePlan(NamedTuple):
 
 
 def _target(rows: int, kv_heads: int, programs: int) -> int:
-    """Programs to aim at. With many rows, pieces of half the mean context even out different lengths."""
+    """Programs to aim at. Pieces of half the mean context even out different lengths."""
     return programs + 2 * rows * kv_heads
 
 
 def is_small(rows: int, kv_heads: int) -> bool:
     """Rows alone do not fill the GPU: latency counts, not bandwidth."""
-    return rows * kv_heads < 264
+    return rows * kv_heads < _LEAST
+
+
+def leaves_whole(rows: int, kv_heads: int) -> bool:
+    """Rows are mostly left whole, and the longest pieces come first: many rows, and those that alone are one
+    program for each multiprocessor, but not two.
+
+    A piece costs its stores and the combination, 6 to 20 per cent for pieces of 300 tokens.
+    """
+    return rows >= MANY_ROWS or (rows > 16 and 128 <= rows * kv_heads < _LEAST)
 
 
 def plan_decode(plan: DecodePlan, seq_lens: Tensor, table_rows: Tensor | None = None) -> None:
@@ -96,8 +104,8 @@ def plan_decode(plan: DecodePlan, seq_lens: Tensor, table_rows: Tensor | None = 
         table_rows: int32 [rows], where in the block tables each row stands; None: row i at i.
     """
     rows, kv_heads = len(seq_lens), plan.arrivals.shape[1]
-    if rows >= MANY_ROWS:
-        _plan_many_rows(plan, seq_lens, table_rows)
+    if leaves_whole(rows, kv_heads):
+        _plan_whole_rows(plan, seq_lens, table_rows)
         return
     _plan_kernel[(1,)](
         seq_lens,
@@ -160,9 +168,9 @@ def _plan_kernel(
         tl.store(work_ptr + place * COLUMNS, tl.full([1024], -1, tl.int32), mask=place < max_pieces)
 
 
-def _plan_many_rows(plan: DecodePlan, seq_lens: Tensor, table_rows: Tensor | None) -> None:
+def _plan_whole_rows(plan: DecodePlan, seq_lens: Tensor, table_rows: Tensor | None) -> None:
     rows = len(seq_lens)
-    _plan_many_rows_kernel[(rows,)](
+    _plan_whole_rows_kernel[(rows,)](
         seq_lens,
         seq_lens if table_rows is None else table_rows,
         plan.work,
@@ -181,7 +189,7 @@ def _plan_many_rows(plan: DecodePlan, seq_lens: Tensor, table_rows: Tensor | Non
 
 
 @triton.jit
-def _plan_many_rows_kernel(
+def _plan_whole_rows_kernel(
     seq_lens_ptr,
     table_rows_ptr,
     work_ptr,

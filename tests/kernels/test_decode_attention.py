@@ -125,9 +125,12 @@ def test_many_rows_are_cut_less(device: torch.device) -> None:
     assert_close(out, expected)
 
 
-def test_of_very_many_rows_the_longest_come_first(device: torch.device) -> None:
-    lens = [1 + 61 * row % 90 for row in range(MANY_ROWS)] + [0, 700, 0, 433]
-    case = Case(device, lens, 2, 1, 16, False)
+@pytest.mark.parametrize(("rows", "kv_heads"), [(MANY_ROWS, 1), (66, 2)])
+def test_where_rows_are_left_whole_the_longest_come_first(
+    device: torch.device, rows: int, kv_heads: int
+) -> None:
+    lens = [1 + 61 * row % 90 for row in range(rows)] + [0, 700, 0, 433]
+    case = Case(device, lens, 2, kv_heads, 16, False)
     expected, *_ = case.expected()
     assert_close(case.run()[case.seq_lens > 0], expected[case.seq_lens > 0])
     work = case.plan.work.cpu()
@@ -161,7 +164,7 @@ def test_tunings_agree(device: torch.device, tuning: DecodeTuning, reads_ahead: 
 
 def test_the_plan_fits_any_lengths(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(1)
-    for rows, kv_heads in ((1, 8), (3, 2), (64, 8), (100, 12), (129, 2), (256, 8)):
+    for rows, kv_heads in ((1, 8), (3, 2), (17, 8), (64, 8), (65, 2), (100, 12), (129, 2), (256, 8)):
         plan = DecodePlan.empty(rows, kv_heads, kv_heads, 16, device)
         for longest in (1, 100, 5000, 100_000):
             seq_lens = torch.randint(1, longest + 1, (rows,), generator=generator, dtype=torch.int32)
