@@ -23,7 +23,7 @@ from torch import Tensor
 from .decode_plan import DecodePlan, is_small, leaves_whole
 from .jit import INTERPRETED, tl, triton
 from .pdl import allow_next, pdl_options, wait_previous
-from .rms_norm import row_scale, row_scales
+from .rms_norm import late_scale, row_scales
 
 
 class DecodeTuning(NamedTuple):
@@ -78,6 +78,7 @@ def decode_attention(
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
     late: Tensor | None = None,
+    squares: Tensor | None = None,
     bias: Tensor | None = None,
     reads_ahead: bool = False,
     tuning: DecodeTuning | None = None,
@@ -94,6 +95,7 @@ def decode_attention(
         q_norm, k_norm: [head_dim], weights of an RMS norm of each head; None: no norm.
         late: [rows, in_features], the input of the projections, whose RMS norm (with `eps`) is still to be
             applied (its weight is in the projections).
+        squares: float32 [parts, rows], in all the sums of the squares of `late`'s rows, if known.
         bias: [(heads + 2 * kv_heads) * head_dim], to be added to the projections after `late`'s norm; not
             without `late`.
         reads_ahead: read plan and cache before the kernel in front has ended. Sound if this step's plan was
@@ -115,6 +117,7 @@ def decode_attention(
         qkv if k_norm is None else k_norm,
         qkv if rotation is None else rotation,
         qkv if late is None else late,
+        qkv if squares is None else squares,
         qkv if bias is None else bias,
         k_cache,
         v_cache,
@@ -124,6 +127,7 @@ def decode_attention(
         plan.stats,
         plan.arrivals,
         out,
+        rows,
         block_tables.stride(0),
         scale * 1.4426950408889634,
         eps,
@@ -134,6 +138,7 @@ def decode_attention(
         ROTATE=rotation is not None,
         NORM=q_norm is not None,
         LATE=0 if late is None else late.shape[1],
+        PARTS=0 if squares is None else len(squares),
         HAS_BIAS=bias is not None,
         GROUP=max(16, triton.next_power_of_2(heads // kv_heads + 1)),
         WIDTH=width,
@@ -286,13 +291,14 @@ def _combine(
     tl.store(place, (values / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _decode_attention_kernel(
     qkv_ptr,
     q_norm_ptr,
     k_norm_ptr,
     rotation_ptr,
     late_ptr,
+    squares_ptr,
     bias_ptr,
     k_cache_ptr,
     v_cache_ptr,
@@ -302,6 +308,7 @@ def _decode_attention_kernel(
     stats_ptr,
     arrivals_ptr,
     out_ptr,
+    rows,
     table_stride,
     scale,  # times log2(e): all exponentials are to base 2
     eps,
@@ -312,6 +319,7 @@ def _decode_attention_kernel(
     ROTATE: tl.constexpr,
     NORM: tl.constexpr,
     LATE: tl.constexpr,  # columns of `late`
+    PARTS: tl.constexpr,  # of `squares`; 0: there are none
     HAS_BIAS: tl.constexpr,
     GROUP: tl.constexpr,  # heads that share keys and values and the new key, padded to 16 rows or more
     WIDTH: tl.constexpr,  # head_dim, padded to a power of two
@@ -389,7 +397,7 @@ def _decode_attention_kernel(
     q, partner = _load_heads(in_row + head, in_tile, HEAD_DIM, WIDTH, ROTATE)
     new_v = tl.load(in_row + v_head + column[None, :], mask=in_head, other=0.0)
     if LATE:
-        late = row_scale(late_ptr + row.to(tl.int64) * LATE, eps, LATE)
+        late = late_scale(late_ptr, squares_ptr, row, rows, eps, LATE, PARTS)
         q, partner = _finished(q, late, bias), _finished(partner, late, partner_bias)
         new_v = _finished(new_v, late, v_bias)
     q = _prepared(q, partner, norm, partner_norm, cos, sin, eps, HEAD_DIM, NORM, ROTATE).to(dtype)

@@ -264,7 +264,7 @@ def _draw_row_kernel(
         whole = tl.arange(0, 1)[None, :] >= 0
         word = tl.full([1, 1], 0, tl.int64) + _word(tl.max(score, 0), token)
         send(boxes, first + turn * SIZE + RANK, word, whole, live, SIZE, WIDTH)
-        clear(own, first + (turn + 2) % 3 * SIZE, 1, SIZE, WIDTH)
+        clear(own, first + (turn + 2) % 3 * SIZE, whole, 1, SIZE, WIDTH)
         tl.store(turns_ptr + row, (turn + live) % 3)
         words = receive(own, first + turn * SIZE, whole, live, 1, SIZE, WIDTH)
         exists = tl.arange(0, WIDTH)[:, None] < SIZE

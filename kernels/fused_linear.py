@@ -4,7 +4,7 @@
     norm_gate_up_silu   y = silu(norm(x) G^T) * (norm(x) U^T),  W = [G; U]
     late_gate_up_silu   the same, the norm's weight being in W
     linear_add          r = r + x W^T + b, in place
-    linear_add_squares  the same, and the squares for `late_gate_up_silu`
+    linear_add_squares  the same, and the squares for a late norm
 
 A decode layer is four of these around an attention. For one token each is one kernel of `vector_linear` that
 streams its weights at the memory's speed; for a few, one of `small_batch_linear`; to some hundred, one of
@@ -110,7 +110,7 @@ def norm_gate_up_silu(
 def late_gate_up_silu(x: Tensor, weight: Tensor, eps: float, squares: Tensor | None = None) -> Tensor:
     """`norm_gate_up_silu` of many rows, the norm's weight being multiplied into `weight`.
 
-    `squares`: x's, as `linear_add_squares` returned them.
+    `squares`, float32 [parts, tokens]: in all the sums of the squares of x's rows, if known.
     """
     tiling = medium_batch.chosen(x, weight, gated=True)
     if tiling is not None:
@@ -118,7 +118,7 @@ def late_gate_up_silu(x: Tensor, weight: Tensor, eps: float, squares: Tensor | N
         return medium_batch.medium_batch_linear(
             x, weight, tiling=tiling, squares=squares, eps=eps, gated=True
         )
-    return silu_mul(F.linear(x, weight), x, eps)
+    return silu_mul(F.linear(x, weight), x, eps, squares)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def own_pointer(addresses_ptr, dtype: tl.constexpr, RANK: tl.constexpr) -> tl.te
 
 @triton.jit
 def send(boxes, place, x, inside, live, SIZE: tl.constexpr, WIDTH: tl.constexpr) -> None:
-    """Write x [WIDTH or 1, BLOCK] at `place` (an offset) of every rank's mailbox, this rank's included."""
+    """Write x [WIDTH or 1, BLOCK], where `inside`, at `place` (an offset) of every rank's mailbox."""
     rank = tl.arange(0, WIDTH)[:, None]
     column = tl.arange(0, x.shape[1])[None, :]
     tl.store(boxes + place + column, x, mask=(rank < SIZE * live) & inside)
@@ -122,7 +122,7 @@ def send(boxes, place, x, inside, live, SIZE: tl.constexpr, WIDTH: tl.constexpr)
 def receive(
     own, place, inside, live, BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr
 ) -> tl.tensor:
-    """Wait for what all ranks have sent to `place`: [WIDTH, BLOCK], zero where there is no rank."""
+    """Wait for what all ranks have sent to `place`: [WIDTH, BLOCK], zero outside `inside`."""
     rank = tl.arange(0, WIDTH)[:, None]
     pointers = own + place + rank * BLOCK + tl.arange(0, BLOCK)[None, :]
     expected = (rank < SIZE) & inside
@@ -135,8 +135,8 @@ def receive(
 
 
 @triton.jit
-def clear(own, place, BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr) -> None:
-    """Empty the box at `place`."""
+def clear(own, place, used, BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr) -> None:
+    """Empty the box at `place`, where it is ever `used`."""
     rank = tl.arange(0, WIDTH)[:, None]
     pointers = own + place + rank * BLOCK + tl.arange(0, BLOCK)[None, :]
-    tl.store(pointers, absent(WIDTH, BLOCK, own.dtype.element_ty), mask=rank < SIZE)
+    tl.store(pointers, absent(WIDTH, BLOCK, own.dtype.element_ty), mask=(rank < SIZE) & used)

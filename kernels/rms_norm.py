@@ -65,6 +65,22 @@ def row_scale(x_ptr, eps, SIZE: tl.constexpr):  # noqa: ANN201 (a Triton scalar)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def late_scale(  # noqa: ANN201 (a Triton scalar)
+    x_ptr, squares_ptr, row, rows, eps, SIZE: tl.constexpr, PARTS: tl.constexpr
+):
+    """`row_scale` of a row of x [rows, SIZE]; with PARTS from float32 [PARTS, rows], in all the rows' squares."""
+    if PARTS:
+        AT_ONCE: tl.constexpr = 32
+        total = tl.zeros([AT_ONCE], tl.float32)
+        for at in tl.static_range(0, PARTS, AT_ONCE):
+            part = at + tl.arange(0, AT_ONCE)
+            total += tl.load(squares_ptr + part * rows + row, mask=part < PARTS, other=0.0)
+        return tl.rsqrt(tl.sum(total, 0) / SIZE + eps)
+    else:
+        return row_scale(x_ptr + row.to(tl.int64) * SIZE, eps, SIZE)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _row_squares_kernel(x_ptr, squares_ptr, stride, SIZE: tl.constexpr, PDL: tl.constexpr):
     wait_previous(PDL)
     allow_next(PDL)

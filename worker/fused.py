@@ -51,6 +51,8 @@ class Heads:
     eps: float = 0.0
     late: Tensor | None = None
     """The input of the projections if its norm is still to be applied (see `fold_norms`), and then `bias`."""
+    squares: Tensor | None = None
+    """Of `late`'s rows, if known: float32 [parts, tokens], in all their sums."""
     bias: Tensor | None = None
 
 
@@ -146,6 +148,7 @@ class Fused:
             k_norm=heads.k_norm,
             eps=heads.eps,
             late=heads.late,
+            squares=heads.squares,
             bias=heads.bias,
             reads_ahead=layer > 0 and out is None,
             out=out,
@@ -218,7 +221,7 @@ class _Part:
         self._residual = residual
         self._finish: Callable[[], None] | None = None
         self.squares: Tensor | None = None
-        """Of the settled residual's rows, if known: as `linear_add_squares` returns them."""
+        """Of the settled residual's rows, if known: float32 [parts, tokens], in all their sums."""
 
     def settled(self) -> Tensor:
         """The residual stream [tokens, hidden_size] with everything added."""
@@ -237,7 +240,8 @@ class _Part:
             linear_add(x, linear.weight, linear.bias, residual)
         else:
             partial = norm_linear(x, linear.weight, linear.bias if tp.rank == 0 else None)
-            self._finish = tp.add_all_reduced(partial, residual)
+            self.squares = tp.room_for_squares(partial) if late else None
+            self._finish = tp.add_all_reduced(partial, residual, self.squares)
 
 
 def _parts(residual: Tensor, tp: TensorParallel) -> list[_Part]:
@@ -271,13 +275,14 @@ def _llama(model: Llama, inputs: StepInputs, attend: Attend, late: bool) -> Tens
         if isinstance(attention, Qwen3Attention):
             heads = replace(heads, q_norm=attention.q_norm.weight, k_norm=attention.k_norm.weight)
         if late:
-            heads = replace(heads, late=residual, bias=attention.qkv_proj.bias)
+            squares = parts[0].squares if len(parts) == 1 else None
+            heads = replace(heads, late=residual, squares=squares, bias=attention.qkv_proj.bias)
         qkv = [_project(layer, part.settled(), late, model.norms_are_folded) for part in parts]
         attended = attend(number, qkv[0] if len(qkv) == 1 else torch.cat(qkv), heads)
         for part, rows in zip(parts, attended.chunk(len(parts)), strict=True):
             part.add(attention.o_proj, rows, late)
         for part in parts:
-            part.add(layer.mlp.down_proj, _gate(layer, part, late, model.norms_are_folded))
+            part.add(layer.mlp.down_proj, _gate(layer, part, late, model.norms_are_folded), late)
     for part in parts:
         part.settled()
     return residual

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ipc.errors import ConfigError
-from ..kernels.all_reduce import all_reduce_triton, one_shot_layout, two_shot_layout
+from ..kernels.all_reduce import all_reduce_triton, one_shot_layout, square_parts, two_shot_layout
 from ..kernels.draw_tokens import Share, winners_layout
 from ..kernels.mailbox import Layout, Mailbox, empty, make_mailbox
 from . import peer_memory
@@ -53,11 +53,17 @@ class Peers:
         assert serves or self._live, f"{tensor.shape} cannot be rehearsed: it is for NCCL"
         return serves
 
-    def add(self, partial: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The sum of all ranks' `partial`, added to `residual`, or else in place."""
+    def add(
+        self, partial: Tensor, residual: Tensor | None = None, squares: Tensor | None = None
+    ) -> Tensor:
+        """The sum of all ranks' `partial`, added to `residual`, or else in place; its rows' `squares`."""
         sent = partial.numel() * partial.itemsize * (self.one_shot.layout.sources - 1)
         mailbox = self.one_shot if sent <= _SENT_IN_ONE_SHOT else self.two_shot
-        return all_reduce_triton(partial, mailbox, residual, self._live)
+        return all_reduce_triton(partial, mailbox, residual, self._live, squares)
+
+    def square_parts(self, width: int) -> int:
+        """Parts in which `add` can leave the squares of rows of `width` numbers; 0: it cannot."""
+        return square_parts(self.one_shot.layout, width)
 
     def share(self, first: int, count: int) -> Share:
         """For a draw from logits of the tokens from `first` on."""
@@ -92,12 +98,23 @@ class TensorParallel:
             self.group.allreduce([tensor]).wait()
         return tensor
 
-    def add_all_reduced(self, partial: Tensor, residual: Tensor) -> Callable[[], None]:
+    def room_for_squares(self, partial: Tensor) -> Tensor | None:
+        """For `add_all_reduced` of partial [rows, width]: float32 [parts, rows]. None: it leaves no squares."""
+        if self.peers is None or not self.peers.serve(partial):
+            return None
+        parts = self.peers.square_parts(partial.shape[1])
+        return partial.new_empty(parts, len(partial), dtype=torch.float32) if parts else None
+
+    def add_all_reduced(
+        self, partial: Tensor, residual: Tensor, squares: Tensor | None = None
+    ) -> Callable[[], None]:
         """Begin `residual += all_reduce(partial)`. What it returns ends it: to be called before `residual` is
         used. Until then the device may compute something else.
+
+        `squares`, from `room_for_squares`, is given the sums of the squares of `residual`'s new rows.
         """
         if self.peers is not None and self.peers.serve(partial):
-            self.peers.add(partial, residual)
+            self.peers.add(partial, residual, squares)
             return nothing
         self.advance()
         work = self.group.allreduce([partial])

@@ -10,9 +10,9 @@ import pytest
 import torch
 from headrace.kernels.all_reduce import all_reduce_reference
 from headrace.kernels.draw_tokens import draw_tokens_reference
-from headrace.kernels.mailbox import empty
+from headrace.kernels.mailbox import Layout, empty
 
-from .peer_rank import ROUNDS, ROWS, layouts, logits, message, sizes
+from .peer_rank import ROUNDS, ROWS, SQUARED, layouts, logits, message, sizes
 
 RANK = Path(__file__).with_name("peer_rank.py")
 
@@ -42,10 +42,11 @@ def test_every_rank_gets_the_same_right_result(size: int, tmp_path: Path) -> Non
             process.communicate()
     results = [torch.load(tmp_path / f"results-{rank}") for rank in range(size)]
     for name, layout in layouts(size).items():
+        for other in results[1:]:
+            for ours, theirs in zip(results[0][name], other[name], strict=True):
+                assert torch.equal(theirs, ours), f"{name}: the ranks differ"
         for turn in range(ROUNDS):
             ours = results[0][name][turn]
-            for other in results[1:]:
-                assert torch.equal(other[name][turn], ours), f"{name}: the ranks differ"
             if name == "winners":
                 whole, seeds = logits(101, turn), torch.arange(ROWS)
                 temperatures = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.7, 2.0])
@@ -56,3 +57,15 @@ def test_every_rank_gets_the_same_right_result(size: int, tmp_path: Path) -> Non
             tolerance = 1e-6 if layout.dtype == torch.float32 else 2**-7
             expected = all_reduce_reference(partials, residual)
             torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance, msg=name)
+        if name != "winners":
+            check_squares(name, layout, *results[0][name][ROUNDS:], size)
+
+
+def check_squares(name: str, layout: Layout, got: torch.Tensor, squares: torch.Tensor, size: int) -> None:
+    """Of the rounded sums, block by block: two rows of 256 numbers."""
+    rows, width = SQUARED
+    partials = [message(rank, ROUNDS, rows * width, layout.dtype).view(SQUARED) for rank in range(size)]
+    tolerance = 1e-6 if layout.dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(got, all_reduce_reference(partials), atol=tolerance, rtol=tolerance, msg=name)
+    exact = got.double().square().view(rows, -1, layout.block).sum(-1).t()
+    torch.testing.assert_close(squares.double(), exact, rtol=1e-6, atol=0.0, msg=name)
