@@ -99,13 +99,21 @@ def test_against_float64(device: torch.device, heads: int, kv_heads: int, head_d
     assert (case.plan.arrivals == 0).all()
 
 
-@pytest.mark.parametrize(("in_features", "with_bias"), [(100, True), (2000, False)])
-def test_a_late_norm_of_the_projections(device: torch.device, in_features: int, with_bias: bool) -> None:
+@pytest.mark.parametrize(
+    ("in_features", "with_bias", "parts"), [(100, True, 0), (2000, False, 0), (80, True, 5), (160, False, 40)]
+)
+def test_a_late_norm_of_the_projections(
+    device: torch.device, in_features: int, with_bias: bool, parts: int
+) -> None:
     case = Case(device, [1, 40, 130], 4, 2, 64, True)
     late = (3 * torch.randn(3, in_features, device=device)).bfloat16()
     bias = torch.randn(case.qkv.shape[1], device=device).bfloat16() if with_bias else None
     scale = late.double().square().mean(-1, keepdim=True).add(1e-6).rsqrt()
-    out = case.run(late=late, bias=bias)
+    squares = None
+    if parts:
+        squares = late.float().square().view(3, parts, -1).sum(-1).t().contiguous()
+        late = torch.full_like(late, torch.nan)  # it is not read
+    out = case.run(late=late, squares=squares, bias=bias)
     case.qkv = (case.qkv.double() * scale + (0 if bias is None else bias)).bfloat16()
     expected, k_cache, v_cache = case.expected()
     assert_close(out, expected)

@@ -97,6 +97,13 @@ def test_silu_mul_applies_a_late_norm(
     assert_close(gate(gate_up, x, 1e-5), left / (1 + (-left).exp()) * right, precision)
 
 
+def test_silu_mul_takes_the_late_norm_from_squares(device: torch.device) -> None:
+    gate_up, x = torch.randn(5, 2050, device=device), torch.randn(5, 132, device=device)
+    squares = x.square().view(5, 33, 4).sum(-1).t().contiguous()
+    got = silu_mul_triton(gate_up, torch.full_like(x, torch.nan), 1e-5, squares)
+    torch.testing.assert_close(got, silu_mul_reference(gate_up, x, 1e-5))
+
+
 @pytest.mark.parametrize("norm", [layer_norm_reference, layer_norm_triton])
 @pytest.mark.parametrize("shape", [(1, 768), (7, 80), (3, 4100)])
 def test_layer_norm(
