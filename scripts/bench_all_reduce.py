@@ -2,10 +2,11 @@
 
     python scripts/bench_all_reduce.py --ranks 2 [--width 4096] [--dtype bfloat16]
 
-Each sum is added to a residual, as in a layer of a model: through peer memory in one shot and in two, and by
-NCCL with an addition. Times are microseconds of one sum in a CUDA graph of many in a row, the slowest rank's;
-`host` is NCCL's without a graph. NVLink multicast is off. First the kernels are compared with exact sums over
-thousands of rounds of changing sizes, with ranks that come late at random. The last line is JSON.
+Each sum is added to a residual, as in a layer of a model: through peer memory in one shot and in two, the
+same leaving the sums of the rows' squares (`sq.`), and by NCCL with an addition. Times are microseconds of one
+sum in a CUDA graph of many in a row, the slowest rank's; `host` is NCCL's without a graph. NVLink multicast is off. First the kernels are compared with exact sums over
+thousands of rounds of changing sizes, with ranks that come late at random, and squares with those of the
+results in float64. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from headrace.kernels.all_reduce import (
     all_reduce_reference,
     all_reduce_triton,
     one_shot_layout,
+    square_parts,
     two_shot_layout,
 )
 from headrace.kernels.mailbox import Mailbox
@@ -51,10 +53,19 @@ def message(seed: int, shape: tuple[int, int], dtype: torch.dtype, device: torch
     return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
+def room_for_squares(mailbox: Mailbox, x: Tensor) -> Tensor:
+    return x.new_empty(square_parts(mailbox.layout, x.shape[1]), len(x), dtype=torch.float32)
+
+
+def check_squares(squares: Tensor, rows: Tensor) -> None:
+    exact = rows.double().square().view(len(rows), len(squares), -1).sum(-1).t()
+    torch.testing.assert_close(squares.double(), exact, rtol=1e-6, atol=0.0)
+
+
 def check(tp: TensorParallel, mailboxes: dict[str, Mailbox], width: int, device: torch.device) -> int:
     """Sums of changing sizes back to back, against exact ones. Returns a number that the results decide."""
     sizes, late = random.Random(1), random.Random(tp.rank)
-    pending: list[tuple[Tensor, Tensor]] = []
+    pending: list[tuple[Tensor, Tensor, Tensor]] = []
     digest = 0
     for turn in range(ROUNDS):
         name = sizes.choice(list(mailboxes))
@@ -65,12 +76,16 @@ def check(tp: TensorParallel, mailboxes: dict[str, Mailbox], width: int, device:
         if late.random() < 0.02:
             time.sleep(late.random() / 200)
         residual = torch.full_like(messages[0], 0.5)
-        pending.append((residual, all_reduce_reference(messages, residual)))
-        all_reduce_triton(messages[tp.rank].clone(), mailbox, residual)
+        squares = room_for_squares(mailbox, residual)
+        pending.append((residual, all_reduce_reference(messages, residual), squares))
+        all_reduce_triton(messages[tp.rank].clone(), mailbox, residual, squares=squares if turn % 2 else None)
         if len(pending) == 50:
-            for got, expected in pending:
+            for number, (got, expected, squares) in enumerate(pending):
                 torch.testing.assert_close(got, expected, atol=3e-2, rtol=3e-2)
                 digest = 31 * digest % 2**40 + int(got.view(torch.uint8).long().sum())
+                if number % 2:
+                    check_squares(squares, got)
+                    digest = 31 * digest % 2**40 + int(squares.view(torch.uint8).long().sum())
             pending.clear()
     return digest
 
@@ -119,7 +134,9 @@ def measure(tp: TensorParallel, mailboxes: dict[str, Mailbox], width: int, devic
         tp.group.allreduce([partial_sums]).wait()
         residual += partial_sums
 
-    ways: dict[str, Way] = {name: partial(by_mailbox, mailbox) for name, mailbox in mailboxes.items()}
+    ways: dict[str, Way] = {}
+    for name, mailbox in mailboxes.items():
+        ways |= {name: partial(by_mailbox, mailbox), f"{name}, sq.": partial(with_squares, mailbox)}
     ways["NCCL"] = by_nccl
     rows: list[Row] = []
     for count in ROWS:
@@ -127,7 +144,8 @@ def measure(tp: TensorParallel, mailboxes: dict[str, Mailbox], width: int, devic
         row: Row = {"rows": count, "KiB": count * width * dtype.itemsize / 1024}
         for name, way in ways.items():
             run = partial(in_a_row, way, *arguments)
-            row[name] = graph_us(run, wait_for_all) if count <= MOST_ROWS[name] else math.nan
+            most = MOST_ROWS[name.removesuffix(", sq.")]
+            row[name] = graph_us(run, wait_for_all) if count <= most else math.nan
         row["NCCL, host"] = host_us(partial(in_a_row, by_nccl, *arguments), wait_for_all)
         rows.append(row)
     return rows
@@ -135,6 +153,10 @@ def measure(tp: TensorParallel, mailboxes: dict[str, Mailbox], width: int, devic
 
 def by_mailbox(mailbox: Mailbox, partial_sums: Tensor, residual: Tensor) -> None:
     all_reduce_triton(partial_sums, mailbox, residual)
+
+
+def with_squares(mailbox: Mailbox, partial_sums: Tensor, residual: Tensor) -> None:
+    all_reduce_triton(partial_sums, mailbox, residual, squares=room_for_squares(mailbox, partial_sums))
 
 
 def in_a_row(way: Way, partial_sums: Tensor, residual: Tensor) -> None:
@@ -174,6 +196,8 @@ def main() -> None:
     if args.rank is not None:
         one_rank(args)
         return
+    if args.width % 256:
+        parser.error("--width: squares are left of rows of whole blocks, multiples of 256")
     if args.ranks < 2:
         parser.error("--ranks: at least 2 GPUs are needed")
     with tempfile.TemporaryDirectory() as folder:

@@ -53,9 +53,7 @@ class Peers:
         assert serves or self._live, f"{tensor.shape} cannot be rehearsed: it is for NCCL"
         return serves
 
-    def add(
-        self, partial: Tensor, residual: Tensor | None = None, squares: Tensor | None = None
-    ) -> Tensor:
+    def add(self, partial: Tensor, residual: Tensor | None = None, squares: Tensor | None = None) -> Tensor:
         """The sum of all ranks' `partial`, added to `residual`, or else in place; its rows' `squares`."""
         sent = partial.numel() * partial.itemsize * (self.one_shot.layout.sources - 1)
         mailbox = self.one_shot if sent <= _SENT_IN_ONE_SHOT else self.two_shot
@@ -99,7 +97,7 @@ class TensorParallel:
         return tensor
 
     def room_for_squares(self, partial: Tensor) -> Tensor | None:
-        """For `add_all_reduced` of partial [rows, width]: float32 [parts, rows]. None: it leaves no squares."""
+        """float32 [parts, rows] for `add_all_reduced` of partial [rows, width]; None: it leaves no squares."""
         if self.peers is None or not self.peers.serve(partial):
             return None
         parts = self.peers.square_parts(partial.shape[1])

@@ -58,10 +58,10 @@ def test_every_rank_gets_the_same_right_result(size: int, tmp_path: Path) -> Non
             expected = all_reduce_reference(partials, residual)
             torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance, msg=name)
         if name != "winners":
-            check_squares(name, layout, *results[0][name][ROUNDS:], size)
+            check_squares(name, layout, size, *results[0][name][ROUNDS:])
 
 
-def check_squares(name: str, layout: Layout, got: torch.Tensor, squares: torch.Tensor, size: int) -> None:
+def check_squares(name: str, layout: Layout, size: int, got: torch.Tensor, squares: torch.Tensor) -> None:
     """Of the rounded sums, block by block: two rows of 256 numbers."""
     rows, width = SQUARED
     partials = [message(rank, ROUNDS, rows * width, layout.dtype).view(SQUARED) for rank in range(size)]
