@@ -68,7 +68,7 @@ def row_scale(x_ptr, eps, SIZE: tl.constexpr):  # noqa: ANN201 (a Triton scalar)
 def late_scale(  # noqa: ANN201 (a Triton scalar)
     x_ptr, squares_ptr, row, rows, eps, SIZE: tl.constexpr, PARTS: tl.constexpr
 ):
-    """`row_scale` of a row of x [rows, SIZE]; with PARTS of squares [PARTS, rows], in all its sums of squares."""
+    """`row_scale` of a row of x [rows, SIZE]; with PARTS by float32 [PARTS, rows] sums of squares."""
     if PARTS:
         AT_ONCE: tl.constexpr = 32
         total = tl.zeros([AT_ONCE], tl.float32)

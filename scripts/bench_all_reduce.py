@@ -3,10 +3,10 @@
     python scripts/bench_all_reduce.py --ranks 2 [--width 4096] [--dtype bfloat16]
 
 Each sum is added to a residual, as in a layer of a model: through peer memory in one shot and in two, the
-same leaving the sums of the rows' squares (`sq.`), and by NCCL with an addition. Times are microseconds of one
-sum in a CUDA graph of many in a row, the slowest rank's; `host` is NCCL's without a graph. NVLink multicast is off. First the kernels are compared with exact sums over
-thousands of rounds of changing sizes, with ranks that come late at random, and squares with those of the
-results in float64. The last line is JSON.
+same leaving the sums of the rows' squares (`sq.`), and by NCCL with an addition. Times are microseconds of
+one sum in a CUDA graph of many in a row, the slowest rank's; `host` is NCCL's without a graph. NVLink
+multicast is off. First the kernels are compared with exact sums, and squares with those of the results, over
+thousands of rounds of changing sizes, with ranks that come late at random. The last line is JSON.
 """
 
 from __future__ import annotations

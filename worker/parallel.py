@@ -97,7 +97,7 @@ class TensorParallel:
         return tensor
 
     def room_for_squares(self, partial: Tensor) -> Tensor | None:
-        """float32 [parts, rows] for `add_all_reduced` of partial [rows, width]; None: it leaves no squares."""
+        """float32 [parts, rows], for `add_all_reduced` of partial [rows, width]; None: it leaves none."""
         if self.peers is None or not self.peers.serve(partial):
             return None
         parts = self.peers.square_parts(partial.shape[1])
