@@ -14,7 +14,7 @@ from headrace.kernels.draw_tokens import draw_tokens_triton, winners_layout
 from headrace.kernels.mailbox import Layout, make_mailbox
 from headrace.kernels.slot_table import StepInputs
 from headrace.worker import fused, parallel
-from headrace.worker.fused import Fused, Packed, fuse
+from headrace.worker.fused import Fused, Packed, fold_norms, fuse
 from headrace.worker.models import build_model
 from headrace.worker.parallel import Peers, TensorParallel
 from headrace.worker.weights import load_weights
@@ -26,25 +26,30 @@ NUM_PREFILLED = 6
 BLOCK = 4
 LARGEST = 512
 """Numbers in a sum."""
+MANY_ROWS = 17
+"""The fewest whose norms may come late."""
 
 
 def layouts(size: int) -> list[Layout]:
-    one, two = (
-        one_shot_layout(size, 4 * LARGEST, torch.float32),
-        two_shot_layout(size, 4 * LARGEST, torch.float32),
-    )
-    return [one, two, winners_layout(size, 4)]
+    """For float32, then for the many rows' bfloat16."""
+    found = []
+    for dtype, numbers in ((torch.float32, LARGEST), (torch.bfloat16, MANY_ROWS * 256)):
+        num_bytes = numbers * dtype.itemsize
+        found += [one_shot_layout(size, num_bytes, dtype), two_shot_layout(size, num_bytes, dtype)]
+        found.append(winners_layout(size, 4))
+    return found
 
 
-def connect(rank: int, size: int, folder: Path) -> TensorParallel:
-    """Mailboxes and nothing else: what they cannot do fails."""
+def connect(rank: int, size: int, folder: Path) -> tuple[TensorParallel, TensorParallel]:
+    """Mailboxes and nothing else, for float32 and for bfloat16: what they cannot do fails."""
     mailboxes = []
     for number, layout in enumerate(layouts(size)):
         paths = [folder / f"memory-{number}-{peer}" for peer in range(size)]
         mapped = [torch.from_file(str(path), True, layout.num_bytes, dtype=torch.uint8) for path in paths]
         KEPT.extend(mapped)
         mailboxes.append(make_mailbox(layout, rank, [memory.data_ptr() for memory in mapped], CPU))
-    return TensorParallel(rank, size, peers=Peers(*mailboxes))
+    few, many = (TensorParallel(rank, size, peers=Peers(*mailboxes[at : at + 3])) for at in (0, 3))
+    return few, many
 
 
 KEPT: list[Tensor] = []
@@ -94,11 +99,36 @@ def run(config: EngineConfig, tp: TensorParallel) -> dict[str, Tensor]:
     return {"logits": torch.cat(logits)[:, :columns], "drawn": torch.cat(drawn)}
 
 
+@torch.inference_mode()
+def run_many_rows(config: EngineConfig, tp: TensorParallel) -> dict[str, Tensor]:
+    """Logits of a first token in each of many rows: norms come late, their scales from what sums leave."""
+    options = config.hf_config
+    model = build_model(
+        config.architecture, options, torch.bfloat16, CPU, tp, max_model_len=config.max_model_len
+    )
+    load_weights(model, config, CPU, tp)
+    fold_norms(model)
+    shape = (MANY_ROWS, BLOCK, model.num_kv_heads, model.head_dim)
+    caches = [
+        (torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16))
+        for _ in range(model.num_layers)
+    ]
+    tables = torch.arange(MANY_ROWS, dtype=torch.int32)[:, None]
+    steps_of = fuse(model, caches, tables, options["num_attention_heads"] // tp.size, MANY_ROWS)
+    assert steps_of is not None
+    rows = torch.arange(MANY_ROWS)
+    first = StepInputs(rows, 0 * rows, BLOCK * rows, torch.ones(MANY_ROWS, dtype=torch.int32))
+    logits = steps_of.decode(first, rows.int())
+    share = steps_of.share
+    return {"logits": logits[:, : logits.shape[1] if share is None else share.columns].float()}
+
+
 def main(rank: str, size: str, folder: str, *encoded: str) -> None:
     torch.set_num_threads(1)
-    configs = [msgspec.json.decode(config, type=EngineConfig) for config in encoded]
-    mailboxes = connect(int(rank), int(size), Path(folder))
-    results = [run(config, mailboxes) for config in configs]
+    *configs, wide = [msgspec.json.decode(config, type=EngineConfig) for config in encoded]
+    few, many = connect(int(rank), int(size), Path(folder))
+    results = [run(config, few) for config in configs]
+    results.append(run_many_rows(wide, many))
     # Large messages, whose sums go on in the background, over gloo in NCCL's place.
     fused.HALVED_FROM = NUM_PREFILLED - 1
     gloo = parallel.connect(int(rank), int(size), CPU, f"{folder}/ranks")

@@ -16,7 +16,7 @@ from headrace.ipc.config import EngineConfig
 from headrace.kernels.mailbox import empty
 from headrace.worker.parallel import TensorParallel
 
-from .fused_rank import layouts, run
+from .fused_rank import layouts, run, run_many_rows
 
 RANK = Path(__file__).with_name("fused_rank.py")
 OPTIONS: dict[str, Any] = {
@@ -33,6 +33,8 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("Llama", {"num_key_value_heads": 1, "attention_bias": True}),  # both ranks hold that head
     ("OPT", {}),
 ]
+WIDE: tuple[str, dict[str, Any]] = ("Llama", {"hidden_size": 256, "num_key_value_heads": 2})
+"""Rows of a whole block: sums leave their squares."""
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels run in the interpreter here; on GPUs tests/gpu has their like"
@@ -57,14 +59,18 @@ def test_two_ranks_equal_one(tmp_path: Path, make_config: Callable[..., EngineCo
         for rank in range(2):
             path = str(tmp_path / f"memory-{number}-{rank}")
             empty(torch.from_file(path, True, layout.num_bytes, dtype=torch.uint8), layout.dtype)
-    configs = [make_config(**make_model(*model, tmp_path / model[0])) for model in MODELS]
+    models = [*MODELS, WIDE]
+    configs = [
+        make_config(**make_model(*model, tmp_path / str(number))) for number, model in enumerate(models)
+    ]
     encoded = [msgspec.json.encode(config).decode() for config in configs]
     ranks = [
         subprocess.Popen([sys.executable, str(RANK), str(rank), "2", str(tmp_path), *encoded])
         for rank in range(2)
     ]
     try:
-        alone = [run(config, TensorParallel()) for config in configs]
+        alone = [run(config, TensorParallel()) for config in configs[:-1]]
+        many_alone = run_many_rows(configs[-1], TensorParallel())["logits"]
         assert [process.wait(240) for process in ranks] == [0, 0]
     finally:
         for process in ranks:
@@ -78,5 +84,7 @@ def test_two_ranks_equal_one(tmp_path: Path, make_config: Callable[..., EngineCo
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4, msg=family)
         for each in (alone, *both):
             assert torch.equal(each[number]["drawn"], expected.argmax(-1)), family
+    many = torch.cat([each[len(MODELS)]["logits"] for each in both], dim=1)
+    assert (many - many_alone).norm() < 0.02 * many_alone.norm()
     for each in both:
         torch.testing.assert_close(each[-1]["logits"], alone[0]["logits"], atol=1e-4, rtol=1e-4)
