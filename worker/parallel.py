@@ -25,14 +25,18 @@ from ..kernels.draw_tokens import Share, winners_layout
 from ..kernels.mailbox import Layout, Mailbox, empty, make_mailbox
 from . import peer_memory
 
-_SENT_IN_ONE_SHOT = 1 << 19
-"""Most bytes that a rank sends to its peers together in one shot; it takes two shots for more. On H200s both
-are equally fast at 1 MiB on two ranks and at 0.4 MiB on four.
-"""
+
+def _largest_in_one_shot(size: int) -> int:
+    """Bytes of the largest message that is summed in one shot; larger ones take two.
+
+    Two ranks send as much either way. Four send half as much in two shots, which on H200s are as fast when
+    each sends 0.4 MiB to the others together.
+    """
+    return 1 << 21 if size == 2 else (1 << 19) // (size - 1)
 
 
 class Peers:
-    """The mailboxes that the ranks' kernels meet in."""
+    """The mailboxes that the ranks' kernels meet in. What fits into `one_shot`'s is summed in one shot."""
 
     def __init__(self, one_shot: Mailbox, two_shot: Mailbox, winners: Mailbox) -> None:
         self.one_shot, self.two_shot, self._winners = one_shot, two_shot, winners
@@ -55,8 +59,8 @@ class Peers:
 
     def add(self, partial: Tensor, residual: Tensor | None = None, squares: Tensor | None = None) -> Tensor:
         """The sum of all ranks' `partial`, added to `residual`, or else in place; its rows' `squares`."""
-        sent = partial.numel() * partial.itemsize * (self.one_shot.layout.sources - 1)
-        mailbox = self.one_shot if sent <= _SENT_IN_ONE_SHOT else self.two_shot
+        layout = self.one_shot.layout
+        mailbox = self.one_shot if partial.numel() <= layout.programs * layout.block else self.two_shot
         return all_reduce_triton(partial, mailbox, residual, self._live, squares)
 
     def square_parts(self, width: int) -> int:
@@ -190,9 +194,10 @@ def open_mailboxes(
     """
     if tp.size == 1 or not peer_memory.can_share(tp.size):
         return tp
+    largest = max_elements * dtype.itemsize
     layouts = (
-        one_shot_layout(tp.size, _SENT_IN_ONE_SHOT // (tp.size - 1), dtype),
-        two_shot_layout(tp.size, max_elements * dtype.itemsize, dtype),
+        one_shot_layout(tp.size, min(largest, _largest_in_one_shot(tp.size)), dtype),
+        two_shot_layout(tp.size, largest, dtype),
         winners_layout(tp.size, max_rows),
     )
     return replace(tp, peers=Peers(*share_mailboxes(tp, device, layouts)))
