@@ -73,9 +73,9 @@ class Packed:
     token in it, a multiple of the model's `tile_tokens`. Rows of -1 come last and are no tiles."""
 
 
-HALVED_FROM = 2048
-"""Tokens from which a step over several ranks is computed in halves. Their sums are NCCL's, and take about as
-long as a product; half a product of so many tokens takes half of the time.
+HALVED_FROM = 8192
+"""Tokens from which a step over several ranks is computed in halves. Sums of so many are NCCL's, which take
+processors from the products beside them, and halves take twice as long to launch.
 """
 
 Attend: TypeAlias = Callable[[int, Tensor, Heads], Tensor]
