@@ -10,9 +10,9 @@ brings W and x through a ring of tiles in shared memory by bulk copies; the firs
 before the wait for the kernel in front (see `pdl`). What W costs beside its own bytes is x, which every
 program reads from the second-level cache: as many bytes again at 128 rows and 128 tokens.
 
-Where there are too few rows for all processors, programs share the columns (`Tiling.shares`). Each leaves
-its sums in memory, waits for the others' and adds up a part of the tokens, always in the same order. They
-wait for each other in a loop, so there are never more of them than run at once.
+Where there are too few rows for all processors, programs share the columns (`Tiling.shares`). Each keeps its
+sums of a part of the tokens, leaves the rest in memory, waits for the others' and adds them up, always in the
+same order. They wait for each other in a loop, so there are never more of them than run at once.
 """
 
 # mypy: disable-error-code="assignment"
@@ -53,7 +53,7 @@ class Tiling(NamedTuple):
     stages: int
     """Tiles of `block_k` columns in the ring."""
     shares: int = 1
-    """Programs that share the columns of the same rows."""
+    """Programs that share the columns of the same rows: a power of two, at most `tokens` / 4."""
 
 
 MAX_TOKENS = 128
@@ -78,7 +78,8 @@ def tiling(
     shared memory: with 128 rows of Qwen2.5-1.5B that cost 9 us a layer.
 
     The tiling whose busiest processor has the fewest bytes to read. On an H200 it is the fastest or within
-    3 per cent of it for nine in ten of the matrices of four models with 32, 64 and 128 tokens.
+    3 per cent of it for nine in ten of the matrices of four models, and of a half and a quarter of one, with
+    32, 64 and 128 tokens.
     """
     if not AVAILABLE or in_features % 8:
         return None
@@ -92,29 +93,47 @@ def tiling(
         tiles = -(-out_features // (rows // 2 if gated else rows)) * -(-tokens // block_tokens)
         if block_tokens < 32 or (rows == 64 and gated):  # gate and up meet in one thread
             continue
+        filled, _ = _filling(tokens, block_tokens)
         for shares in (1, 2, 4, 8):
             programs = tiles * shares
-            if shares > 1 and (gated or rows > 64 or programs > _PROCESSORS or in_features < 128 * shares):
+            if shares > 1 and (programs > _PROCESSORS or in_features < 128 * shares):
                 break
-            cost = _cost(rows, block_tokens, in_features, shares, programs)
+            if shares > 1 and (block_tokens == 32 if gated else rows > 64):  # never the fastest
+                break
+            cost = _cost(rows, block_tokens, filled, in_features, shares, programs)
             found.append((cost, rows, block_tokens, shares, programs))
     _, rows, block_tokens, shares, programs = min(found)
     room = _SHARED if programs <= _PROCESSORS else _SHARED // 2
     if leaves_room and in_features < 2048:  # where it was measured
         room = min(room, _BESIDE_OTHERS)
-    return _with_ring(rows, block_tokens, in_features, shares, room)
+    filled, box = _filling(tokens, block_tokens)
+    wide = block_tokens < 128 or filled > box
+    return _with_ring(rows, block_tokens, in_features, shares, room, wide)
 
 
-def _cost(rows: int, block_tokens: int, in_features: int, shares: int, programs: int) -> float:
+def _filling(tokens: int, block_tokens: int) -> tuple[int, int]:
+    """Columns of a tile that are tokens, and how many of them are copied at once.
+
+    All at once is fastest (in fours 10 per cent slower), but for a tile that lacks 32 tokens or more: to copy
+    rows that x does not have made products of 96 tokens 19 per cent slower than those of 128.
+    """
+    if -tokens % block_tokens < 32:
+        return block_tokens, block_tokens
+    if block_tokens == 128 and tokens <= 96:
+        return 96, 32
+    return block_tokens, block_tokens // 2
+
+
+def _cost(rows: int, block_tokens: int, filled: int, in_features: int, shares: int, programs: int) -> float:
     """In bytes that a processor reads meanwhile; about 70 in a nanosecond."""
-    cost = (rows + block_tokens) * in_features * 2 / shares * -(-programs // _PROCESSORS)
+    cost = (rows + filled) * in_features * 2 / shares * -(-programs // _PROCESSORS)
     return cost if shares == 1 else cost + 30_000 + 20 * rows * block_tokens
 
 
-def _with_ring(rows: int, block_tokens: int, in_features: int, shares: int, room: int) -> Tiling:
-    """With as large a ring as has room."""
+def _with_ring(rows: int, block_tokens: int, in_features: int, shares: int, room: int, wide: bool) -> Tiling:
+    """With as large a ring as has room. `wide`: of fewer and wider tiles, that is fewer copies."""
     stage = (rows + block_tokens) * 2
-    block_k = 128 if 4 * 128 * stage <= room and block_tokens < 128 else 64
+    block_k = 128 if wide and 4 * 128 * stage <= room else 64
     steps = -(-in_features // block_k) // shares
     stages = min(room // (block_k * stage), 8, max(steps, 2))
     return Tiling(rows, block_tokens, block_k, stages, shares)
@@ -145,20 +164,47 @@ def _load_weights(weight_desc, buffer, bar, first, k, N: gl.constexpr, GATED: gl
 
 
 @gluon.jit
-def _scales(
-    squares_ptr, tokens, first_token, eps, K, PARTS: gl.constexpr, TOKENS: gl.constexpr, WARPS: gl.constexpr
-):
-    """Of x's norm, [TOKENS], from the parts' sums of squares."""
-    COLUMNS: gl.constexpr = TOKENS // 4 if TOKENS < 128 else 32
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [32 // COLUMNS, COLUMNS], [WARPS, 1], [1, 0])
+def _load_tokens(x_desc, buffer, bar, first_token, tokens, k, FILLED: gl.constexpr, pred):
+    """The tile of x that begins with `first_token`, in boxes; see `_token_of`."""
+    BOX: gl.constexpr = x_desc.block_shape[0]
+    for box in gl.static_range(FILLED // BOX):
+        begin = first_token + box * BOX
+        if FILLED > BOX:
+            begin = gl.minimum(begin, tokens - BOX)
+        tma.async_copy_global_to_shared(x_desc, [begin, k], bar, buffer.slice(box * BOX, BOX), pred)
+
+
+@gluon.jit
+def _token_of(column, first_token, tokens, BOX: gl.constexpr, FILLED: gl.constexpr):
+    """The token in a tile's column, and whether it is that column's to store.
+
+    Of several boxes, one that would reach past the last token ends with it instead, and brings tokens that
+    other columns have too. Columns from `FILLED` on hold whatever memory held.
+    """
+    if BOX == FILLED:
+        return first_token + column, first_token + column < tokens
+    begin = first_token + column // BOX * BOX
+    token = gl.minimum(begin, tokens - BOX) + column % BOX
+    return token, (token >= begin) & (column < FILLED)
+
+
+@gluon.jit
+def _scales(token, wanted, squares_ptr, tokens, eps, K, PARTS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Of x's norm, for some tokens, from the parts' sums of squares."""
     AT_ONCE: gl.constexpr = 32
-    token = first_token + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, LAYOUT))
-    total = gl.zeros([AT_ONCE, TOKENS], gl.float32, LAYOUT)
+    total = gl.zeros([AT_ONCE, token.shape[0]], gl.float32, LAYOUT)
     for at in gl.static_range(0, PARTS, AT_ONCE):
         part = at + gl.arange(0, AT_ONCE, layout=gl.SliceLayout(1, LAYOUT))
-        inside = (part < PARTS)[:, None] & (token < tokens)[None, :]
+        inside = (part < PARTS)[:, None] & wanted[None, :]
         total += gl.load(squares_ptr + part[:, None] * tokens + token[None, :], mask=inside, other=0.0)
     return gl.rsqrt(gl.sum(total, 0) / K + eps)
+
+
+@gluon.constexpr_function
+def _scales_layout(tokens, warps):
+    """Of [parts, tokens]."""
+    columns = min(max(tokens // 4, 1), 32)
+    return gl.BlockedLayout([1, 4], [32 // columns, columns], [warps, 1], [1, 0])
 
 
 @gluon.jit
@@ -168,8 +214,8 @@ def _medium_batch_kernel(
     bias_ptr,  # [N]
     residual_ptr,  # [tokens, N]; may be out_ptr
     out_ptr,  # [tokens, N]
-    sums_ptr,  # float32 [tiles, SHARES, TOKENS, ROWS]
-    arrivals_ptr,  # int32 [tiles], zero
+    sums_ptr,  # float32 [tiles, SHARES * TOKENS * ROWS]
+    arrivals_ptr,  # int32 [tiles], multiples of 8
     parts_ptr,  # float32 [PARTS, tokens], sums of x's squares
     squares_ptr,  # float32 [tiles, tokens], sums of the results' squares
     tokens,
@@ -184,6 +230,7 @@ def _medium_batch_kernel(
     HAS_RESIDUAL: gl.constexpr,
     ROWS: gl.constexpr,
     TOKENS: gl.constexpr,
+    FILLED: gl.constexpr,  # columns of a tile that are tokens
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     SHARES: gl.constexpr,
@@ -191,8 +238,10 @@ def _medium_batch_kernel(
     PDL: gl.constexpr,
 ):
     OUTPUTS: gl.constexpr = ROWS // 2 if GATED else ROWS
+    TAKEN: gl.constexpr = TOKENS // SHARES
+    BOX: gl.constexpr = x_desc.block_shape[0]
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    BYTES: gl.constexpr = (ROWS + TOKENS) * BLOCK_K * 2
+    BYTES: gl.constexpr = (ROWS + FILLED) * BLOCK_K * 2
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, TOKENS, 16]
     )
@@ -204,7 +253,7 @@ def _medium_batch_kernel(
         mbarrier.init(bars.index(i), count=1)
     first = gl.program_id(0) * OUTPUTS
     share = gl.program_id(1)
-    first_token = gl.program_id(2) * TOKENS
+    first_token = gl.program_id(2) * FILLED
     begin = STEPS * share // SHARES
     steps = STEPS * (share + 1) // SHARES - begin
     if PDL:
@@ -216,23 +265,25 @@ def _medium_batch_kernel(
     if PDL:
         gdc_wait()
     for i in gl.static_range(STAGES):
-        tma.async_copy_global_to_shared(
-            x_desc, [first_token, (begin + i) * BLOCK_K], bars.index(i), x.index(i), i < steps
-        )
+        k = (begin + i) * BLOCK_K
+        _load_tokens(x_desc, x.index(i), bars.index(i), first_token, tokens, k, FILLED, i < steps)
     # What this program will store, and what is added to it then: loaded now, it is there in time.
-    OUT: gl.constexpr = _out_layout(SHARES, WARPS)
+    OUT: gl.constexpr = _out_layout(TAKEN, WARPS)
     output = first + gl.arange(0, OUTPUTS, layout=gl.SliceLayout(0, OUT))
-    taken = share * (TOKENS // SHARES) + gl.arange(0, TOKENS // SHARES, layout=gl.SliceLayout(1, OUT))
-    token = first_token + taken
-    inside = (token < tokens)[:, None] & (output < N)[None, :]
+    taken = _taken(gl.arange(0, TAKEN, layout=gl.SliceLayout(1, OUT)), share)
+    token, stored = _token_of(taken, first_token, tokens, BOX, FILLED)
+    inside = stored[:, None] & (output < N)[None, :]
     place = token[:, None] * N + output[None, :]
     if HAS_RESIDUAL:
         residual = gl.load(residual_ptr + place, mask=inside, other=0.0)
     if HAS_BIAS:
         bias = gl.load(bias_ptr + output, mask=output < N, other=0.0)
     sums = gl.zeros([ROWS, TOKENS], gl.float32, ACC)
-    if PARTS > 0:
-        scale = _scales(parts_ptr, tokens, first_token, eps, K, PARTS, TOKENS, WARPS)
+    SCALED: gl.constexpr = _scales_layout(TAKEN, WARPS)
+    scaled = _taken(gl.arange(0, TAKEN, layout=gl.SliceLayout(0, SCALED)), share)
+    scaled, wanted = _token_of(scaled, first_token, tokens, BOX, FILLED)
+    if PARTS > 0 and SHARES == 1:
+        scale = _scales(scaled, wanted, parts_ptr, tokens, eps, K, PARTS, SCALED)
     for i in range(steps):
         stage = i % STAGES
         mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
@@ -247,18 +298,23 @@ def _medium_batch_kernel(
         k = (begin + following) * BLOCK_K
         mbarrier.expect(bar, BYTES, more)
         _load_weights(weight_desc, weights.index(free), bar, first, k, N, GATED, more)
-        tma.async_copy_global_to_shared(x_desc, [first_token, k], bar, x.index(free), more)
+        _load_tokens(x_desc, x.index(free), bar, first_token, tokens, k, FILLED, more)
     sums = warpgroup_mma_wait(0, deps=(sums,))
-    if PARTS > 0:
-        sums = sums * gl.convert_layout(scale, gl.SliceLayout(0, ACC))[None, :]
-    if GATED:
-        gate, up = gl.split(gl.permute(gl.reshape(sums, [2, OUTPUTS, TOKENS]), [1, 2, 0]))
-        sums = gate / (1.0 + gl.exp(-gate)) * up
-    if SHARES == 1:
-        sums = gl.convert_layout(gl.permute(sums, [1, 0]), OUT)
-    else:
+    if SHARES > 1:
         tile = gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)
-        sums = _add_up(sums, sums_ptr, arrivals_ptr + tile, tile, share, taken, ROWS, TOKENS, SHARES, OUT)
+        sums_ptr += tile * SHARES * TOKENS * ROWS
+        sums = _leave(sums, sums_ptr, share, SHARES, WARPS)
+        arrived = _arrive(arrivals_ptr + tile, SHARES)
+        if PARTS > 0:  # while the others arrive
+            scale = _scales(scaled, wanted, parts_ptr, tokens, eps, K, PARTS, SCALED)
+        _wait_for_all(arrivals_ptr + tile, arrived, SHARES)
+        sums = _add_up(sums, sums_ptr, share, ROWS, SHARES, WARPS)
+    if PARTS > 0:
+        sums = sums * gl.convert_layout(scale, gl.SliceLayout(0, sums.type.layout))[None, :]
+    if GATED:
+        gate, up = gl.split(gl.permute(gl.reshape(sums, [2, OUTPUTS, TAKEN]), [1, 2, 0]))
+        sums = gate / (1.0 + gl.exp(-gate)) * up
+    sums = gl.convert_layout(gl.permute(sums, [1, 0]), OUT)
     if HAS_BIAS:
         sums += bias.to(gl.float32)[None, :]
     if RELU:
@@ -269,54 +325,98 @@ def _medium_batch_kernel(
     gl.store(out_ptr + place, rounded, mask=inside)
     if SQUARES:
         sums = gl.where(inside, rounded.to(gl.float32), 0.0)
-        gl.store(squares_ptr + gl.program_id(0) * tokens + token, gl.sum(sums * sums, 1), mask=token < tokens)
+        gl.store(squares_ptr + gl.program_id(0) * tokens + token, gl.sum(sums * sums, 1), mask=stored)
 
 
 @gluon.constexpr_function
-def _out_layout(shares, warps):
+def _out_layout(tokens, warps):
     """Of [tokens, outputs]: neighbours in a row in one thread."""
-    if shares == 1:
-        return gl.BlockedLayout([1, 8], [4, 8], [warps, 1], [1, 0])
-    return gl.BlockedLayout([1, 4], [1, 32], [warps, 1], [1, 0])
+    if tokens < 2 * warps:
+        return gl.BlockedLayout([1, 2], [1, 32], [warps, 1], [1, 0])
+    if tokens < 4 * warps:
+        return gl.BlockedLayout([1, 4], [2, 16], [warps, 1], [1, 0])
+    return gl.BlockedLayout([1, 8], [4, 8], [warps, 1], [1, 0])
 
 
 @gluon.jit
-def _add_up(
-    sums,
-    sums_ptr,
-    arrivals,
-    tile,
-    share,
-    taken,
-    ROWS: gl.constexpr,
-    TOKENS: gl.constexpr,
-    SHARES: gl.constexpr,
-    OUT: gl.constexpr,
-):
-    """The sums over all columns of this share's tokens `taken`, [TOKENS // SHARES, ROWS]."""
-    ACC: gl.constexpr = sums.type.layout
-    sums_ptr += tile * SHARES * TOKENS * ROWS
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, ACC))
-    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, ACC))
-    gl.store(sums_ptr + share * TOKENS * ROWS + token[None, :] * ROWS + row[:, None], sums)
-    gl.thread_barrier()
-    gl.atomic_add(arrivals, 1, sem="release", scope="gpu")
-    while gl.atomic_add(arrivals, 0, sem="acquire", scope="gpu") < SHARES:
-        pass
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, OUT))
-    place = sums_ptr + taken[:, None] * ROWS + row[None, :]
-    total = gl.load(place, cache_modifier=".cg")
+def _taken(i, share):
+    """The tile's column that is the i-th of this share's: a thread's sums are of 2 columns of every 8."""
+    TAKEN: gl.constexpr = i.shape[0]
+    if TAKEN < 8:
+        return share // 2 * 8 + share % 2 + 2 * i
+    return share * TAKEN + i
+
+
+@gluon.constexpr_function
+def _pieces_layout(taken, warps):
+    """Of [shares, numbers of a thread / vector, threads * vector], the sums in the order of threads."""
+    vector = 4 if taken >= 8 else 2
+    return gl.BlockedLayout([1, 1, vector], [1, 1, 32], [1, 1, warps], [2, 1, 0])
+
+
+@gluon.jit
+def _leave(sums, parts, share, SHARES: gl.constexpr, WARPS: gl.constexpr):
+    """Each thread leaves its sums of the other shares' tokens in memory and returns those of its own.
+
+    sums: [ROWS, TOKENS], in a thread of rows 0 and 8 of 16 and of 2 neighbouring tokens, again for every 8
+    tokens and 64 rows. Memory holds them in the order of threads: [of whose tokens, whose sums, ...].
+    """
+    ROWS: gl.constexpr = sums.shape[0]
+    TAKEN: gl.constexpr = sums.shape[1] // SHARES
+    LAYOUT: gl.constexpr = _pieces_layout(TAKEN, WARPS)
+    WIDE: gl.constexpr = (128 if TAKEN >= 8 else 64) * WARPS
+    LONG: gl.constexpr = ROWS * TAKEN // WIDE
+    if TAKEN >= 8:
+        pieces = gl.reshape(sums, [ROWS // 64, WARPS, 2, 8, SHARES, TAKEN // 8, 4, 2])
+        pieces = gl.permute(pieces, [4, 0, 5, 1, 3, 6, 2, 7])
+    else:
+        pieces = gl.reshape(sums, [ROWS // 64, WARPS, 2, 8, SHARES // 2, 4, 2])
+        pieces = gl.permute(pieces, [4, 6, 0, 1, 3, 5, 2])
+    pieces = gl.convert_layout(gl.reshape(pieces, [SHARES, LONG, WIDE]), LAYOUT, assert_trivial=True)
+    whose = gl.arange(0, SHARES, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    row = gl.arange(0, LONG, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    column = gl.arange(0, WIDE, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    place = ((whose * SHARES + share) * LONG + row) * WIDE + column
+    gl.store(parts + place, pieces, mask=whose != share)
+    return gl.sum(gl.where(whose == share, pieces, 0.0), 0)
+
+
+@gluon.jit
+def _add_up(own, parts, share, ROWS: gl.constexpr, SHARES: gl.constexpr, WARPS: gl.constexpr):
+    """The sums [ROWS, tokens of this share] over all columns, of what `_leave` left and returned."""
+    LONG: gl.constexpr = own.shape[0]
+    WIDE: gl.constexpr = own.shape[1]
+    TAKEN: gl.constexpr = LONG * WIDE // ROWS
+    row = gl.arange(0, LONG, layout=gl.SliceLayout(1, own.type.layout))[:, None]
+    column = gl.arange(0, WIDE, layout=gl.SliceLayout(0, own.type.layout))[None, :]
     for i in gl.static_range(1, SHARES):
-        total += gl.load(place + i * TOKENS * ROWS, cache_modifier=".cg")
-    # The last to leave leaves zero for the next product.
-    if gl.atomic_add(arrivals, 1, sem="relaxed", scope="gpu") == 2 * SHARES - 1:
-        gl.store(arrivals, 0)
-    return total
+        other = share * SHARES + (share + i) % SHARES
+        own += gl.load(parts + (other * LONG + row) * WIDE + column, cache_modifier=".cg")
+    if TAKEN >= 8:
+        own = gl.permute(gl.reshape(own, [ROWS // 64, TAKEN // 8, WARPS, 8, 4, 2, 2]), [0, 2, 5, 3, 1, 4, 6])
+    else:
+        own = gl.permute(gl.reshape(own, [ROWS // 64, WARPS, 8, 4, 2]), [0, 1, 4, 2, 3])
+    return gl.reshape(own, [ROWS, TAKEN])
+
+
+@gluon.jit
+def _arrive(arrivals, SHARES: gl.constexpr):
+    """Every product counts up to the next multiple of 8, whatever its shares: none has to begin from zero."""
+    gl.thread_barrier()
+    return gl.atomic_add(arrivals, 8 // SHARES, sem="acq_rel", scope="gpu")
+
+
+@gluon.jit
+def _wait_for_all(arrivals, arrived, SHARES: gl.constexpr):
+    all_arrived = (arrived | 7) + 1
+    arrived += 8 // SHARES
+    while arrived - all_arrived < 0:
+        arrived = gl.atomic_add(arrivals, 0, sem="acquire", scope="gpu")
 
 
 @cache
 def _arrivals(device: torch.device) -> Tensor:
-    """Counters, zero between products. One stream's: products that overlap would count together."""
+    """Counters. One stream's: products that overlap would count together."""
     return torch.zeros(4096, dtype=torch.int32, device=device)
 
 
@@ -348,12 +448,13 @@ def medium_batch_linear(
     rows, block_tokens, block_k, stages, shares = tiling
     outputs = rows // 2 if gated else rows
     tiles, token_tiles = -(-out_features // outputs), -(-tokens // block_tokens)
+    filled, box = _filling(tokens, block_tokens)
     sums = out
     if shares > 1:
         size = token_tiles * tiles * shares * block_tokens * rows
         sums = torch.empty(size, dtype=torch.float32, device=x.device)
     _medium_batch_kernel[tiles, shares, token_tiles](
-        descriptor(x, block_tokens, block_k),
+        descriptor(x, box, block_k),
         descriptor(weight, outputs, block_k),
         x if bias is None else bias,
         out,
@@ -374,6 +475,7 @@ def medium_batch_linear(
         HAS_RESIDUAL=residual is not None,
         ROWS=rows,
         TOKENS=block_tokens,
+        FILLED=filled,
         BLOCK_K=block_k,
         STAGES=stages,
         SHARES=shares,

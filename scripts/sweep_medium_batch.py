@@ -73,9 +73,9 @@ def candidates(op: Op, tokens: int) -> list[Tiling]:
             if not 32 <= block_tokens <= 128 or outputs < 64:
                 continue
             tiles = -(-op.outputs // outputs) * (-(-tokens // block_tokens))
-            for shares in (1, 2, 4, 8, 16):
+            for shares in (1, 2, 4, 8):
                 programs = tiles * shares
-                if shares > 1 and (op.gated or programs > 2 * SMS or block_tokens % shares):
+                if shares > 1 and (programs > 2 * SMS or block_tokens < 4 * shares):
                     continue
                 if programs < (40 if op.gated else 88) or (block_tokens == widest // 4 and shares > 2):
                     continue
