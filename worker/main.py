@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import msgspec
 
@@ -81,20 +81,23 @@ class Runner(Sleeper, Protocol):
         """Steps may from now on be run as the first `count` calls of `idle` have prepared it."""
 
 
-def run(payload: bytes) -> None:
+def run(payload: bytes) -> NoReturn:
     """The process's entry; `payload` is a `WorkerStart`. Exits 0 when the core hangs up, 1 on an error."""
     die_with_parent()
     start = msgspec.json.decode(payload, type=WorkerStart)
     pipe: Pipe[FromWorker, ToWorker] = Pipe(socket.socket(fileno=start.fd), ToWorker, _MAX_FRAME_BYTES)
-    worker = Worker(start, pipe)
+    worker, code = Worker(start, pipe), 0
     try:
         worker.run()
     except PipeClosedError:
-        return
+        pass
     except msgspec.DecodeError as error:
-        sys.exit(worker.report(EngineDeadError(f"the core sent what cannot be read: {error}")))
+        code = worker.report(EngineDeadError(f"the core sent what cannot be read: {error}"))
     except Exception as error:
-        sys.exit(worker.report(error))
+        code = worker.report(error)
+    # At the interpreter's end NCCL's threads would outlive the GPU's driver, and crash.
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Worker:
