@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn, Protocol
 
 import msgspec
@@ -96,7 +97,10 @@ def run(payload: bytes) -> NoReturn:
     except Exception as error:
         code = worker.report(error)
     # At the interpreter's end NCCL's threads would outlive the GPU's driver, and crash.
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(OSError):  # nobody reads it any more
+                stream.flush()
     os._exit(code)
 
 
