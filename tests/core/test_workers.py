@@ -200,7 +200,7 @@ def test_a_kernel_that_is_compiled_is_no_hang_unless_it_takes_too_long(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    triton = pytest.importorskip("triton.backends.nvidia.compiler")
+    triton = pytest.importorskip("triton.backends.nvidia.compiler", reason="Triton is not installed here")
     slow, ptxas = tmp_path / "slow", tmp_path / "ptxas"
     ptxas.write_text(SLOW_ASSEMBLER.format(slow=slow, ptxas=triton.get_ptxas(90).path))
     ptxas.chmod(0o700)

@@ -1,4 +1,4 @@
-"""Decode steps of many rows, whose attention is planned differently, beside the same rows in two steps."""
+"""Decode steps of many rows, whose attention is planned differently, beside the same rows in four steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from headrace.kernels.decode_plan import MANY_ROWS
+from headrace.kernels.decode_plan import MANY_ROWS, leaves_whole
 from headrace.kernels.slot_table import StepInputs
 from headrace.worker.fused import fold_norms, fuse
 from headrace.worker.models import build_model
@@ -62,7 +62,9 @@ def test_many_rows_attend_as_few_do(family: str, head_dim: int) -> None:
                 found.append(fused.decode(StepInputs(*(tensor[rows] for tensor in whole)), slots[rows]))
         return torch.cat(found).float()
 
-    expected = logits(2)
+    assert leaves_whole(ROWS, 2)
+    assert not leaves_whole(-(-ROWS // 4), 2)
+    expected = logits(4)
     error = (logits(1) - expected).norm() / expected.norm()
     assert expected.std() > 0.1
     assert error < 0.02, f"relative error {error:.2e}"
