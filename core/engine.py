@@ -140,33 +140,38 @@ class Engine:
 
     def _step(self) -> None:
         """Take in results and send plans; the workers' next work goes out before the clients' tokens."""
+        try:
+            self._take_results()
+            self._control_workers()  # when the tokens are delivered: a pause may end their requests
+            self._send_plans()
+        except (WorkerError, BadResultError) as error:
+            self._deliver(self._restart(error))
+        deadline = self._scheduler.next_deadline
+        if deadline is not None and deadline <= time.monotonic():
+            self._deliver(Outputs([], array("i"), [], self._scheduler.expire(time.monotonic())))
+
+    def _take_results(self) -> None:
         brought: list[Outputs] = []
         try:
             while (result := self._workers.recv()) is not None:
                 if isinstance(result, CommandResult):
                     self._control.hear(result)
-                    continue
-                brought.append(self._scheduler.update(result))
-                self._send_plans()
-            self._control_workers()
-            self._send_plans()
-        except (WorkerError, BadResultError) as error:
-            brought.append(self._restart(error))
-        deadline = self._scheduler.next_deadline
-        if deadline is not None and deadline <= time.monotonic():
-            brought.append(Outputs([], array("i"), [], self._scheduler.expire(time.monotonic())))
-        self._deliver(brought)
+                else:
+                    brought.append(self._scheduler.update(result))
+                    self._send_plans()
+        finally:
+            for outputs in brought:
+                self._deliver(outputs)
 
-    def _deliver(self, brought: list[Outputs]) -> None:
-        for outputs in brought:
-            for identity, message in self._splitter.split(outputs).items():
-                if (client := self._clients.get(identity)) is not None:
-                    client.generation_tokens += len(message.tokens) // 4
-                    self._send(identity, message)
-            for ended in outputs.ended:
-                client = self._clients.get(ended.request.client)
-                if client is not None:
-                    del client.requests[ended.request.number]
+    def _deliver(self, outputs: Outputs) -> None:
+        for identity, message in self._splitter.split(outputs).items():
+            if (client := self._clients.get(identity)) is not None:
+                client.generation_tokens += len(message.tokens) // 4
+                self._send(identity, message)
+        for ended in outputs.ended:
+            client = self._clients.get(ended.request.client)
+            if client is not None:
+                del client.requests[ended.request.number]
 
     def _restart(self, error: WorkerError | BadResultError) -> Outputs:
         """The workers have failed: they start again, and so does all that was running on them."""
@@ -200,7 +205,7 @@ class Engine:
         for request in requests:
             self._scheduler.abort(request)
         ended = [Ended(request, FinishReason.ABORT, None) for request in requests]
-        self._deliver([Outputs([], array("i"), [], ended)])
+        self._deliver(Outputs([], array("i"), [], ended))
 
     def _send_plans(self) -> None:
         if not self._workers.are_serving:

@@ -180,6 +180,27 @@ def test_a_client_that_vanishes_takes_its_pause_along(connect: Connect) -> None:
     assert not stays.call("is_paused").ok
 
 
+def test_pauses_that_abort_what_has_just_ended(connect: Connect) -> None:
+    """Each request ends once, in the message of its last tokens, whichever of the two was first."""
+    client = connect()
+    for turn in range(6):
+        requests = range(16 * turn, 16 * turn + 16)
+        for request in requests:
+            client.add(request, [8, 9], 1 + request % 16)
+        while requests[0] not in client.finished:
+            client.recv()
+        client.socket.send(Call(78, "pause_generation"))
+        client.socket.send(Call(79, "resume_generation"))
+        client.wait_for(*requests)
+        for request in requests:
+            tokens = oracle_stream([8, 9], 0, 1 + request % 16, VOCAB_SIZE)
+            assert client.streams[request] == tokens[: len(client.streams[request])]
+            aborted = client.finished[request].reason is FinishReason.ABORT
+            assert aborted or client.streams[request] == tokens
+        while not (isinstance(reply := client.recv(), Reply) and reply.call == 79):
+            pass
+
+
 @pytest.mark.parametrize(
     ("changes", "parameter"),
     [
