@@ -14,8 +14,9 @@ from ..ipc.errors import ConfigError
 def rotation_table(hf_config: dict[str, Any], head_dim: int, max_model_len: int) -> Tensor:
     """float32 [max_model_len, 3, head_dim / 2]: cos, -sin and sin of each position's angles.
 
-    Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before). Raises ConfigError
-    for a kind of scaling that is not known here.
+    Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before; where a config has
+    both, that is the one). Raises ConfigError for a kind of scaling that is not known here, and for numbers
+    that are missing.
     """
     frequencies = _frequencies(hf_config, head_dim, max_model_len)
     angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), frequencies)
@@ -30,13 +31,14 @@ def _frequencies(hf_config: dict[str, Any], head_dim: int, max_model_len: int) -
     rotated = rope.get("partial_rotary_factor", hf_config.get("partial_rotary_factor", 1.0))
     if rotated != 1.0:
         raise _unsupported("partial_rotary_factor", rotated, "1.0")
+    # These operations, in this order: at position 100000 another rounding turns the fastest pairs by 0.01.
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    plain = torch.pow(float(rope["rope_theta"]), -exponents)
+    plain = 1.0 / torch.pow(_number(rope, "rope_theta"), exponents)
     match kind:
         case "default":
             return plain
         case "linear":
-            return plain / float(rope["factor"])
+            return plain / _number(rope, "factor")
         case "llama3":
             return _llama3(plain, rope)
         case "dynamic":
@@ -46,14 +48,33 @@ def _frequencies(hf_config: dict[str, Any], head_dim: int, max_model_len: int) -
 
 
 def _parameters(hf_config: dict[str, Any]) -> dict[str, Any]:
-    scaling = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    theta = {"rope_theta": hf_config.get("rope_theta") or 10_000.0}
-    return theta | {name: value for name, value in scaling.items() if value is not None}
+    scaling = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
+    trained = hf_config.get("max_position_embeddings")
+    defaults = {
+        "rope_theta": hf_config.get("rope_theta") or 10_000.0,
+        "original_max_position_embeddings": trained,
+    }
+    rope = defaults | {name: value for name, value in scaling.items() if value is not None}
+    if original := hf_config.get("original_max_position_embeddings"):
+        rope["original_max_position_embeddings"] = original
+    return rope
+
+
+def _number(values: dict[str, Any], name: str) -> float:
+    value = values.get(name)
+    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        return float(value)
+    raise ConfigError(
+        f"the model's config has {name} {value!r}, where its rope scaling needs a positive number",
+        parameter=name,
+        value=value,
+        limit="a positive number",
+    )
 
 
 def _require_trained_length(hf_config: dict[str, Any], max_model_len: int) -> None:
     """Dynamic scaling changes nothing up to the trained length; beyond it we would be wrong."""
-    trained = int(hf_config["max_position_embeddings"])
+    trained = int(_number(hf_config, "max_position_embeddings"))
     if max_model_len > trained:
         raise ConfigError(
             f"max_model_len {max_model_len} needs dynamic rope scaling, which is not supported: "
@@ -68,10 +89,10 @@ def _llama3(plain: Tensor, rope: dict[str, Any]) -> Tensor:
     """Wavelengths that fit `high_freq_factor` times into the trained length stay, those that do not fit
     `low_freq_factor` times are stretched by `factor`, and between the two it changes smoothly.
     """
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    repeats = float(rope["original_max_position_embeddings"]) * plain / (2 * math.pi)
+    low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
+    repeats = _number(rope, "original_max_position_embeddings") / (2 * math.pi / plain)
     kept = ((repeats - low) / (high - low)).clamp(0, 1)
-    return plain * (kept + (1 - kept) / float(rope["factor"]))
+    return (1 - kept) * plain / _number(rope, "factor") + kept * plain
 
 
 def _unsupported(name: str, value: object, limit: str) -> ConfigError:

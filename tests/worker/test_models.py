@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -18,8 +19,10 @@ from headrace.worker.models import build_model
 from headrace.worker.models.causal_lm import CausalLM
 from headrace.worker.models.llama import Llama
 from headrace.worker.parallel import TensorParallel
+from headrace.worker.rope import rotation_table
 from headrace.worker.weights import load_weights
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 MakeConfig: TypeAlias = Callable[..., EngineConfig]
 Step: TypeAlias = list[tuple[int, int]]
@@ -56,6 +59,7 @@ OPT: dict[str, Any] = {
     "max_position_embeddings": 64,
     "word_embed_proj_dim": 48,
 }
+SLIDING = {"sliding_window": 8, "use_sliding_window": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", SMALL),
     "llama-mha-tied": ("Llama", SMALL | {"num_key_value_heads": 6, "tie_word_embeddings": True}),
@@ -232,6 +236,46 @@ def test_rope_options_from_before_transformers_5() -> None:
     assert not torch.equal(old.rotation, plain.rotation)
 
 
+ROPES: dict[str, dict[str, Any]] = {
+    "theta": {"rope_theta": 1e6},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama3": {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE | {"original_max_position_embeddings": 8192}},
+    "trained-length": {
+        "rope_scaling": {name: LLAMA3_ROPE[name] for name in LLAMA3_ROPE if not name.startswith("original")}
+    },
+    "trained-length-outside": {"rope_scaling": LLAMA3_ROPE, "original_max_position_embeddings": 64},
+    "given-twice": {
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+    },
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+}
+
+
+@pytest.mark.parametrize("options", ROPES.values(), ids=ROPES)
+def test_rotations_are_transformers_to_the_last_bit(options: dict[str, Any]) -> None:
+    length = 1 << 17  # so far out the last bit of a frequency is a hundredth of a radian
+    hf_config = SMALL | {"head_dim": 32, "max_position_embeddings": length} | options
+    peer = LlamaRotaryEmbedding(transformers.LlamaConfig.from_dict(copy.deepcopy(hf_config)))
+    positions = torch.arange(0, length, 97)
+    cos, sin = peer(torch.zeros(1), positions[None])
+    ours = rotation_table(hf_config, 32, length)[positions]
+    assert torch.equal(ours[:, 0], cos[0, :, :16])
+    assert torch.equal(ours[:, 2], sin[0, :, :16])
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
+    hf_config = SMALL | {"num_attention_heads": 32, "hidden_size": 64}
+    del hf_config["num_key_value_heads"], hf_config["tie_word_embeddings"]
+    theirs = getattr(transformers, f"{family}Config").from_dict(dict(hf_config))
+    ours = build_model(f"{family}ForCausalLM", hf_config, torch.float32, CPU, TensorParallel(), MAX_LEN)
+    assert isinstance(ours, Llama)
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == getattr(theirs, "head_dim", 64 // 32)
+    assert ours.is_tied == theirs.tie_word_embeddings
+
+
 def test_bfloat16_stays_close(tmp_path: Path, make_config: MakeConfig) -> None:
     peer = make_peer(*MODELS["llama"])
     peer.save_pretrained(tmp_path)
@@ -247,8 +291,37 @@ def test_bfloat16_stays_close(tmp_path: Path, make_config: MakeConfig) -> None:
     ("architecture", "options", "message"),
     [
         ("GPT2LMHeadModel", {}, "'GPT2LMHeadModel' is not supported; supported are LlamaForCausalLM"),
+        ("LlamaForCausalLM", {"sliding_window": 63}, "max_model_len 64 .* window of 63"),
         ("MistralForCausalLM", {"sliding_window": 63}, "max_model_len 64 .* window of 63"),
-        ("Qwen2ForCausalLM", {"sliding_window": 8, "use_sliding_window": True}, "window of 8"),
+        (
+            "MistralForCausalLM",
+            {"sliding_window": 63, "layer_types": ["full_attention"] * 2},  # Mistral has no such option
+            "window of 63",
+        ),
+        ("Qwen2ForCausalLM", SLIDING | {"max_window_layers": 1}, "window of 8"),
+        (
+            "Qwen2ForCausalLM",
+            SLIDING | {"layer_types": ["full_attention", "sliding_attention"]},
+            "window of 8",
+        ),
+        ("Qwen3ForCausalLM", SLIDING | {"max_window_layers": 0}, "window of 8"),
+        ("LlamaForCausalLM", {"is_causal": False}, "is_causal False"),
+        ("OPTForCausalLM", {"ffn_dim": 80, "is_causal": False}, "is_causal False"),
+        ("LlamaForCausalLM", {"num_key_value_heads": 4}, "num_attention_heads .* 6, not a multiple of 4"),
+        ("LlamaForCausalLM", {"head_dim": 7}, "head_dim .* 7, not a multiple of 2"),
+        (
+            "OPTForCausalLM",
+            {"ffn_dim": 80, "num_attention_heads": 5},
+            "hidden_size .* 48, not a multiple of 5",
+        ),
+        (
+            "LlamaForCausalLM",
+            {"intermediate_size": None},
+            "intermediate_size .* None, not a positive integer",
+        ),
+        ("OPTForCausalLM", {}, "ffn_dim .* None, not a positive integer"),
+        ("LlamaForCausalLM", {"rope_scaling": {"type": "linear"}}, "factor None, where its rope scaling"),
+        ("LlamaForCausalLM", {"rope_scaling": {"type": "llama3", "factor": 8}}, "low_freq_factor None"),
         ("LlamaForCausalLM", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("LlamaForCausalLM", {"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type 'yarn'"),
         (
@@ -268,8 +341,15 @@ def test_unsupported_models_are_refused(architecture: str, options: dict[str, An
 
 
 def test_options_that_change_nothing_are_accepted() -> None:
-    build("Qwen2ForCausalLM", sliding_window=8, use_sliding_window=False)
-    build("Qwen2ForCausalLM", sliding_window=8, layer_types=["full_attention"] * 2)
+    build("LlamaForCausalLM", sliding_window=8, layer_types=["full_attention"] * 2)
+    build("LlamaForCausalLM", pretraining_tp=2)
+    build("LlamaForCausalLM", pretraining_tp=None)
+    for family in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        build(family, sliding_window=8)
+        build(family, sliding_window=8, use_sliding_window=False, max_window_layers=0)
+        build(family, **SLIDING, layer_types=["full_attention"] * 2, max_window_layers=0)
+        build(family, **SLIDING, max_window_layers=2)
+        build(family, **SLIDING)
     build("LlamaForCausalLM", rope_scaling={"type": "dynamic", "factor": 4}, max_position_embeddings=64)
 
 

@@ -14,7 +14,7 @@ from .causal_lm import CausalLM
 
 _MODULES = {
     "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
     "OPTForCausalLM": "opt",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",

@@ -64,10 +64,22 @@ def require(hf_config: dict[str, Any], **supported: object) -> None:
             )
 
 
-def refuse_sliding_window(hf_config: dict[str, Any], max_model_len: int) -> None:
+def size_of(hf_config: dict[str, Any], name: str) -> int:
+    """The config's positive integer `name`. Raises ConfigError when there is none."""
+    value = hf_config.get(name)
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise ConfigError(
+        f"{name} of the model's config is {value!r}, not a positive integer",
+        parameter=name,
+        value=value,
+        limit="a positive integer",
+    )
+
+
+def refuse_sliding_window(window: int | None, max_model_len: int) -> None:
     """Raise ConfigError when a sequence could outgrow the model's attention window, if it has one."""
-    window = hf_config.get("sliding_window")
-    if window is None or window >= max_model_len or not _slides(hf_config):
+    if window is None or window >= max_model_len:
         return
     raise ConfigError(
         f"max_model_len {max_model_len} exceeds the model's sliding attention window of {window} tokens; "
@@ -78,8 +90,12 @@ def refuse_sliding_window(hf_config: dict[str, Any], max_model_len: int) -> None
     )
 
 
-def _slides(hf_config: dict[str, Any]) -> bool:
-    layer_types = hf_config.get("layer_types")
-    if layer_types is not None:
-        return "sliding_attention" in layer_types
-    return bool(hf_config.get("use_sliding_window", True))
+def check_multiple(name: str, value: int, factor: int) -> None:
+    """Raise ConfigError when the config's `name` is no multiple of `factor`."""
+    if value % factor:
+        raise ConfigError(
+            f"{name} of the model's config is {value}, not a multiple of {factor}",
+            parameter=name,
+            value=value,
+            limit=f"a multiple of {factor}",
+        )

@@ -1,4 +1,4 @@
-"""Llama, and Mistral, which is built alike. Parts of it serve the models that vary it."""
+"""Llama. Parts of it serve the models that vary it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from ...kernels.kv_write import rotate_kv_write
 from ...kernels.paged_attention import AttentionMetadata, paged_attention
 from ..layers import ColumnLinear, Output, Place, RMSNorm, RowLinear, VocabTable, Weights, attention_outputs
 from ..rope import rotation_table
-from .causal_lm import CausalLM, LayerCache, refuse_sliding_window, require
+from .causal_lm import CausalLM, LayerCache, check_multiple, refuse_sliding_window, require, size_of
 
 
 def build(hf_config: dict[str, Any], place: Place, max_model_len: int) -> CausalLM:
     """Llama as `hf_config` describes it."""
+    if "sliding_attention" in (hf_config.get("layer_types") or ["sliding_attention"]):
+        refuse_sliding_window(hf_config.get("sliding_window"), max_model_len)
     return Llama(LlamaConfig.from_hf(hf_config, max_model_len), place)
 
 
@@ -42,17 +44,19 @@ class LlamaConfig:
     @classmethod
     def from_hf(cls, hf: dict[str, Any], max_model_len: int) -> LlamaConfig:
         """Raises ConfigError for what is not supported."""
-        require(hf, hidden_act="silu", pretraining_tp=1)
-        refuse_sliding_window(hf, max_model_len)
-        num_heads = hf["num_attention_heads"]
-        head_dim = hf.get("head_dim") or hf["hidden_size"] // num_heads
+        require(hf, hidden_act="silu", is_causal=True)
+        hidden_size, num_heads = size_of(hf, "hidden_size"), size_of(hf, "num_attention_heads")
+        head_dim = hf.get("head_dim") or hidden_size // num_heads
+        num_kv_heads = hf.get("num_key_value_heads") or num_heads
+        check_multiple("num_attention_heads", num_heads, num_kv_heads)
+        check_multiple("head_dim", head_dim, 2)
         return cls(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            num_layers=hf["num_hidden_layers"],
+            vocab_size=size_of(hf, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=size_of(hf, "intermediate_size"),
+            num_layers=size_of(hf, "num_hidden_layers"),
             num_heads=num_heads,
-            num_kv_heads=hf.get("num_key_value_heads") or num_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             norm_eps=hf.get("rms_norm_eps", 1e-6),
             qkv_bias=hf.get("attention_bias", False),

@@ -25,7 +25,7 @@ from ..layers import (
     Weights,
     attention_outputs,
 )
-from .causal_lm import CausalLM, LayerCache, require
+from .causal_lm import CausalLM, LayerCache, check_multiple, require, size_of
 
 POSITION_OFFSET = 2
 """The table's first rows were meant for padding."""
@@ -59,19 +59,21 @@ class OPTConfig:
     def from_hf(cls, hf: dict[str, Any], max_model_len: int) -> OPTConfig:
         """Raises ConfigError for what is not supported."""
         activation: Activation = "gelu" if hf.get("activation_function") == "gelu" else "relu"
-        require(hf, activation_function=activation, layer_norm_elementwise_affine=True)
-        num_positions = hf["max_position_embeddings"]
+        require(hf, activation_function=activation, layer_norm_elementwise_affine=True, is_causal=True)
+        hidden_size, num_heads = size_of(hf, "hidden_size"), size_of(hf, "num_attention_heads")
+        check_multiple("hidden_size", hidden_size, num_heads)
+        num_positions = size_of(hf, "max_position_embeddings")
         if max_model_len > num_positions:
             message = f"max_model_len {max_model_len} exceeds the model's {num_positions} positions"
             raise ConfigError(message, parameter="max_model_len", value=max_model_len, limit=num_positions)
         norm_before = hf.get("do_layer_norm_before", True)
         return cls(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            embedding_size=hf.get("word_embed_proj_dim") or hf["hidden_size"],
-            ffn_size=hf["ffn_dim"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=hf["num_attention_heads"],
+            vocab_size=size_of(hf, "vocab_size"),
+            hidden_size=hidden_size,
+            embedding_size=hf.get("word_embed_proj_dim") or hidden_size,
+            ffn_size=size_of(hf, "ffn_dim"),
+            num_layers=size_of(hf, "num_hidden_layers"),
+            num_heads=num_heads,
             num_positions=num_positions,
             norm_before=norm_before,
             final_norm=norm_before and not hf.get("_remove_final_layer_norm", False),

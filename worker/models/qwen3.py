@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,15 @@ from torch import Tensor
 from ..layers import Place, RMSNorm, Weights
 from .causal_lm import CausalLM
 from .llama import Llama, LlamaAttention, LlamaConfig
+from .qwen2 import DEFAULTS, refuse_windows
 
 
 def build(hf_config: dict[str, Any], place: Place, max_model_len: int) -> CausalLM:
     """Qwen3 as `hf_config` describes it."""
-    return Llama(LlamaConfig.from_hf(hf_config, max_model_len), place, Qwen3Attention)
+    hf_config = DEFAULTS | {"head_dim": 128} | hf_config
+    refuse_windows(hf_config, max_model_len)
+    config = LlamaConfig.from_hf(hf_config, max_model_len)
+    return Llama(replace(config, mlp_bias=False), place, Qwen3Attention)
 
 
 class Qwen3Attention(LlamaAttention):
