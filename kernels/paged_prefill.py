@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dot import dot
 from .jit import tl, triton
 
 TILE_ROWS = 128
@@ -140,15 +141,14 @@ def _attend(
     else:
         k = tl.load(k_cache_ptr + place[:, None] + column[None, :], mask=mask, other=0.0)
         v = tl.load(v_cache_ptr + place[:, None] + column[None, :], mask=mask, other=0.0)
-    # float32 keeps its precision: three products of halves
-    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
+    scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32), "tf32x3") * scale
     if MASKED:
         scores = tl.where(key[None, :] <= position[:, None], scores, -1e30)
     higher = tl.maximum(highest, tl.max(scores, 1))
     weights = tl.exp2(scores - higher[:, None])
     shrink = tl.exp2(highest - higher)
     total = total * shrink + tl.sum(weights, 1)
-    result = tl.dot(weights.to(v.dtype), v, result * shrink[:, None], input_precision="tf32x3")
+    result = dot(weights.to(v.dtype), v, result * shrink[:, None], "tf32x3")
     return higher, total, result
 
 

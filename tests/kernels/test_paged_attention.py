@@ -120,9 +120,8 @@ def test_wide_heads_of_float32_fit(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_16_bits(path: Callable[[Case, float], Tensor], device: torch.device) -> None:
-    # The interpreter multiplies no matrices of bfloat16.
-    dtype = torch.bfloat16 if device.type == "cuda" or path is torch_path else torch.float16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits(path: Callable[[Case, float], Tensor], dtype: torch.dtype, device: torch.device) -> None:
     case = make_case(BATCHES["a mix"], (9, 3, 64), dtype, device)
     ours = path(case, 64**-0.5)
     assert ours.dtype == dtype
