@@ -188,7 +188,7 @@ def test_a_plan_that_does_not_fit_into_the_pipe_stops_nobody(bring_up: Callable[
     began = time.monotonic()
     crew.send(StepPlan(0, b"", [admit], b"", pack([0]), pack([1])))
     assert crew.recv() is None
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 20  # it would wait for ever
     assert crew.patience_ms < 100
     os.kill(pids(crew)[0], signal.SIGCONT)
     assert answer(crew).step == 0

@@ -84,7 +84,7 @@ def test_a_check_that_hangs_is_killed_and_others_go_on(make_grammars: Callable[.
             await asyncio.sleep(0.01)
         with pytest.raises(RequestError, match="longer than"):
             await hung
-        assert CHECK_SECONDS <= time.monotonic() - start < 2 + 1.0 * (os.getloadavg()[0] > 1)
+        assert CHECK_SECONDS <= time.monotonic() - start < 10  # it never ends by itself
         assert beats > 20  # the event loop was free
         assert not process.is_running()
         assert "c" in await late

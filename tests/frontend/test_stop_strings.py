@@ -90,13 +90,13 @@ def test_characters_that_are_special_somewhere(stop: str) -> None:
 def test_as_many_and_as_long_as_may_be_hold_nobody_up() -> None:
     """The event loop waits while they are prepared, and at every token."""
     stops = ["ab" * 2046 + f"{number:04}" for number in range(1024)]
-    begun = time.perf_counter()
+    begun = time.process_time()
     first = StopStrings(stops, False)
     several = [first.twin() for _ in range(1000)]
-    assert time.perf_counter() - begun < 0.5  # 2 ms
+    assert time.process_time() - begun < 0.5  # 2 ms
     watch = several[-1]
     shown = [watch.push("ab") for _ in range(3000)] + [watch.push("0"), watch.push("777")]
-    assert time.perf_counter() - begun < 2.0
+    assert time.process_time() - begun < 2.0
     assert watch.found == stops[777]
     assert "".join(shown) == "ab" * (3000 - 2046)
     assert first.found is None

@@ -64,8 +64,10 @@ def test_a_child_gets_its_payload_and_its_output_is_not_ours(capfd: pytest.Captu
     assert capfd.readouterr() == ("", "hello from the child\n")
 
 
-@pytest.mark.parametrize(("what", "killer"), [("sleep", "SIGTERM"), ("stubborn", "SIGKILL")])
-def test_stop(what: str, killer: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "grace", "killer"), [("sleep", 30, "SIGTERM"), ("stubborn", 0.2, "SIGKILL")]
+)
+def test_stop(what: str, grace: float, killer: str) -> None:
     reading, writing = os.pipe()
     child = spawn("probe", ENTRY, Order(what, fd=writing), pass_fds=(writing,))
     os.close(writing)
@@ -74,7 +76,7 @@ def test_stop(what: str, killer: str) -> None:
     while not said.endswith(expected):
         said += read(reading)
     assert child.alive
-    child.stop(0.2)
+    child.stop(grace)
     assert child.cause_of_death() == f"probe (pid {child.pid}) was killed by {killer}"
     os.close(reading)
 
