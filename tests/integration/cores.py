@@ -11,6 +11,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,14 @@ class Core:
     def worker(self) -> psutil.Process:
         (worker,) = psutil.Process(self.child.pid).children()
         return worker
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Its worker is stopped: nothing ends while a test looks. Not for as long as counts as hanging."""
+        worker = self.worker()
+        worker.suspend()
+        yield
+        worker.resume()
 
     def close(self) -> None:
         self.child.stop(2.0)

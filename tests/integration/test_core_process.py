@@ -164,15 +164,17 @@ def test_a_vanished_client_frees_and_disturbs_nobody(connect: Connect) -> None:
     stays.wait_until_free()
 
 
-def test_a_client_that_vanishes_takes_its_pause_along(connect: Connect) -> None:
+def test_a_client_that_vanishes_takes_its_pause_along(core: Core, connect: Connect) -> None:
     stays, goes = connect("stays"), connect("goes")
-    stays.add(1, [8, 9], 3000)
-    while not stays.streams:
-        stays.recv()
-    goes.socket.send(Call(78, "pause_generation", {"mode": "keep"}))
+    with core.at_rest():
+        stays.add(1, [8, 9], 3000)
+        while not stays.stats().num_running:
+            pass
+        goes.socket.send(Call(78, "pause_generation", {"mode": "keep"}))
+        while not stays.call("is_paused").ok:
+            pass
     while not isinstance(goes.recv(), Reply):
         pass
-    assert stays.call("is_paused").ok
     assert 1 not in stays.finished
     goes.vanish()
     stays.wait_for(1)
@@ -225,17 +227,19 @@ def test_pauses_that_abort_what_has_just_ended(connect: Connect) -> None:
         ({"request": 500, "n": 2}, "request"),
     ],
 )
-def test_a_bad_request_fails_alone(connect: Connect, changes: dict[str, Any], parameter: str) -> None:
+def test_a_bad_request_fails_alone(
+    core: Core, connect: Connect, changes: dict[str, Any], parameter: str
+) -> None:
     client, other = connect(), connect()
     good = {"request": 3, "prompt": pack([1]), "sampling": Sampling(), "max_tokens": 5}
-    client.add(501, [6, 6], 200)
-    other.add(501, [6, 7], 200)
     bad = AddRequest(**{**good, **changes})
-    client.socket.send(bad)
-    number = 500 if bad.request == 500 else bad.request
-    while number not in client.finished:
-        client.recv()
-    ended = client.finished.pop(number)
+    with core.at_rest():  # 501 runs when the duplicate comes
+        client.add(501, [6, 6], 200)
+        other.add(501, [6, 7], 200)
+        client.socket.send(bad)
+        while bad.request not in client.finished:
+            client.recv()
+    ended = client.finished.pop(bad.request)
     client.finished.pop(501, None)  # of the duplicate alone: the live one goes on
     assert ended.reason is FinishReason.ERROR
     assert ended.error is not None
@@ -335,7 +339,7 @@ def test_sigterm_ends_in_good_order(
     began = time.monotonic()
     os.kill(core.child.pid, signal.SIGTERM)
     assert core.child.cause_of_death().endswith("exited with code 0")
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 6  # not until it counts as hanging
     assert not worker.is_running()
     assert not Path(core.address.removeprefix("ipc://")).exists()
     assert capfd.readouterr().err == ""
