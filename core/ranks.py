@@ -173,7 +173,7 @@ class Ranks:
     def failure(self, rank: int | None, cause: str, *, silent: bool = False) -> WorkerError:
         """`rank` None: none more than the others."""
         phase = self._workers[rank or 0].phase
-        return WorkerError(Fatal(rank, phase, ErrorInfo("dead", cause)), silent=silent)
+        return WorkerError(Fatal(rank, phase, ErrorInfo("dead", cause), time.monotonic()), silent=silent)
 
     # --- their end ----------------------------------------------------------------------------------
 
@@ -286,8 +286,8 @@ class Ranks:
     def _first_cause(self, error: WorkerError) -> WorkerError:
         """Of `error` and whatever else has failed by now, the one that the others follow from.
 
-        A rank that dies makes its peers fail in their collective operations, and these may be heard first.
-        A rank that went without a word did not fail because of a peer.
+        A rank that dies makes its peers fail in their collective operations, and these may be heard first:
+        it failed before them. A rank that went without a word did not fail because of a peer.
         """
         found = [error]
         for rank in range(len(self._pipes)):
@@ -296,7 +296,7 @@ class Ranks:
                     pass
             except WorkerError as other:
                 found.append(other)
-        return next((each for each in found if each.silent), error)
+        return min(found, key=lambda each: (not each.silent, each.fatal.at))
 
     def _death(self, rank: int) -> WorkerError:
         try:

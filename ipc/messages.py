@@ -479,6 +479,8 @@ class Fatal(Message, frozen=True):
     rank: int | None
     phase: str
     error: ErrorInfo
+    at: float = 0.0
+    """When it failed (time.monotonic, the same clock for all processes of a host)."""
 
 
 class Ready(Message, frozen=True):

@@ -10,6 +10,7 @@ import gc
 import os
 import socket
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -137,7 +138,7 @@ class Worker:
         """Tell the core why this worker ends; returns the exit code."""
         phase = f"{self.phase}, compiling {self._kernel}" if self._kernel else self.phase
         try:
-            self._pipe.send(Fatal(self._start.rank, phase, ErrorInfo.of(error)))
+            self._pipe.send(Fatal(self._start.rank, phase, ErrorInfo.of(error), time.monotonic()))
         except PipeClosedError:
             return 0  # the core ended first; a peer's death in mid-collective is a consequence of that
         if not isinstance(error, HeadraceError):

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
-from headrace.core.ranks import Ranks
-from headrace.ipc.messages import FromWorker, Prepared, StepPlan, ToWorker, UsePrepared
+from headrace.core.ranks import Ranks, WorkerError
+from headrace.ipc.errors import ErrorInfo
+from headrace.ipc.messages import Fatal, FromWorker, Prepared, StepPlan, ToWorker, UsePrepared
 from headrace.ipc.pipe import Pipe, socket_pair
 
 
@@ -74,3 +75,13 @@ def test_what_is_gone_is_not_used(ranks: Meeting) -> None:
     ranks.ends[1].send(Prepared(1, 1))
     ranks.recv()
     assert ranks.heard() == [[-1], [-1]]
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_of_several_that_failed_the_first_is_named(ranks: Meeting, culprit: int) -> None:
+    """Whichever is heard first: its peers may fail for lack of it before the core has looked."""
+    peer = 1 - culprit
+    ranks.ends[peer].send(Fatal(peer, "step 5", ErrorInfo("dead", "connection closed by peer"), 12.5))
+    ranks.ends[culprit].send(Fatal(culprit, "step 5", ErrorInfo("dead", "told to raise"), 12.0))
+    with pytest.raises(WorkerError, match=f"worker {culprit}, in phase 'step 5': told to raise"):
+        ranks.recv()

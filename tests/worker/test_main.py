@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -159,10 +160,12 @@ def test_a_plan_that_makes_no_sense_is_fatal(
 ) -> None:
     worker = start_worker()
     worker.start()
+    began = time.monotonic()
     worker.pipe.send(message)
     fatal = worker.recv()
     assert isinstance(fatal, Fatal)
     assert fatal.error.kind == "dead"
+    assert began < fatal.at < time.monotonic()
     assert says in fatal.error.message
     assert worker.ended().endswith("exited with code 1")
     assert "Traceback" in capfd.readouterr().err
