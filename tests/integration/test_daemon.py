@@ -33,7 +33,7 @@ Connect = Callable[..., NumberedClient]
 
 
 def test_sigterm_drains(daemon: Start, connect: Connect) -> None:
-    core = daemon()
+    core = daemon("--drain-timeout", "600", "--hang-seconds", "600")
     client = connect(core.wait_ready())
     client.start(*range(32), max_tokens=1500)
     worker = core.worker()
@@ -60,7 +60,7 @@ def test_sigterm_drains(daemon: Start, connect: Connect) -> None:
 
 def test_a_frontend_through_a_drain_and_a_new_core(daemon: Start) -> None:
     """What a program sees when its core is replaced: its stream ends as it should, the next one waits."""
-    core = daemon()
+    core = daemon("--drain-timeout", "600", "--hang-seconds", "600")
     address = core.wait_ready()
 
     async def read(engine: AsyncLLM, request_id: str, seed: int) -> list[int]:
@@ -111,7 +111,7 @@ def test_an_idle_core_ends_at_once(daemon: Start, connect: Connect, number: sign
 
 
 def test_a_second_signal_forces(daemon: Start, connect: Connect) -> None:
-    core = daemon("--drain-timeout", "600")
+    core = daemon("--drain-timeout", "600", "--hang-seconds", "600")
     client = connect(core.wait_ready())
     client.start(1, max_tokens=1900)
     worker = core.worker()

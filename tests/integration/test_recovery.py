@@ -60,15 +60,21 @@ def workers(engine: AsyncLLM) -> list[psutil.Process]:
 
 
 async def stream(
-    engine: AsyncLLM, number: int, max_tokens: int, prompt: list[int] | None = None
+    engine: AsyncLLM,
+    number: int,
+    max_tokens: int,
+    prompt: list[int] | None = None,
+    fed: asyncio.Event | None = None,
 ) -> list[int]:
-    """The tokens of one request, delta by delta."""
+    """The tokens of one request, delta by delta; each sets `fed`."""
     params = SamplingParams(
         max_tokens=max_tokens, seed=number, ignore_eos=True, output_kind=RequestOutputKind.DELTA
     )
     tokens: list[int] = []
     async for output in engine.generate(prompt or [number, 1, 2, 3], params, str(number)):
         tokens += output.outputs[0].token_ids
+        if fed is not None:
+            fed.set()
     return tokens
 
 
@@ -81,11 +87,17 @@ class Crowd:
 
     def __init__(self, engine: AsyncLLM) -> None:
         self._is_over = False
+        self._fed = asyncio.Event()
         self._readers = [asyncio.create_task(self._read(engine, number)) for number in range(64)]
 
     async def _read(self, engine: AsyncLLM, number: int) -> None:
         while not self._is_over:
-            assert await stream(engine, number, 1500) == right(number, 1500)
+            assert await stream(engine, number, 1500, fed=self._fed) == right(number, 1500)
+
+    async def be_fed(self) -> None:
+        """Returns when a token comes. Four faults in a row without one are an engine's end."""
+        self._fed.clear()
+        await self._fed.wait()
 
     async def end(self) -> None:
         """Returns when all have come to the ends of their streams."""
@@ -108,6 +120,8 @@ def test_streams_go_on_when_workers_are_killed(small: AsyncLLM, how: signal.Sign
     async def main() -> None:
         crowd = Crowd(small)
         for restart in range(1, 6):
+            if restart % 2:
+                await crowd.be_fed()
             # Somewhere in the prefills, in the middle, or while the last restart is being replayed.
             await asyncio.sleep(choose.choice([0.005, 0.1, 0.3]))
             choose.choice(workers(small)).send_signal(how)
@@ -170,7 +184,8 @@ def test_a_stopped_worker_turns_health_false(
         assert await stream(engine, 99, 10) == right(99, 10)
         await engine.check_health()
 
-    engine = AsyncLLM(oracle_args(hang_seconds=3, tensor_parallel_size=num_ranks))
+    # Looks at its health once in 0.1 s must not miss the time from the first suspicion to the restart's end.
+    engine = AsyncLLM(oracle_args(hang_seconds=6, tensor_parallel_size=num_ranks))
     asyncio.run(asyncio.wait_for(main(engine), 60))
     engine.shutdown()
     log = capfd.readouterr().err
@@ -238,7 +253,9 @@ def test_streams_go_on_when_the_core_is_killed(small: AsyncLLM, how: signal.Sign
 
     async def main() -> None:
         crowd = Crowd(small)
-        for _ in range(5):
+        for number in range(5):
+            if number % 2 == 0:
+                await crowd.be_fed()
             await asyncio.sleep(choose.choice([0.005, 0.1, 0.2]))
             await kill_core(small, how)
         await small.check_health()
@@ -335,10 +352,10 @@ class Standalone:
 
 @pytest.fixture
 def standalone(oracle_args: Args, tmp_path: Path) -> Iterator[tuple[Standalone, int]]:
-    """The core, and the port that it listens on."""
+    """The core, and the port that it listens on. Losses that follow each other closely are nobody's fault."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
-    core = Standalone(oracle_args(), f"tcp://127.0.0.1:{port}")
+    core = Standalone(oracle_args(max_replays=100), f"tcp://127.0.0.1:{port}")
     yield core, port
     core.close()
 

@@ -52,7 +52,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_sigterm_finishes_what_runs_and_refuses_what_is_new(serve: Serve) -> None:
-    server = serve()
+    server = serve("--drain-timeout", "600")
     with ExitStack() as stack:
         client = stack.enter_context(server.client())
         streams = [stack.enter_context(streaming(client, seed)) for seed in range(3)]
@@ -141,7 +141,7 @@ def test_several_workers(serve: Serve) -> None:
 def test_what_hangs_is_replaced(serve: Serve) -> None:
     """The supervisor's core, which the servers can only wait for: their streams go on in the next one. And a
     server."""
-    server = serve("--workers", "2", "--hang-seconds", "3")
+    server = serve("--workers", "2", "--hang-seconds", "5")
     core = min(psutil.Process(server.process.pid).children(), key=lambda child: child.create_time())
     with server.client() as client, streaming(client, 5) as stream:
         tokens = next(stream)
@@ -177,7 +177,7 @@ def test_servers_attach_to_a_running_core(serve: Serve, tmp_path: Any) -> None:
     address = f"ipc://{tmp_path / 'private' / 'core'}"
     program = [sys.executable, "-P", "-c", "from headrace.frontend.cli import main; main()"]
     words = ["engine-core", "--model", "demo", "--load-format", "oracle", "--listen", address]
-    words += ["--num-gpu-blocks-override", "4000"]
+    words += ["--num-gpu-blocks-override", "4000", "--drain-timeout", "600"]
     with subprocess.Popen([*program, *words, "--ready-fd", "1"], stdout=subprocess.PIPE, text=True) as core:
         try:
             assert core.stdout is not None
