@@ -48,7 +48,7 @@ from headrace.ipc.process import Child, spawn
 from headrace.ipc.sockets import ClientSocket
 
 VOCAB_SIZE = 1000
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 HEADRACE = [sys.executable, "-P", "-c", "from headrace.frontend.cli import main; main()"]
 
 

@@ -34,7 +34,7 @@ Args = Callable[..., AsyncEngineArgs]
 
 def run(work: Coroutine[Any, Any, Result]) -> Result:
     """On a fresh event loop, and not for ever."""
-    return asyncio.run(asyncio.wait_for(work, 30))
+    return asyncio.run(asyncio.wait_for(work, 250))
 
 
 def sampling(seed: int, max_tokens: int = 20, **changes: Any) -> SamplingParams:

@@ -84,7 +84,7 @@ def start(temp: Path, *command: str, stdin: str = "") -> subprocess.Popen[str]:
 
 def finish(child: subprocess.Popen[str]) -> tuple[int, str, str]:
     """(exit code, standard output, standard error), once the core that it named is gone as well."""
-    out, err = child.communicate(timeout=30)
+    out, err = child.communicate(timeout=120)
     pids = [int(word) for word in out.split() if word.isdigit()]
     wait_gone(pids)
     return child.returncode, out, err
@@ -149,7 +149,7 @@ def test_ctrl_c(oracle_folder: Path, temp: Path) -> None:
 
 
 def test_ctrl_c_while_it_starts(oracle_folder: Path, temp: Path) -> None:
-    child = start(temp, "-c", program(oracle_folder, ""))
+    child = start(temp, "-c", program(oracle_folder, "time.sleep(60)"))
     family = wait_for_children(child.pid)
     child.send_signal(signal.SIGINT)
     code, _, err = finish(child)
@@ -364,13 +364,19 @@ def test_a_core_that_is_not_ready_yet_is_waited_for(standalone: Standalone) -> N
     args = AsyncEngineArgs(engine_core_address=standalone.address, engine_core_reconnect_seconds=0.3)
     with pytest.raises(ConfigError, match=r"no answer within 0\.3 s"):
         AsyncLLM(args)
-    resume = threading.Timer(0.5, core.resume)
-    resume.start()
+    is_resumed = threading.Event()
+
+    def resume() -> None:
+        is_resumed.set()
+        core.resume()
+
+    timer = threading.Timer(0.5, resume)
+    timer.start()
     try:
         AsyncLLM(AsyncEngineArgs(engine_core_address=standalone.address)).shutdown()
-        assert resume.finished.is_set()
+        assert is_resumed.is_set()
     finally:
-        resume.join()
+        timer.join()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
@@ -387,7 +393,7 @@ def test_an_attached_core_that_does_not_come_back(standalone: Standalone, how: s
         assert engine.errored
         engine.shutdown()
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), 120))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ LENGTH = 1200
 
 
 def run(work: Coroutine[Any, Any, Result]) -> Result:
-    return asyncio.run(asyncio.wait_for(work, 60))
+    return asyncio.run(asyncio.wait_for(work, 250))
 
 
 def params(max_tokens: int = LENGTH, **changes: Any) -> SamplingParams:

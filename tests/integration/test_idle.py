@@ -103,5 +103,5 @@ def test_ten_thousand_aborts_at_random_moments(oracle_args: Args) -> None:
         assert (engine._client.num_restarts, stats.num_restarts) == (0, 0)
 
     engine = AsyncLLM(oracle_args(num_gpu_blocks_override=200))
-    asyncio.run(asyncio.wait_for(main(engine), 120))
+    asyncio.run(asyncio.wait_for(main(engine), 250))
     engine.shutdown()

@@ -116,7 +116,7 @@ def test_a_rank_that_fails_is_named_and_replaced(
                 assert seconds < 30
                 assert tokens == expected
 
-    asyncio.run(asyncio.wait_for(main(), 200))
+    asyncio.run(asyncio.wait_for(main(), 250))
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_an_output_is_its_own(engine: AsyncLLM) -> None:
                 output.finished = True  # type: ignore[misc]
         return last, good
 
-    last, good = asyncio.run(asyncio.wait_for(main(), 60))
+    last, good = asyncio.run(asyncio.wait_for(main(), 250))
     assert last == good.outputs[0].token_ids
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import pytest
 from headrace import (
     LLM,
@@ -29,7 +30,7 @@ Result = TypeVar("Result")
 
 
 def run(work: Coroutine[Any, Any, Result]) -> Result:
-    return asyncio.run(asyncio.wait_for(work, 60))
+    return asyncio.run(asyncio.wait_for(work, 250))
 
 
 def params(max_tokens: int, seed: int = 1) -> SamplingParams:
@@ -95,20 +96,24 @@ class AsyncLLMs:
 def test_an_urgent_arrival_overtakes_those_that_run(oracle_args: Args) -> None:
     async def main() -> None:
         async with AsyncLLM(oracle_args(max_num_seqs=2, scheduling_policy="priority")) as engine:
-            slow = [
-                asyncio.create_task(last(engine.generate([i], params(1500), f"slow-{i}", priority=5)))
-                for i in range(4)
-            ]
-            while (await engine._client.call("stats")).stats.num_running < 2:  # type: ignore[union-attr]
-                pass
-            urgent = await last(engine.generate([9], params(3), "urgent", priority=-1))
-            assert urgent.outputs[0].token_ids == oracle([9], 3)
-            assert not any(task.done() for task in slow)
-            stats = (await engine._client.call("stats")).stats
-            assert stats is not None
-            assert stats.num_preemptions == 1
-            for i, output in enumerate(await asyncio.gather(*slow)):
-                assert output.outputs[0].token_ids == oracle([i], 1500)
+            (worker,) = psutil.Process(engine._client.info.pid).children()
+            ended: list[str] = []
+
+            async def one(name: str, seed: int, count: int, priority: int) -> None:
+                output = await last(engine.generate([seed], params(count), name, priority=priority))
+                assert output.outputs[0].token_ids == oracle([seed], count)
+                ended.append(name)
+
+            worker.suspend()  # two run, and do not end before the urgent one is there
+            tasks = [asyncio.create_task(one(f"slow-{i}", i, 1500, 5)) for i in range(4)]
+            await until_waiting(engine, 2)
+            assert (await engine.get_stats())[0].num_running == 2
+            tasks.append(asyncio.create_task(one("urgent", 9, 3, -1)))
+            await until_waiting(engine, 3)
+            worker.resume()
+            await asyncio.gather(*tasks)
+            assert ended[0] == "urgent"
+            assert (await engine.get_stats())[0].num_preemptions == 1
 
     run(main())
 

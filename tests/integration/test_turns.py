@@ -28,7 +28,7 @@ from headrace.ipc.messages import (
 )
 from headrace.ipc.sockets import ServerSocket
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 QUIET_MS = 100
 """For what a frontend should not say after what it should."""
 Args = Callable[..., AsyncEngineArgs]
