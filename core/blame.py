@@ -5,6 +5,8 @@ past the tokens that those plans would have brought. A suspect that had brought 
 slot is replayed with no other suspect beside it, the rest together: so a request whose prompt crashes the
 workers is known for sure at its first replay, and a crash that no request caused costs those that decode no
 time. When a crash leaves several suspects that were suspects before, none is blamed: each is replayed alone.
+Suspects go before everybody else, and nobody else is admitted until all are cleared: who has not run yet may
+crash the workers too, and the blame would fall on a suspect beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ class Blame:
     def __init__(self, max_replays: int) -> None:
         self._max_replays = max_replays
         self._suspects: list[Request] = []
-        """Those that run again and are not cleared."""
+        """Those that are not cleared, by arrival; they run, or wait to be run again."""
 
     def crash(self, in_flight: Iterable[Request]) -> list[Request]:
         """The workers crashed while they computed these; returns those among them that are to end."""
@@ -35,31 +37,34 @@ class Blame:
             until = max(request.num_computed_tokens, len(request.tokens)) + 1
             alone = before is not None or not request.has_brought
             request.suspicion = Suspicion(until, strikes, alone)
-        self._suspects = []
+        self._suspects = sorted({*self._suspects, *suspects}, key=lambda request: request.order)
         return guilty
 
-    def may_run(self, request: Request) -> bool:
-        """False while it would have to share the blame with a suspect that runs."""
-        if not self._suspects:
-            return True
-        self._suspects = [other for other in self._suspects if _is_suspect(other)]
-        together = [request, *self._suspects]
-        return not self._suspects or all(other.suspicion and not other.suspicion.alone for other in together)
+    def next_waiting(self) -> Request | None:
+        """The suspect that is to be admitted before anybody else."""
+        return next((request for request in self._live() if request.phase is Phase.PREEMPTED), None)
 
-    def runs(self, request: Request) -> None:
-        """The request was admitted."""
-        if request.suspicion is not None:
-            self._suspects.append(request)
+    def may_run(self, request: Request) -> bool:
+        """False while it would have to share the blame with a suspect."""
+        suspects = self._live()
+        if not suspects or request.suspicion is None:
+            return not suspects
+        together = [request, *(other for other in suspects if other.phase is not Phase.PREEMPTED)]
+        return len(together) == 1 or not any(each.suspicion and each.suspicion.alone for each in together)
 
     def look_again(self) -> None:
         """After every result: clear those that got past the crash."""
-        if not self._suspects:
-            return
         for request in self._suspects:
             if request.suspicion is not None and len(request.tokens) >= request.suspicion.until:
                 request.suspicion = None
-        self._suspects = [request for request in self._suspects if _is_suspect(request)]
+        self._live()
 
-
-def _is_suspect(request: Request) -> bool:
-    return request.suspicion is not None and request.phase in (Phase.RUNNING, Phase.DRAINING)
+    def _live(self) -> list[Request]:
+        """The suspects, without those that are cleared or have ended."""
+        if self._suspects:
+            self._suspects = [
+                request
+                for request in self._suspects
+                if request.suspicion is not None and request.phase is not Phase.FINISHED
+            ]
+        return self._suspects

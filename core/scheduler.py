@@ -286,12 +286,14 @@ class Scheduler:
         With `before`, only those that are more urgent than this running one.
         """
         while self._slots.num_free and step.budget:
-            is_held = self.paused is Pause.NEW
-            head = self._queue.next_preempted() if is_held else self._queue.next(now)
+            head = self._blame.next_waiting() or self._next(now)
             if head is None or (before is not None and head.priority >= before.order[0]):
                 return
             if not self._admit_one(head, step, now):
                 return
+
+    def _next(self, now: float) -> Request | None:
+        return self._queue.next_preempted() if self.paused is Pause.NEW else self._queue.next(now)
 
     def _admit_one(self, head: Request, step: Step, now: float) -> bool:
         """Admit the head or, when cached prefixes are at stake, one behind it that has a longer one."""
@@ -348,7 +350,6 @@ class Scheduler:
         if request.phase is Phase.WAITING:
             self._count_start(request, step, now)
         request.move(Phase.RUNNING)
-        self._blame.runs(request)
         self._prefilling.append(request)
         self._run_chunk(request, step)
         return True

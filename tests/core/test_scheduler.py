@@ -365,6 +365,24 @@ def test_who_gets_further_is_not_blamed(make: MakeScheduler) -> None:
     assert request.num_output_tokens == 40
 
 
+def test_nobody_else_runs_beside_suspects(make: MakeScheduler) -> None:
+    """An accident, and then the poison of another client, whose turn it would be by its share."""
+    scheduler = make(num_blocks=64, max_num_seqs=2)
+    innocent = [add(scheduler, 4, 12, client=b"a", first=20 * number) for number in range(2)]
+    plans = [schedule(scheduler)]
+    poison = add(scheduler, 4, 12, client=b"b", first=60)
+    for _ in range(5):
+        plans.append(schedule(scheduler))
+        answer(scheduler, plans.pop(0), 1, 1)
+    assert poison.share.num_tokens < innocent[0].share.num_tokens
+    assert not scheduler.restart().ended
+    _, outputs = crash_until_ended(scheduler, poison, 0)
+    assert [end.request for each in outputs for end in each.ended if end.error] == [poison]
+    while (plan := scheduler.schedule(0.0)) is not None:
+        answer(scheduler, plan, *[1] * len(scheduler._in_flight[0].sampling))
+    assert [request.num_output_tokens for request in innocent] == [12, 12]
+
+
 def test_no_replays_when_none_are_allowed(make: MakeScheduler) -> None:
     scheduler = make(max_replays=0)
     running, waiting = add(scheduler, 4), None
