@@ -63,7 +63,10 @@ class Watch:
         """Seconds without an answer that is due."""
         self._quiet = 0.0
         """The same, without any sign of life."""
+        self._was_due = self._was_stopped = False
+        """At the last look."""
         self._is_answered = False
+        """Since then."""
         self.verdict: Verdict | None = None
         """Set from the first suspicion to the next answer."""
 
@@ -82,14 +85,15 @@ class Watch:
         self._last_look = now
         stopped = [rank for rank, each in ranks.items() if each.activity.state in STOPPED]
         # Rank 0 may go on answering when another one is stopped: the oracle's ranks do not need each other.
-        if not stopped and (self._is_answered or not is_due):
-            self._silent = self._quiet = 0.0
-        else:
+        since_before = (self._was_stopped and bool(stopped)) or (self._was_due and not self._is_answered)
+        if since_before and (stopped or is_due):
             self._silent += elapsed
             self._quiet += elapsed
             if not stopped:
                 self._excuse(now, elapsed, ranks)
-        self._is_answered = False
+        else:  # what began after the last look has not lasted as long
+            self._silent = self._quiet = 0.0
+        self._was_due, self._was_stopped, self._is_answered = is_due, bool(stopped), False
         self._before = dict(ranks)
         self.verdict = None
         if self._quiet >= SUSPICIOUS_SECONDS:

@@ -33,7 +33,7 @@ def run(
 
 def make(*, cpu: bool = True) -> Watch:
     watch = Watch(8.0, computes_on_cpu=cpu)
-    watch.look(0.0, {0: Sight(Activity("S", 0.0), IDLE, 7)}, is_due=False)
+    watch.look(0.0, {0: Sight(Activity("S", 0.0), IDLE, 7)}, is_due=True)
     return watch
 
 
@@ -75,12 +75,33 @@ def test_a_stopped_rank_is_blamed_whatever_the_others_do(is_due: bool) -> None:
 
 def test_a_stopped_rank_is_noticed_while_the_others_answer() -> None:
     watch = make()
-    for _ in range(8):
+    for _ in range(9):  # it was stopped since the first answer
         watch.answered()
         run(watch, "ST", 1)
     assert watch.has_hung
     watch.answered()
     run(watch, "SS", 1)
+    assert watch.verdict is None
+
+
+@pytest.mark.parametrize("states", ["S", "T"])
+@pytest.mark.parametrize("idle_before", [0, 5])
+def test_the_time_before_the_plan_does_not_count(states: str, idle_before: int) -> None:
+    """It went out, or the worker was stopped, at some moment since the last look, if there was one."""
+    watch = Watch(8.0, computes_on_cpu=False)
+    run(watch, "S", idle_before, is_due=False)
+    watch._last_look = idle_before or 5000.0
+    run(watch, states, 3)  # the last is at most three seconds after that moment
+    assert watch.verdict is None
+    run(watch, states, 1)
+    assert watch.verdict is not None
+    assert watch.verdict.seconds == 3.0
+
+
+def test_a_worker_that_has_just_answered_was_not_stopped_before() -> None:
+    watch = make()
+    watch.answered()
+    run(watch, "T", 3)
     assert watch.verdict is None
 
 
