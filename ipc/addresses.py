@@ -17,11 +17,12 @@ _TCP = re.compile(r"tcp://([\w.-]+|\*|\[[0-9A-Fa-f:.]+(%\w+)?\]):\d+", re.ASCII)
 
 
 def check_address(address: str, parameter: str, *, has_keys: bool = False) -> str:
-    """`address` if a core may serve there: `ipc://` anywhere, `tcp://` on the loopback or with CURVE keys.
+    """`address` if a core may serve there: `ipc://` at any path, `tcp://` on the loopback or with CURVE keys.
 
-    Raises ConfigError.
+    A path is absolute: to ZeroMQ `@name` is a socket without a folder that protects it, and `*` a path that
+    it makes up. Raises ConfigError.
     """
-    if address.startswith("ipc://"):
+    if address.startswith("ipc:///"):
         limit = zmq.IPC_PATH_MAX_LEN
         if len(os.fsencode(address.removeprefix("ipc://"))) > limit:
             message = f"{parameter}: the path of {address!r} is longer than {limit} bytes"
@@ -55,6 +56,11 @@ def claim_path(path: Path) -> None:
         limit = "a folder of yours with mode 0700"
         message = f"listen: {str(folder)!r} must be {limit}, it has {stat.S_IMODE(status.st_mode):04o}"
         raise ConfigError(message, parameter="listen", value=folder, limit=limit)
+    if not path.is_socket():
+        if not (path.exists() or path.is_symlink()):
+            return
+        message = f"listen: {str(path)!r} exists and is no socket"
+        raise ConfigError(message, parameter="listen", value=path, limit="a new path")
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))

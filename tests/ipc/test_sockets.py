@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,11 +157,28 @@ def test_one_core_per_address(server: ServerSocket, client: ClientSocket, tmp_pa
 
 def test_a_socket_left_by_a_killed_core_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "core"
-    path.touch()
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(path))
     server = ServerSocket(f"ipc://{path}")
     assert stat.S_ISSOCK(os.stat(path).st_mode)
     server.close()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_is_no_socket_is_left_alone(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "thesis"
+    match kind:
+        case "file":
+            path.write_text("years of work")
+        case "folder":
+            path.mkdir()
+        case _:
+            path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="exists and is no socket") as caught:
+        ServerSocket(f"ipc://{path}")
+    assert caught.value.parameter == "listen"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +189,11 @@ def test_good_addresses(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["tcp://0.0.0.0:5000", "tcp://*:1", "tcp://127.0.0.1", "http://x", "", "ipc:///" + "x" * 200]
+    "address",
+    [
+        *("tcp://0.0.0.0:5000", "tcp://*:1", "tcp://127.0.0.1", "http://x", "", "ipc:///" + "x" * 200),
+        *("ipc://@open", "ipc://*", "ipc://core", "ipc://"),  # to ZeroMQ the first two are no paths
+    ],
 )
 def test_bad_addresses_name_the_parameter(address: str) -> None:
     with pytest.raises(ConfigError) as caught:
