@@ -39,11 +39,11 @@ class DeadlineQueue:
 
     def pop_missed(self, now: float) -> list[Request]:
         """The requests that have missed one of theirs."""
-        missed: list[Request] = []
+        missed: dict[Request, None] = {}  # a set that keeps the order: thousands may miss theirs at once
         while self._heap and self._heap[0][0] <= now:
             request = heappop(self._heap)[2]
             if request.phase is Phase.FINISHED:
                 self._num_dead = max(0, self._num_dead - 1)
-            elif request.misses(now) and request not in missed:
-                missed.append(request)
-        return missed
+            elif request.misses(now):
+                missed[request] = None
+        return list(missed)

@@ -32,6 +32,7 @@ def choose_victims(
     lesser = sorted((r for r in running if r.order[0] > urgent.priority), key=lambda r: r.order)
     staying = set(running)
     own = -(-len(urgent.tokens) // block_size) - len(found)
+    shared = frozenset(found)
     usable = pool.num_free_without(found)
     leaving: Counter[int] = Counter()
     victims: list[Request] = []
@@ -49,4 +50,4 @@ def choose_victims(
         staying.remove(victim)
         leaving.update(victim.block_table)
         freed = (b for b in victim.block_table if leaving[b] == pool.references(b))
-        usable += sum(block not in found for block in freed)
+        usable += sum(block not in shared for block in freed)

@@ -257,9 +257,10 @@ class Engine:
         elif client is None:
             self._refuse(identity, "the first message must be Hello")
         elif isinstance(message, msgspec.DecodeError):
-            self._server.tell(identity, Refused(PROTOCOL_VERSION, f"unreadable message: {message}"))
+            why = f"{message!s:.200}"  # it may quote what was sent
+            self._server.tell(identity, Refused(PROTOCOL_VERSION, f"unreadable message: {why}"))
             if not client.complained:
-                LOGGER.warning("unreadable message", extra=fields(client=client.name, error=str(message)))
+                LOGGER.warning("unreadable message", extra=fields(client=client.name, error=why))
                 client.complained = True
         elif isinstance(message, AddRequest):
             self._add(identity, client, message)

@@ -21,6 +21,7 @@ MAX_N = 16384
 MAX_SALT = 1024
 MAX_TIMEOUT = 1e9
 MAX_LOGPROB_TOKEN_IDS = 128
+MAX_STOP_TOKEN_IDS = 1 << 18
 _INT32 = 2**31 - 1
 _MAX_BAD_WORDS = 1 << 16
 """Tokens of all bad words of a request."""
@@ -65,8 +66,9 @@ def make_requests(client: bytes, message: AddRequest, config: EngineConfig, now:
         f"< {message.max_tokens}",
     )
     _check(not generated or message.n == 1, "generated", f"n={message.n}", "used with n=1 only")
+    stop_ids = frozenset[int]()
     for i in range(message.n):
-        yield Request(
+        request = Request(
             client=client,
             number=message.request + i,
             tokens=prompt + generated,
@@ -77,7 +79,10 @@ def make_requests(client: bytes, message: AddRequest, config: EngineConfig, now:
             arrival_time=now,
             deadlines=deadlines,
             cache_salt=message.cache_salt,
+            stop_ids=stop_ids,
         )
+        stop_ids = request.stop_ids
+        yield request
 
 
 def _deadlines(message: AddRequest, now: float) -> Deadlines:
@@ -108,7 +113,9 @@ def _check_sampling(sampling: Sampling, max_tokens: int, vocab_size: int) -> Non
         _check(1 <= len(sampling.grammar) <= MAX_GRAMMAR, "grammar", len(sampling.grammar), limit)
     eos = sampling.eos_token_id
     _check(eos is None or 0 <= eos < vocab_size, "eos_token_id", eos, f"0 .. {vocab_size - 1}")
-    for token in sampling.stop_token_ids:
+    stops, limit = sampling.stop_token_ids, f"at most {MAX_STOP_TOKEN_IDS} token ids"
+    _check(len(stops) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"{len(stops)} token ids", limit)
+    for token in (min(stops, default=0), max(stops, default=0)):
         _check(0 <= token < vocab_size, "stop_token_ids", token, f"0 .. {vocab_size - 1}")
     _check_rules(sampling, vocab_size)
 

@@ -85,6 +85,8 @@ class Request:
     """0: all of `tokens`."""
     deadlines: Deadlines = NO_DEADLINES
     cache_salt: str = ""
+    stop_ids: frozenset[int] = frozenset()
+    """The end-of-sequence and stop tokens; empty: those of `sampling`."""
 
     phase: Phase = Phase.WAITING
     order: tuple[int, int] = (0, 0)
@@ -96,8 +98,6 @@ class Request:
     """How often others with longer cached prefixes went before it."""
     max_total_tokens: int = field(init=False)
     """Length with prompt at which it ends."""
-    stop_ids: frozenset[int] = field(init=False)
-    """The end-of-sequence and stop tokens."""
 
     slot: int = -1
     block_table: list[int] = field(default_factory=list)
@@ -124,10 +124,9 @@ class Request:
     def __post_init__(self) -> None:
         self.num_prompt_tokens = self.num_prompt_tokens or len(self.tokens)
         self.max_total_tokens = self.num_prompt_tokens + self.max_tokens
-        stops = set(self.sampling.stop_token_ids)
-        if self.sampling.eos_token_id is not None:
-            stops.add(self.sampling.eos_token_id)
-        self.stop_ids = frozenset(stops)
+        if not self.stop_ids:
+            eos = self.sampling.eos_token_id
+            self.stop_ids = frozenset(self.sampling.stop_token_ids + ([] if eos is None else [eos]))
         self.cache_root = root_of(self.cache_salt)
 
     @property

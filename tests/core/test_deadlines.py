@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from typing import ClassVar
 
 import pytest
 from headrace.core.deadlines import DeadlineQueue
@@ -46,6 +47,27 @@ def test_soonest_first_and_each_once() -> None:
     queue.add(early)
     assert queue.soonest == 2.0
     assert queue.pop_missed(3.0) == [early, late]
+
+
+class Compared(Request):
+    """Counts how often it is compared with another."""
+
+    count: ClassVar[int] = 0
+
+    def __eq__(self, other: object) -> bool:
+        Compared.count += 1
+        return self is other
+
+    __hash__ = object.__hash__
+
+
+def test_hundreds_that_miss_theirs_at_once_are_not_compared_with_each_other() -> None:
+    queue = DeadlineQueue()
+    for number in range(300):
+        missing = Deadlines(None, 1.0, 1.0)
+        queue.add(Compared(b"", number, array("i", [1]), Sampling(), 4, deadlines=missing))
+    assert [each.number for each in queue.pop_missed(1.0)] == list(range(300))
+    assert Compared.count < 3000
 
 
 def test_ended_requests_are_let_go() -> None:

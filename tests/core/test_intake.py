@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from headrace.core.intake import MAX_SALT, make_requests
+from headrace.core.intake import MAX_SALT, MAX_STOP_TOKEN_IDS, make_requests
 from headrace.ipc.config import EngineConfig
 from headrace.ipc.errors import RequestError
 from headrace.ipc.messages import AddRequest, Sampling, pack
@@ -32,11 +32,21 @@ def test_what_a_message_becomes(make_config: MakeConfig) -> None:
     assert (first.number, second.number) == (0, 1)
 
 
+def test_many_generations_share_their_stop_tokens(make_config: MakeConfig) -> None:
+    """Of thousands, copies of a long list would fill the memory."""
+    sampling = Sampling(eos_token_id=3, stop_token_ids=[1, 2])
+    message = msgspec.structs.replace(GOOD, n=3, sampling=sampling)
+    first, *others = make_requests(b"c", message, make_config(), now=0.0)
+    assert first.stop_ids == {1, 2, 3}
+    assert all(request.stop_ids is first.stop_ids for request in others)
+
+
 @pytest.mark.parametrize(
     ("changes", "parameter"),
     [
         *(({name: value}, name) for name in TIMEOUTS for value in (-0.1, math.nan, math.inf, 1.1e9)),
         ({"cache_salt": "s" * (MAX_SALT + 1)}, "cache_salt"),
+        ({"sampling": Sampling(stop_token_ids=[1] * (MAX_STOP_TOKEN_IDS + 1))}, "stop_token_ids"),
         ({"priority": 2**31}, "priority"),
         ({"priority": -(2**31)}, "priority"),
     ],
@@ -54,6 +64,7 @@ def test_beyond_the_limits(make_config: MakeConfig, changes: dict[str, Any], par
     [
         *({name: value} for name in TIMEOUTS for value in (0.0, 1e9)),
         {"cache_salt": "s" * MAX_SALT},
+        {"sampling": Sampling(stop_token_ids=[1] * MAX_STOP_TOKEN_IDS)},
         {"priority": 2**31 - 1},
         {"priority": 1 - 2**31},
     ],

@@ -280,6 +280,7 @@ def test_bad_frames_harm_nobody(start: Callable[..., Core], capfd: pytest.Captur
         raw.send(encode(Hello(PROTOCOL_VERSION, "mumbler")))
         assert isinstance(answer(), Welcome)
         for parts in (
+            [encode(["long name" * 100_000])],
             [b"\x00"],
             [encode(Call(9, "ping")), b"b"],
             [encode(["AddRequest", "one", b"", [], 1])],
@@ -288,12 +289,15 @@ def test_bad_frames_harm_nobody(start: Callable[..., Core], capfd: pytest.Captur
             refused = answer()
             assert isinstance(refused, Refused)
             assert refused.message.startswith("unreadable message: ")
+            assert len(refused.message) < 300
         raw.send(encode(Call(5, "ping")))
         assert answer() == Reply(5)
     client.wait_for(1)
     client.expect(1, [3], 500)
     client.close()
-    assert capfd.readouterr().err.count("unreadable message client=mumbler") == 1
+    log = capfd.readouterr().err
+    assert log.count("unreadable message client=mumbler") == 1
+    assert len(log) < 2000
 
 
 def test_preemption_under_the_real_worker(start: Callable[..., Core]) -> None:
