@@ -260,7 +260,8 @@ class Control:
         if waking & _MEMORY:
             yield from self._ask("wake_up", tags=sorted(waking & _MEMORY))
             self._asleep -= waking & _MEMORY
-        if self._asleep == {"scheduling"} and ("scheduling" in tags or waking):
+        # The KV cache is what is woken last; the workers may have died asleep, and have it already.
+        if self._asleep == {"scheduling"} and not tags.isdisjoint({"scheduling", "kv_cache"}):
             self._go_on()
         return []
 

@@ -51,7 +51,8 @@ class Child:
         """How it ended, for an error message; call it once the child is not alive."""
         code = self._process.wait(timeout=5)
         if code < 0:
-            return f"{self.name} (pid {self.pid}) was killed by {signal.Signals(-code).name}"
+            known = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+            return f"{self.name} (pid {self.pid}) was killed by {known}"
         return f"{self.name} (pid {self.pid}) exited with code {code}"
 
     def kill(self) -> None:

@@ -92,6 +92,24 @@ def test_what_the_workers_were_asked_when_they_failed_is_an_error(rig: Rig) -> N
     assert rig.control.sleep_level is None
 
 
+def test_waking_part_by_part_those_that_died_asleep(rig: Rig) -> None:
+    """They came back awake; whoever wakes the KV cache last wants to go on."""
+    rig.call("sleep")
+    rig.replies()
+    number = rig.command().number
+    for rank in range(2):
+        rig.control.hear(CommandResult(rank, number))
+    rig.replies()
+    rig.control.workers_lost()
+    rig.call("wake_up", tags=["weights"])
+    rig.replies()
+    assert rig.paused() is Pause.EVERYTHING
+    rig.call("wake_up", tags=["kv_cache"])
+    rig.replies()
+    assert rig.paused() is Pause.NOTHING
+    assert rig.control.take_commands() == []
+
+
 def test_nothing_is_asked_of_workers_that_start(rig: Rig) -> None:
     rig.serving = False
     rig.call("collective_rpc", method="rank")

@@ -81,6 +81,17 @@ def test_stop(what: str, grace: float, killer: str) -> None:
     os.close(reading)
 
 
+def test_a_death_by_a_signal_without_a_name() -> None:
+    reading, writing = os.pipe()
+    child = spawn("probe", ENTRY, Order("sleep", fd=writing), pass_fds=(writing,))
+    os.close(writing)
+    read(reading)
+    os.kill(child.pid, signal.SIGRTMIN + 6)
+    assert child.cause_of_death() == f"probe (pid {child.pid}) was killed by signal {signal.SIGRTMIN + 6}"
+    child.stop(0)
+    os.close(reading)
+
+
 def test_an_entry_that_does_not_exist(capfd: pytest.CaptureFixture[str]) -> None:
     child = spawn("probe", "headrace_no_such_module:run", Order())
     assert child.cause_of_death().endswith("exited with code 1")
