@@ -370,10 +370,17 @@ class AsyncLLM(EngineControl):
         return RequestStream(request_id, claim, self._abort_request, self._abort_soon)
 
     def _abort_request(self, request: Request) -> None:
-        """On the event loop."""
+        """At once; but where the engine cannot be used, as soon as its loop runs."""
+        try:
+            self._client.use_running_loop()
+        except EngineDeadError:
+            pass  # its end was the end of all requests
+        except RuntimeError:
+            self._abort_soon(request)
+            return
         numbers = self._table.drop(request)
         request.abort()
-        if numbers and self._client.dead_error is None:
+        if numbers:
             self._client.send(Abort(numbers))
 
     def _abort_soon(self, request: Request) -> None:
@@ -384,7 +391,7 @@ class AsyncLLM(EngineControl):
                 loop.call_soon_threadsafe(self._abort_orphans)
 
     def _abort_orphans(self) -> None:
-        while self._orphans:
+        for _ in range(len(self._orphans)):
             self._abort_request(self._orphans.popleft())
 
 

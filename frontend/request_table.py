@@ -10,7 +10,7 @@ from ..ipc.messages import AddRequest, Finished, FinishReason, StepOutputs, unpa
 from .logprobs import rows_of
 from .metrics import FrontendMetrics
 from .replay import ReplayQueue, replay
-from .requests import Completion, Request
+from .requests import Completion, Request, wake
 
 
 class RequestTable:
@@ -37,9 +37,10 @@ class RequestTable:
         return self._requests.get(request_id)
 
     async def wait_until_empty(self) -> None:
+        loop = asyncio.get_running_loop()
         while self._requests:
-            if self._empty is None or self._empty.done():
-                self._empty = asyncio.get_running_loop().create_future()
+            if self._empty is None or self._empty.get_loop() is not loop:
+                self._empty = loop.create_future()
             await asyncio.shield(self._empty)
 
     def reserve(self, request: Request) -> None:
@@ -188,9 +189,8 @@ class RequestTable:
 
     def _tell_if_empty(self) -> None:
         if not self._requests and self._empty is not None:
-            if not self._empty.done():
-                self._empty.set_result(None)
-            self._empty = None
+            waiter, self._empty = self._empty, None
+            wake(waiter)
 
 
 def _report(request: Request) -> None:

@@ -25,6 +25,12 @@ _DELTA = RequestOutputKind.DELTA
 _FINAL_ONLY = RequestOutputKind.FINAL_ONLY
 
 
+def wake(waiter: asyncio.Future[None]) -> None:
+    """Whoever waits on a loop that was closed is gone."""
+    if not waiter.done() and not waiter.get_loop().is_closed():
+        waiter.set_result(None)
+
+
 class Completion:
     """One of a request's n generations."""
 
@@ -361,8 +367,7 @@ class Request:
         waiter = self._waiter
         if waiter is not None:
             self._waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
+            wake(waiter)
 
     def fail(self, error: Exception) -> None:
         """End it with an error, which the reader gets."""

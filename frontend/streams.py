@@ -46,9 +46,14 @@ class RequestStream:
             request = self._request
             if request is None:
                 request = self._request = await self._start()
+                if self._done:  # it was left meanwhile
+                    self._abort(request)
             if not request.has_output:
                 await request.wait()
             output = request.take()
+        except GeneratorExit:  # the collector has found the reader's task, which nothing will wake any more
+            self._drop()
+            raise
         except BaseException:
             self.abort()
             raise
@@ -77,6 +82,11 @@ class RequestStream:
         self.abort()
 
     def __del__(self) -> None:
-        # The collector may strike in any thread and in the middle of anything.
-        if not self._done and self._request is not None and not self._request.ended:
-            self._abort_soon(self._request)
+        self._drop()
+
+    def _drop(self) -> None:
+        """The collector may strike in any thread and in the middle of anything."""
+        if not self._done:
+            self._done = True
+            if self._request is not None and not self._request.ended:
+                self._abort_soon(self._request)

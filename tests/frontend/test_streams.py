@@ -303,6 +303,62 @@ def test_every_way_to_leave_aborts() -> None:
     asyncio.run(main())
 
 
+def test_leaving_while_it_starts_aborts() -> None:
+    async def main() -> None:
+        bench = Bench()
+        request, may_start = bench.add("a", DELTA), asyncio.Event()
+
+        async def start() -> Request:
+            await may_start.wait()
+            return request
+
+        def abort(request: Request) -> None:
+            bench.aborted += [request.request_id]
+            request.abort()
+
+        stream = RequestStream("a", start, abort, abort)
+        task = asyncio.create_task(collect(stream))
+        await turn()
+        await stream.aclose()
+        may_start.set()
+        async with asyncio.timeout(10):
+            assert [seen(output) for output in await task] == [[(0, [], "abort")]]
+        assert bench.aborted == ["a"]
+
+    asyncio.run(main())
+
+
+def test_readers_on_a_loop_that_is_closed() -> None:
+    """They are gone; what comes for them disturbs nobody, and aborts them."""
+    bench = Bench()
+    left = bench.stream(bench.add("left", DELTA))
+
+    async def leave() -> None:
+        for reader in (collect(left), bench.table.wait_until_empty()):
+            readers.append(asyncio.ensure_future(reader))
+        await turn()
+
+    readers: list[asyncio.Future[object]] = []
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    loop.close()
+    readers.clear()
+    del left
+
+    async def main() -> None:
+        waiting = asyncio.create_task(bench.table.wait_until_empty())
+        good = asyncio.create_task(collect(bench.stream(bench.add("good", DELTA))))
+        await turn()
+        bench.step({0: 5, 1: 6})
+        gc.collect()
+        assert bench.aborted == ["left"]
+        bench.step({1: 7}, end(1))
+        assert [seen(output) for output in await good] == [[(0, [6, 7], "length")]]
+        await waiting
+
+    asyncio.run(main())
+
+
 def test_one_reader_at_a_time() -> None:
     async def main() -> None:
         bench = Bench()

@@ -313,6 +313,30 @@ def test_the_loop_may_end_in_the_middle(engine: AsyncLLM) -> None:
     run(main())
 
 
+def test_a_loop_may_be_closed_under_its_readers(engine: AsyncLLM) -> None:
+    """Nothing cancels their tasks then; the next loop finds an engine that works, and their requests end."""
+    readers: list[Any] = []
+
+    async def leave() -> None:
+        readers.append(asyncio.create_task(tokens(engine.generate([1], endless(5), "left"))))
+        readers.append(engine.generate([2], endless(6), "kept"))
+        await anext(readers[1])
+        await until(engine, lambda state: state.num_running == 2)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(asyncio.wait_for(leave(), 60))
+    loop.close()
+    readers.pop().abort()  # on no loop at all
+    readers.clear()
+
+    async def main() -> None:
+        assert await tokens(engine.generate([1], sampling(1), "next")) == oracle([1], 1)
+        await until_idle(engine)
+        await engine.wait_for_requests_to_drain(5)
+
+    run(main())
+
+
 def test_a_live_id_cannot_be_used_twice_but_at_once_after(engine: AsyncLLM) -> None:
     async def main() -> None:
         stream = engine.generate([1], endless(0), "twice")
