@@ -33,6 +33,11 @@ class Connection:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
 
+    @property
+    def is_inherited(self) -> bool:
+        """This process was forked from the one that it belongs to."""
+        return os.getpid() != self._pid
+
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Watch the descriptors in this loop, and in no other any more."""
         self._detach()
@@ -54,7 +59,7 @@ class Connection:
 
     def close(self) -> None:
         """Idempotent, from any thread; stops an embedded core."""
-        if self._is_closed or os.getpid() != self._pid:
+        if self._is_closed or self.is_inherited:
             return
         self._is_closed = True
         self._detach()

@@ -233,8 +233,11 @@ class CoreClient:
         return reply
 
     def close(self) -> None:
-        """Leave the core; an embedded one is stopped. Pending calls fail. Idempotent."""
-        if self.dead_error is None:
+        """Leave the core; an embedded one is stopped. Pending calls fail. Idempotent.
+
+        Nothing in a forked process.
+        """
+        if self.dead_error is None and not self._connection.is_inherited:
             sock = self._connection.socket
             if self._connection.core is None and self._outage is None and sock is not None:
                 sock.send(Bye())
@@ -446,6 +449,8 @@ class CoreClient:
         self._finalizer()
 
     def _raise_if_dead(self) -> None:
+        if self._connection.is_inherited and self.dead_error is None:
+            self.dead_error = EngineDeadError("the engine belongs to another process, which forked this one")
         if self.dead_error is not None:
             raise EngineDeadError(str(self.dead_error))
 

@@ -226,15 +226,18 @@ class LLM(BlockingControl):
         self._engine = AsyncLLM(engine_args)
         self._enqueued: list[RequestStream] = []
         self._loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=self._loop.run_forever, name="headrace LLM", daemon=True)
-        thread.start()
-        self._finalizer = weakref.finalize(self, _stop, self._engine, self._loop, thread)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="headrace LLM", daemon=True)
+        self._thread.start()
+        self._finalizer = weakref.finalize(self, _stop, self._engine, self._loop, self._thread)
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run it on the loop and wait. Ctrl-C here cancels it there."""
         if not self._finalizer.alive:
             work.close()
             raise EngineDeadError("the engine has been shut down")
+        if not self._thread.is_alive():
+            work.close()
+            raise EngineDeadError("the engine belongs to another process, which forked this one")
         future: Future[Result] = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -296,6 +299,8 @@ async def _finish_all(
 
 
 def _stop(engine: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    if not thread.is_alive():  # in a forked process: all this is its parent's
+        return
     if threading.current_thread() is thread:  # the collector struck there
         engine.shutdown()
         loop.stop()

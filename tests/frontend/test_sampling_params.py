@@ -184,6 +184,8 @@ def test_clone_shares_nothing() -> None:
 
 def test_from_optional() -> None:
     assert SamplingParams.from_optional(temperature=None, top_k=5) == SamplingParams(top_k=5)
+    assert SamplingParams.from_optional().max_tokens == 16
+    assert SamplingParams.from_optional(max_tokens=None).max_tokens is None
     biased = SamplingParams.from_optional(logit_bias={"3": 1000, 4: -1000.0, 5: 1})
     assert biased.logit_bias == {3: 100.0, 4: -100.0, 5: 1.0}
     assert SamplingParams(logit_bias={3: 1000}).logit_bias == {3: 1000.0}

@@ -127,6 +127,37 @@ def test_the_end_of_the_program_is_the_end_of_the_engine(
     assert out
 
 
+FORKED = """
+if os.fork() == 0:
+    try:
+        use()
+    except EngineDeadError as error:
+        assert "another process" in str(error), error
+    else:
+        os._exit(1)
+    engine.shutdown()
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+use()
+engine.shutdown()
+print("done")
+"""
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "use = lambda: asyncio.run(first(engine))",
+        "engine.shutdown(); engine = LLM.from_engine_args(args)\nuse = lambda: engine.generate([1], use_tqdm=False)",
+    ],
+    ids=["AsyncLLM", "LLM"],
+)
+def test_a_forked_process_leaves_its_parents_engine_alone(use: str, oracle_folder: Path, temp: Path) -> None:
+    body = f"from headrace import LLM, EngineDeadError\n{use}\nuse()\n{FORKED}"
+    code, out, err = finish(start(temp, "-c", program(oracle_folder, body)))
+    assert (code, out.split()[-1], err) == (0, "done", "")
+
+
 def test_ctrl_c(oracle_folder: Path, temp: Path) -> None:
     body = """
     async def main():
