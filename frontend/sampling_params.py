@@ -121,9 +121,10 @@ class SamplingParams:
 
     @classmethod
     def from_optional(cls, **kwargs: Any) -> SamplingParams:
-        """Make one from keywords of which those that are None mean the default; but `max_tokens=None` is no limit.
+        """Make one from keywords of which those that are None mean the default, but for `max_tokens`.
 
-        As vLLM does, `logit_bias` may have its token ids as text, and is clamped to [-100, 100].
+        As in vLLM `max_tokens=None` is no limit, and `logit_bias` may have its token ids as text and is
+        clamped to [-100, 100].
         """
         given = {name: value for name, value in kwargs.items() if value is not None or name == "max_tokens"}
         if isinstance(given.get("logit_bias"), Mapping):

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from headrace import EngineDeadError, RequestError, RequestOutput, RequestOutputKind
@@ -331,19 +332,17 @@ def test_leaving_while_it_starts_aborts() -> None:
 def test_readers_on_a_loop_that_is_closed() -> None:
     """They are gone; what comes for them disturbs nobody, and aborts them."""
     bench = Bench()
-    left = bench.stream(bench.add("left", DELTA))
+    readers: list[asyncio.Task[Any]] = []
 
     async def leave() -> None:
-        for reader in (collect(left), bench.table.wait_until_empty()):
-            readers.append(asyncio.ensure_future(reader))
+        readers.append(asyncio.create_task(collect(bench.stream(bench.add("left", DELTA)))))
+        readers.append(asyncio.create_task(bench.table.wait_until_empty()))
         await turn()
 
-    readers: list[asyncio.Future[object]] = []
     loop = asyncio.new_event_loop()
     loop.run_until_complete(leave())
     loop.close()
     readers.clear()
-    del left
 
     async def main() -> None:
         waiting = asyncio.create_task(bench.table.wait_until_empty())

@@ -148,7 +148,7 @@ print("done")
     "use",
     [
         "use = lambda: asyncio.run(first(engine))",
-        "engine.shutdown(); engine = LLM.from_engine_args(args)\nuse = lambda: engine.generate([1], use_tqdm=False)",
+        "engine.shutdown(); engine = LLM(**vars(args)); use = lambda: engine.generate([1], use_tqdm=False)",
     ],
     ids=["AsyncLLM", "LLM"],
 )
