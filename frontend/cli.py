@@ -142,13 +142,17 @@ def _keygen(parser: _Parser, words: Sequence[str]) -> Action:
     )
     args = parser.parse(words)
     for name in args.names:
-        if Path(name).name != name:
+        if not name or Path(name).name != name:
             message = f"NAME must be a file name without a folder, got {name!r}"
             raise ConfigError(message, parameter="NAME", value=name)
 
     def write() -> None:
         for name in args.names:
-            for path in make_pair(args.folder, name):
+            try:
+                pair = make_pair(args.folder, name)
+            except ConfigError as error:
+                parser.error(str(error))
+            for path in pair:
                 print(path)
 
     return write
@@ -165,6 +169,8 @@ def _run(parser: _Parser, words: Sequence[str]) -> Action:
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     if not prompt.strip():
         parser.error("the prompt is empty")
+    if args.raw and args.system is not None:
+        parser.error("--system needs the chat template that --raw leaves out")
     return lambda: sys.exit(answering.run(prompt, raw=args.raw))
 
 
@@ -317,9 +323,12 @@ def _add_flags(
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r:.100}")
     return value
 
 

@@ -7,6 +7,7 @@ figures and errors go to standard error. Ctrl-C aborts the answer under way; in 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,11 +20,13 @@ from ..ipc.errors import ConfigError, EngineDeadError, RequestError
 from .async_llm import AsyncLLM
 from .engine_args import AsyncEngineArgs
 from .outputs import RequestMetrics
-from .prompts import Prompt
+from .prompts import Prompt, parse_prompt
 from .sampling_params import RequestOutputKind, SamplingParams
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+NOBODY_READS = 141
+"""The same after `| head` has read enough."""
 _HELP = "/clear forgets the conversation, /help shows this, /exit or Ctrl-D leaves; Ctrl-C stops an answer"
 
 
@@ -46,11 +49,13 @@ class Answering:
         with _started(self.engine_args) as engine, asyncio.Runner() as runner:
             answer = _Answer(engine, self._params(engine))
             messages = [*self._opening(), {"role": "user", "content": prompt}]
-            rendered = prompt if raw or not _chats(engine) else _render(engine, messages)
             try:
-                runner.run(answer.show(rendered))
+                continues = raw or (self.system is None and not _chats(engine))
+                runner.run(answer.show(prompt if continues else _render(engine, messages)))
             except KeyboardInterrupt:
                 return INTERRUPTED
+            except BrokenPipeError:
+                return _hung_up()
             except (RequestError, EngineDeadError) as error:
                 terminal.complain(error)
                 return 1
@@ -86,6 +91,8 @@ class Answering:
                 except KeyboardInterrupt:
                     _end_line(answer.text)
                     terminal.note("(stopped)")
+                except BrokenPipeError:
+                    return _hung_up()
                 except RequestError as error:
                     messages.pop()
                     terminal.complain(error)
@@ -193,9 +200,18 @@ def _chats(engine: AsyncLLM) -> bool:
 
 
 def _render(engine: AsyncLLM, messages: Sequence[dict[str, str]]) -> Prompt:
-    ids = engine.get_tokenizer().apply_chat_template(messages, add_generation_prompt=True)
-    assert isinstance(ids, list)
-    return ids
+    """Raises RequestError."""
+    tokenizer = engine.get_tokenizer()
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
+    parse_prompt(text)  # a terminal can send what is no text
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _hung_up() -> int:
+    """What is left to be written goes nowhere; returns the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return NOBODY_READS
 
 
 def _end_line(text: str) -> None:

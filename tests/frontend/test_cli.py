@@ -93,7 +93,8 @@ def test_every_value_of_the_configuration_has_a_source() -> None:
         (["--max-model-len", "65"], "max_position_embeddings=64"),
         (["--model", "/no/such/model"], "'/no/such/model'"),
         (["--max-num", "3"], "unknown argument '--max-num'"),
-        (["--structured-outputs-config", "[]"], "--structured-outputs-config"),
+        (["--structured-outputs-config", "[]"], "--structured-outputs-config: must be a JSON object"),
+        (["--structured-outputs-config", "{"], "--structured-outputs-config: must be a JSON object"),
     ],
 )
 def test_a_bad_argument_is_one_line(words: list[str], complaint: str, model: str) -> None:
@@ -131,8 +132,11 @@ def test_keygen(tmp_path: Path) -> None:
     names = ["server.secret", "server.public", "client.secret", "client.public"]
     assert made.stdout.split() == [str(tmp_path / "keys" / name) for name in names]
     again = headrace("keygen", str(tmp_path / "keys"), "guest", "client")
-    assert again.returncode == 1 or again.returncode == 2
+    assert again.returncode == 2
     assert "File exists" in again.stderr
+    assert again.stderr.count("\n") == 1
+    nameless = headrace("keygen", str(tmp_path / "keys"), "")
+    assert (nameless.returncode, list((tmp_path / "keys").glob(".*"))) == (2, [])
 
 
 def test_an_unknown_command_is_told_the_known_ones() -> None:

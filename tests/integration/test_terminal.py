@@ -68,10 +68,27 @@ def test_errors_are_one_line(model: str) -> None:
     for words, text in ((["run", ""], None), (["run"], " \n")):
         empty = pipe([*HEADRACE, *words], text)
         assert (empty.returncode, empty.stderr) == (2, "headrace run: the prompt is empty\n")
+    ignored = pipe([*HEADRACE, "run", "--raw", "--system", "Be brief.", "abc"])
+    assert (ignored.returncode, ignored.stderr.count("\n")) == (2, 1)
+    assert "--system" in ignored.stderr
+    for words in ([], ["--raw"]):
+        no_text = pipe([*command("run", model), *words, "\udcff"])  # a byte that is no UTF-8
+        assert (no_text.returncode, no_text.stdout, no_text.stderr.count("\n")) == (1, "", 1)
+        assert "surrogates" in no_text.stderr
     missing = pipe([*HEADRACE, "chat", "--engine-core", "ipc:///nowhere"])
     assert missing.returncode == 2
     assert missing.stderr.startswith("engine_core_address: no engine core listens")
     assert len(missing.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(model: str) -> None:
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command("run", model, "abc"), stdout=pipe, stderr=pipe)
+    assert child.stdout is not None
+    assert child.stdout.read(5)
+    child.stdout.close()
+    child.stdout = None
+    assert (child.communicate(timeout=60)[1], child.returncode) == (b"", 141)
 
 
 class Terminal:
