@@ -40,8 +40,9 @@ RESULTS = 8
 """Steps whose tokens the results ring holds: more than are ever in flight."""
 
 
-MORE_RESULTS = 64
-"""A step padded to a graph's shape may report more rows than there are slots."""
+MORE_RESULTS = 256
+"""So many rows more than there are slots a step may report that is padded to a graph's shape: the rows for
+prompts of the largest (`packed_graphs.Shape`)."""
 
 
 class PackedTensors(NamedTuple):

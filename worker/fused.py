@@ -323,7 +323,7 @@ def _llama_logits(model: Llama, hidden: Tensor) -> Tensor:
 def _is_plain_opt(model: OPT) -> bool:
     first = model.layers[0]
     assert isinstance(first, OPTLayer)
-    return first.norm_before and model.project_in is None
+    return first.norm_before and model.norm is not None and model.project_in is None
 
 
 def _opt(model: OPT, inputs: StepInputs, attend: Attend) -> Tensor:

@@ -93,3 +93,15 @@ def test_products_in_float16_keep_their_norms_before_them() -> None:
     model = build("LlamaForCausalLM").half()
     fold_norms(model)
     assert not model.norms_are_folded
+
+
+@pytest.mark.parametrize(
+    "peculiarity",
+    [{"_remove_final_layer_norm": True}, {"word_embed_proj_dim": 32}, {"do_layer_norm_before": False}],
+)
+def test_an_opt_of_another_build_runs_its_forward(peculiarity: dict[str, Any]) -> None:
+    options = HF | {"ffn_dim": 96} | peculiarity
+    opt = build_model("OPTForCausalLM", options, torch.float32, torch.device("cpu"), TensorParallel(), 64)
+    shape = (ROWS, BLOCK, 4, 16)
+    caches = [(torch.zeros(shape), torch.zeros(shape))]
+    assert fuse(opt, caches, torch.zeros(ROWS, 1, dtype=torch.int32), 4, ROWS) is None

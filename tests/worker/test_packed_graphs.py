@@ -114,6 +114,12 @@ def test_tiles_cover_each_prompt_token_once(step: DeviceStep) -> None:
     assert seen == sorted(seen, reverse=True), "long tiles come first"
 
 
+def test_the_results_have_room_for_the_rows_of_every_shape(step: DeviceStep) -> None:
+    for shape in shapes(len(step.slots.rows), 100_000):
+        reported = len(Form(step, shape).tensors.sampling_slots)
+        assert reported <= step.results.shape[1], shape  # the kernel would write behind the ring
+
+
 @pytest.mark.parametrize("most_tokens", [300, 512, 2243, 100_000])
 def test_every_step_has_a_shape_that_is_not_much_larger(most_tokens: int) -> None:
     found = shapes(200, most_tokens)
