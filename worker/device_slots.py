@@ -262,6 +262,7 @@ class DeviceSlots:
         assert 0 < admit.num_prompt_tokens <= len(tokens), f"prompt of {admit.num_prompt_tokens} tokens"
         assert 0 <= admit.num_computed < len(tokens), f"{admit.num_computed} of {len(tokens)} tokens computed"
         self._check_blocks(blocks)
+        self._check_room(slot, len(tokens), len(blocks))
         self._in_use[slot] = True
         self.num_tokens[slot], self.num_computed[slot] = len(tokens), admit.num_computed
         self._num_blocks[slot], self.num_prompt[slot] = len(blocks), admit.num_prompt_tokens
@@ -283,8 +284,14 @@ class DeviceSlots:
         for begin, end in zip(begins, [*begins[1:], len(slots)], strict=True):
             slot = int(slots[begin])
             count = int(self._num_blocks[slot])
+            self._check_room(slot, 0, count + end - begin)
             self._changes.add(self._tables_at + slot * self._max_blocks + count, blocks[begin:end])
             self._num_blocks[slot] = count + end - begin
+
+    def _check_room(self, slot: int, tokens: int, blocks: int) -> None:
+        room = f"slot {slot} has room for {self._length} tokens and {self._max_blocks} blocks"
+        assert tokens <= self._length, f"{room}, not {tokens} tokens"
+        assert blocks <= self._max_blocks, f"{room}, not {blocks} blocks"
 
     def _check_blocks(self, blocks: I32) -> None:
         if len(blocks):

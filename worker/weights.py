@@ -96,6 +96,10 @@ def _load_folder(model: CausalLM, folder: Path, num_threads: int) -> None:
     tensors = _read_folder(folder)
     found = {model.canonical_name(name): (name, tuple(tensor.shape)) for name, tensor in tensors.items()}
     weights = _matched(model, found, folder)
+    for there, _ in (found[name] for name in weights):
+        if not tensors[there].is_floating_point():
+            what = f"has tensor {there!r} of {tensors[there].dtype}: quantized weights are not supported"
+            raise _mismatch(folder, what, [there])
     copies = (_copy(weight, tensors[found[name][0]]) for name, weight in weights.items())
     _run_all(copies, num_threads)
 
@@ -148,9 +152,9 @@ def _shards(folder: Path) -> list[Path]:
         return sorted(file for file in files if not file.name.startswith("consolidated"))
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        return [folder / name for name in names]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise _damaged(index, error) from error
-    return [folder / name for name in names]
 
 
 def _read_safetensors(file: Path) -> Iterable[tuple[str, Tensor]]:

@@ -52,3 +52,23 @@ def test_what_was_not_counted_is_made_up_for() -> None:
     assert slots.apply(SAME) is work
     work = slots.apply(StepPlan(7, b"", [], pack([0, 4]), None, None))
     assert work.starts.tolist() == [PROMPT + 6] * 2
+
+
+@pytest.mark.parametrize(
+    "admit",
+    [
+        Admit(1, pack([1] * 65), 65, 0, pack(range(16)), Sampling()),
+        Admit(1, pack([1] * 6), 6, 0, pack(range(17)), Sampling()),
+    ],
+)
+def test_what_does_not_fit_into_a_slot_is_not_written_into_the_next(admit: Admit) -> None:
+    slots, _ = decoding(3, blocks_each=8)
+    slots.apply(StepPlan(2, pack([1]), [], b"", pack([0, 2]), None))
+    with pytest.raises(AssertionError, match="slot 1 has room for 64 tokens and 16 blocks"):
+        slots.apply(StepPlan(3, b"", [admit], b"", None, None))
+
+
+def test_more_blocks_than_a_table_has_are_not_granted() -> None:
+    slots, _ = decoding(3, blocks_each=8)
+    with pytest.raises(AssertionError, match="slot 1 has room for 64 tokens and 16 blocks"):
+        slots.apply(StepPlan(2, b"", [], pack([1, 0] * 9), None, None))

@@ -145,6 +145,25 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(
         load(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool])
+def test_numbers_that_are_no_weights_are_named(
+    tmp_path: Path, peer: transformers.LlamaForCausalLM, load: Load, dtype: torch.dtype
+) -> None:
+    peer.save_pretrained(tmp_path)
+    damage(tmp_path, NORM, torch.ones(16).to(dtype))
+    with pytest.raises(ConfigError, match=f"has tensor '{NORM}' of {dtype}") as error:
+        load(tmp_path)
+    assert error.value.parameter == "model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_floats_of_any_width_are_converted(
+    tmp_path: Path, peer: transformers.LlamaForCausalLM, load: Load, dtype: torch.dtype
+) -> None:
+    peer.to(dtype).save_pretrained(tmp_path)
+    assert_holds(load(tmp_path), {name: tensor.float() for name, tensor in peer.state_dict().items()})
+
+
 @pytest.mark.parametrize("index", [True, False])
 def test_a_truncated_file_is_named(
     tmp_path: Path, peer: transformers.LlamaForCausalLM, load: Load, index: bool
@@ -164,7 +183,7 @@ def test_a_missing_shard_is_named(tmp_path: Path, peer: transformers.LlamaForCau
         load(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", '{"weight_map": []}', "[]", "{}"])
+@pytest.mark.parametrize("content", ["{", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[]", "{}"])
 def test_a_damaged_index_is_named(tmp_path: Path, load: Load, content: str) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(content)
