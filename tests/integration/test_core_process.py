@@ -380,33 +380,40 @@ def test_a_killed_worker_is_replaced(start: Callable[..., Core], capfd: pytest.C
     assert capfd.readouterr().err.count(words) == 1
 
 
+DEAD_AT_ONCE = """
+import os, signal, sys
+if "headrace.worker.main:run" in sys.orig_argv:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def test_workers_that_never_come_back_are_the_end(
-    start: Callable[..., Core], capfd: pytest.CaptureFixture[str]
+    start: Callable[..., Core],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     core = start(max_model_len=20_000, num_gpu_blocks_override=5000)
     core.wait_ready()
     client = Client(core.address)
     client.add(1, [1], 10_000)
     while 1 not in client.streams:
         client.recv()
+    (tmp_path / "sitecustomize.py").write_text(DEAD_AT_ONCE)
     first = core.worker()
-    killed: set[int] = set()
-    while core.child.alive:
-        for worker in psutil.Process(core.child.pid).children():
-            if worker.pid not in killed:
-                killed.add(worker.pid)
-                worker.kill()
+    first.kill()
     while isinstance(message := client.recv(), StepOutputs):
         pass
     words = f"worker 0, in phase 'serving': worker 0 (pid {first.pid}) was killed by SIGKILL"
     assert isinstance(message, Dying)
     assert (message.error.kind, message.error.message) == ("dead", words)
     client.close()
-    assert len(killed) == 4
     assert core.child.cause_of_death().endswith("exited with code 1")
     fatal = list(core.news())[-1]
     assert isinstance(fatal, Fatal)
     assert (fatal.rank, fatal.phase) == (0, "serving")
+    assert capfd.readouterr().err.count("workers failed: restarting") == 3
 
 
 def test_no_orphans_when_the_core_is_killed(start: Callable[..., Core]) -> None:

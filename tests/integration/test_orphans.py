@@ -41,6 +41,12 @@ except EngineDeadError as error:
 else:
     asyncio.run(main())
 """
+GATE = """
+import os, sys, time
+while "headrace.worker.main:run" in sys.orig_argv and os.path.exists({gate!r}):
+    time.sleep(0.01)
+"""
+"""A sitecustomize: while that file is there, workers do not get on with their start, and so nobody does."""
 VICTIMS = ("program", "core", "worker")
 WAYS = ("SIGTERM", "SIGKILL", "SIGSTOP then SIGKILL")
 
@@ -87,15 +93,23 @@ def shared_memory() -> set[str]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("victim", VICTIMS)
 @pytest.mark.parametrize("phase", ["starting", "running"])
-def test_nothing_is_left(phase: str, victim: str, way: str, oracle_folder: Path, temp: Path) -> None:
+def test_nothing_is_left(
+    phase: str, victim: str, way: str, oracle_folder: Path, temp: Path, tmp_path: Path
+) -> None:
     shared = shared_memory()
+    gate, site = tmp_path / "gate", tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(GATE.format(gate=str(gate)))
+    if phase == "starting":
+        gate.touch()
+    path = os.pathsep.join([str(site), os.environ["PYTHONPATH"]])
     program = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(folder=str(oracle_folder))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"TMPDIR": str(temp), "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"TMPDIR": str(temp), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
     )
     assert program.stdin is not None
     assert program.stdout is not None
@@ -104,6 +118,7 @@ def test_nothing_is_left(phase: str, victim: str, way: str, oracle_folder: Path,
             assert program.poll() is None
     members = family(program.pid, 1 + VICTIMS.index(victim) // 2 if phase == "starting" else 3)
     kill({"program": psutil.Process(program.pid), "core": members[0], "worker": members[-1]}[victim], way)
+    gate.unlink(missing_ok=True)
     if victim != "program":
         with contextlib.suppress(BrokenPipeError):
             program.stdin.write("\n")

@@ -332,5 +332,5 @@ def test_hanging_up_stops_the_engine(demo: Any) -> None:
             next(lines)
     while (now := engine())["num_running"]:
         pass
-    assert now["generation_tokens"] - before < 40
+    assert now["generation_tokens"] - before < 300
     assert now["num_free_blocks"] == now["num_blocks"]

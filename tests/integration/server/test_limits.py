@@ -27,7 +27,7 @@ def guarded(serve: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(f"sk-other\n\n {KEY} \n")
     words = ["--api-key-file", str(file), "--allowed-origins", "https://one.example, https://two.example"]
-    words += ["--max-body-bytes", "100000", "--body-timeout", "0.5", "--stall-timeout", str(STALL_SECONDS)]
+    words += ["--max-body-bytes", "100000", "--body-timeout", "1.5", "--stall-timeout", str(STALL_SECONDS)]
     words += ["--request-timeout", "1"]
     return serve(*words, HEADRACE_API_KEY="sk-environment")
 
@@ -113,11 +113,11 @@ def test_slow_bodies_are_refused(guarded: Any) -> None:
 @pytest.mark.parametrize("said", [b"", b"GET /health HTTP/1.1\r\nhost:", b"GET /ping HTTP/1.1\r\n\r\nGET "])
 def test_a_client_that_says_nothing_is_cut_off(guarded: Any, said: bytes) -> None:
     """Or begins to and does not go on, be it after a request before."""
+    began = time.monotonic()
     with socket.create_connection(_address(guarded), timeout=SECONDS) as sock:
         sock.sendall(said)
-        began = time.monotonic()
         _read_to_end(sock)
-        assert 0.3 < time.monotonic() - began < 50
+        assert 1.4 < time.monotonic() - began < 50
 
 
 def test_an_answer_may_have_a_limit(guarded: Any) -> None:
@@ -143,7 +143,7 @@ def test_a_client_that_goes_away_ends_its_request(oracle: Any) -> None:
                 wait_until(lambda: watcher.get("/load").json() == {"server_load": 1})
             began = time.monotonic()
             wait_until(lambda: watcher.get("/load").json() == {"server_load": 0})
-            assert time.monotonic() - began < 2  # the answer itself would take tens of seconds
+            assert time.monotonic() - began < 8  # the answer itself would take tens of seconds
             wait_until(lambda: watcher.get("/stats").json()["engine"]["num_running"] == 0)
 
 
@@ -158,9 +158,10 @@ UNREAD = {
 """Its answer of 9 MB fills every buffer on the way."""
 
 
-def expect_cut_off(client: httpx.Client, sock: socket.socket) -> None:
-    """A client that has asked at `sock` and does not read: it alone notices."""
+def expect_cut_off(client: httpx.Client, sock: socket.socket, headers: str = "") -> None:
+    """A client that asks at `sock` and does not read: it alone notices."""
     began = time.monotonic()
+    _post(sock, UNREAD, headers)
     wait_until(lambda: client.get("/load").json() == {"server_load": 1})
     assert client.post("/v1/completions", json={"prompt": "Hello"}).status_code == 200
     wait_until(lambda: client.get("/load").json() == {"server_load": 0})
@@ -177,8 +178,7 @@ def test_a_client_that_does_not_read_is_cut_off(guarded: Any) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(SECONDS)
         sock.connect(_address(guarded))
-        _post(sock, UNREAD, f"authorization: Bearer {KEY}\r\n")
-        expect_cut_off(client, sock)
+        expect_cut_off(client, sock, f"authorization: Bearer {KEY}\r\n")
 
 
 def test_a_client_that_reads_slowly_gets_everything(guarded: Any) -> None:
@@ -263,7 +263,6 @@ def test_a_unix_socket(serve: Callable[..., Any], tmp_path: Path) -> None:
         assert client.get("/v1/models").status_code == 200
         sock.settimeout(SECONDS)
         sock.connect(path)
-        _post(sock, UNREAD)
         expect_cut_off(client, sock)
     assert server.end() == 0
     assert not Path(path).exists()
