@@ -40,7 +40,7 @@ from headrace.ipc.sockets import ClientSocket
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 LENGTH = 400
 MAX_GROWTH = 256 << 20
 """Bytes that a core may grow by; one frame may have 16 MiB, and the allocator keeps what it had."""

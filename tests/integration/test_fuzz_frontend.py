@@ -37,7 +37,7 @@ from headrace.ipc.sockets import ServerSocket
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 fuzz = settings(
     max_examples=60,
     deadline=None,

@@ -66,7 +66,7 @@ class Bench:
         """What the other one gets; the good one gets what it always gets."""
 
         async def main() -> RequestOutput | HeadraceError:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 good = asyncio.create_task(ask(self._engine, GOOD))
                 try:
                     return await ask(self._engine, params, prompt, **call)

@@ -206,7 +206,7 @@ def test_hostile_grammars_cost_nobody_else_anything(text_model: Path, alone: lis
                 assert texts_of(outputs) == alone[:8]
                 rounds += 1
             seconds = attacking.result()
-            assert max(seconds) < 2.0 + 3.0  # the machine may be busy
+            assert max(seconds) < 30  # under 2 unless the machine is busy; for ever if nothing limited it
             assert rounds >= 1  # more on a quiet machine
 
     asyncio.run(go())
