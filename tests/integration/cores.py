@@ -52,6 +52,31 @@ TIMEOUT = 60.0
 HEADRACE = [sys.executable, "-P", "-c", "from headrace.frontend.cli import main; main()"]
 
 
+class Gate:
+    """While it is closed, workers that are started do not get beyond the start of their interpreter.
+
+    For processes with its `python_path`, and those below them.
+    """
+
+    _SITE = """
+import os, sys, time
+while "headrace.worker.main:run" in sys.orig_argv and os.path.exists({file!r}):
+    time.sleep(0.01)
+"""
+
+    def __init__(self, folder: Path) -> None:
+        self._file, site = folder / "gate is closed", folder / "gate"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(self._SITE.format(file=str(self._file)))
+        self.python_path = os.pathsep.join([str(site), os.environ["PYTHONPATH"]])
+
+    def close(self) -> None:
+        self._file.touch()
+
+    def open(self) -> None:
+        self._file.unlink(missing_ok=True)
+
+
 class Core:
     """A core process and the reading end of its status pipe."""
 
@@ -85,8 +110,10 @@ class Core:
         """Its worker is stopped: nothing ends while a test looks. Not for as long as counts as hanging."""
         worker = self.worker()
         worker.suspend()
-        yield
-        worker.resume()
+        try:
+            yield
+        finally:
+            worker.resume()
 
     def close(self) -> None:
         self.child.stop(2.0)

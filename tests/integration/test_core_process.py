@@ -36,7 +36,7 @@ from headrace.ipc.messages import (
 )
 from headrace.ipc.oracle import oracle_stream
 
-from .cores import TIMEOUT, VOCAB_SIZE, Client, Core
+from .cores import TIMEOUT, VOCAB_SIZE, Client, Core, Gate
 
 MakeConfig = Callable[..., EngineConfig]
 Connect = Callable[..., Client]
@@ -350,7 +350,14 @@ def test_sigterm_ends_in_good_order(
     client.close()
 
 
-def test_a_killed_worker_is_replaced(start: Callable[..., Core], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_worker_is_replaced(
+    start: Callable[..., Core],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    gate = Gate(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", gate.python_path)
     core = start(max_model_len=20_000, num_gpu_blocks_override=5000, tensor_parallel_size=2)
     core.wait_ready()
     clients = [Client(core.address), Client(core.address)]
@@ -359,6 +366,7 @@ def test_a_killed_worker_is_replaced(start: Callable[..., Core], capfd: pytest.C
         while 1 not in client.streams:
             client.recv()
     victim = psutil.Process(core.child.pid).children()[1]
+    gate.close()
     victim.kill()
     words = f"worker 1, in phase 'serving': worker 1 (pid {victim.pid}) was killed by SIGKILL"
     unhealthy = ""
@@ -366,6 +374,7 @@ def test_a_killed_worker_is_replaced(start: Callable[..., Core], capfd: pytest.C
         unhealthy = clients[0].call("ping").unhealthy
     assert words in unhealthy
     clients[1].add(2, [2], 10)  # meanwhile the core takes requests
+    gate.open()
     for client in clients:
         client.wait_for(1)
         client.expect(1, [1], 10_000)

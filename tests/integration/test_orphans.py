@@ -18,6 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from .cores import Gate
+
 PROGRAM = """
 import asyncio, sys
 from headrace import AsyncEngineArgs, AsyncLLM, EngineDeadError, SamplingParams
@@ -41,12 +43,6 @@ except EngineDeadError as error:
 else:
     asyncio.run(main())
 """
-GATE = """
-import os, sys, time
-while "headrace.worker.main:run" in sys.orig_argv and os.path.exists({gate!r}):
-    time.sleep(0.01)
-"""
-"""A sitecustomize: while that file is there, workers do not get on with their start, and so nobody does."""
 VICTIMS = ("program", "core", "worker")
 WAYS = ("SIGTERM", "SIGKILL", "SIGSTOP then SIGKILL")
 
@@ -97,19 +93,16 @@ def test_nothing_is_left(
     phase: str, victim: str, way: str, oracle_folder: Path, temp: Path, tmp_path: Path
 ) -> None:
     shared = shared_memory()
-    gate, site = tmp_path / "gate", tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(GATE.format(gate=str(gate)))
+    gate = Gate(tmp_path)
     if phase == "starting":
-        gate.touch()
-    path = os.pathsep.join([str(site), os.environ["PYTHONPATH"]])
+        gate.close()
     program = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(folder=str(oracle_folder))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"TMPDIR": str(temp), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
+        env=os.environ | {"TMPDIR": str(temp), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": gate.python_path},
     )
     assert program.stdin is not None
     assert program.stdout is not None
@@ -118,7 +111,7 @@ def test_nothing_is_left(
             assert program.poll() is None
     members = family(program.pid, 1 + VICTIMS.index(victim) // 2 if phase == "starting" else 3)
     kill({"program": psutil.Process(program.pid), "core": members[0], "worker": members[-1]}[victim], way)
-    gate.unlink(missing_ok=True)
+    gate.open()
     if victim != "program":
         with contextlib.suppress(BrokenPipeError):
             program.stdin.write("\n")
