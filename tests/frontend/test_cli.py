@@ -112,7 +112,7 @@ def test_a_bad_argument_is_one_line(words: list[str], complaint: str, model: str
     [
         ([], "--listen"),
         (["--listen", "tcp://0.0.0.0:9000"], "tcp://127.0.0.1:PORT"),
-        (["--listen", "ipc://" + "x" * 200], "longer than"),
+        (["--listen", "ipc:///" + "x" * 200], "longer than"),
         (["--listen", "ipc:///tmp/x", "--ready-fd", "99"], "99 is not an open descriptor"),
         (["--listen", "ipc:///tmp/x", "--drain-timeout", "nan"], "drain-timeout must be"),
         (["--listen", "tcp://0.0.0.0:9000", "--curve-secret-key", "x"], "curve-client-keys"),
