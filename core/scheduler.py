@@ -26,10 +26,10 @@ from itertools import compress
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ErrorInfo, RequestCrashedError
 from ..ipc.messages import FinishReason, Stats, StepPlan, StepResult, unpack
+from .admission import Admission
 from .blame import Blame
 from .counters import Counters
 from .deadlines import DeadlineQueue
-from .displacement import choose_victims
 from .limits import Limits
 from .logprobs import entries_per_position, rows_of
 from .queue import WaitingQueue
@@ -41,8 +41,6 @@ MAX_IN_FLIGHT = 2
 SMALLEST_SHARE = 512
 """Prompt tokens beside decoding requests that no budget is too small for; of a larger one a quarter for each
 tensor-parallel rank."""
-PREFIX_WINDOW = 8
-"""How far behind the head a longer cached prefix is looked for, and how often a head lets one pass."""
 _CRASHED = ErrorInfo.of(RequestCrashedError("the workers crashed each time when they computed this request"))
 
 
@@ -82,6 +80,7 @@ class Scheduler:
         num_slots = min(config.max_num_seqs, self._budget)
         self._slots = SlotPool(num_slots, num_blocks, config.block_size, self._caching)
         self._queue = WaitingQueue(self._by_priority)
+        self._admission = Admission(config, self._queue, self._slots, self._blame)
         self._deadlines = DeadlineQueue()
         self._prefilling: list[Request] = []
         # Rebound, never changed in place: plans in flight and `Outputs` refer to it.
@@ -90,9 +89,6 @@ class Scheduler:
         self._in_flight: deque[Step] = deque()
         self._columns = PlanColumns()
         self._num_draining = 0
-        # Who could not be admitted, and whom displacing others would not help, until something changes.
-        self._stuck: tuple[Request, int, int] | None = None
-        self._immovable: tuple[Request, int] | None = None
         self._last_wait = 0.0  # seconds that the last to start had waited
         self._counters = Counters()
 
@@ -146,7 +142,7 @@ class Scheduler:
         if reset_running:
             for request in self._running():
                 self._preempt(request)
-        self._stuck = None
+        self._admission.reconsider()
         return self._slots.blocks.reset()
 
     def forget_cache(self) -> None:
@@ -255,96 +251,35 @@ class Scheduler:
 
     def _displace(self) -> Request | None:
         """Preempt the least urgent if that makes room for the most urgent in line; returns that one."""
-        urgent = self._queue.most_urgent()
-        if urgent is None or self.paused is not Pause.NOTHING or not self._may_run(urgent):
+        urgent = self._admission.most_urgent() if self.paused is Pause.NOTHING else None
+        if urgent is None:
             return None
-        if (urgent, self._slots.num_moves) == self._immovable:
-            return None
-        found = self._slots.cache.find(urgent)
-        computes = len(urgent.tokens) - len(found) * self._block_size
-        victims = choose_victims(
-            urgent,
-            self._running(),
-            self._slots.blocks,
-            found,
-            block_size=self._block_size,
-            num_free_slots=self._slots.num_free,
-            num_row_tokens=1 if self._may_chunk(computes) else computes,
-            budget=self._budget,
-        )
-        if not victims:
-            self._immovable = urgent, self._slots.num_moves
-            return None
+        victims = self._admission.victims(urgent, self._running())
         for victim in victims:
             self._preempt(victim)
         self._sweep()
-        return urgent
+        return urgent if victims else None
 
     def _admit_waiting(self, step: Step, now: float, before: Request | None = None) -> None:
-        """Admit whose turn it is, in strict order: when one does not fit, all behind it wait.
+        """Admit those whose turn it is, until one does not fit.
 
         With `before`, only those that are more urgent than this running one.
         """
         while self._slots.num_free and step.budget:
-            head = self._blame.next_waiting() or self._next(now)
+            head = self._admission.head(now, only_preempted=self.paused is Pause.NEW)
             if head is None or (before is not None and head.priority >= before.order[0]):
                 return
             if not self._admit_one(head, step, now):
                 return
 
-    def _next(self, now: float) -> Request | None:
-        return self._queue.next_preempted() if self.paused is Pause.NEW else self._queue.next(now)
-
     def _admit_one(self, head: Request, step: Step, now: float) -> bool:
-        """Admit the head or, when cached prefixes are at stake, one behind it that has a longer one."""
-        if (head, self._slots.num_moves, self._queue.version) == self._stuck or not self._may_run(head):
+        """Give the head, or who may pass it, a slot and blocks, and run its first chunk; False: it waits."""
+        num_running = len(self._decoding) + len(self._prefilling)
+        is_held = self.paused is Pause.NEW
+        chosen = self._admission.choose(head, step.budget, num_running, only_preempted=is_held)
+        if chosen is None:
             return False
-        found = self._slots.cache.find(head)
-        rival, its_found = self._longest_prefix(head, found)
-        if rival is not head and self._admit(rival, its_found, step, now):
-            head.num_passes += 1
-            return True
-        computes = len(head.tokens) - len(found) * self._block_size
-        if computes > step.budget and not self._may_chunk(computes):
-            return False
-        if self._admit(head, found, step, now):
-            return True
-        self._stuck = head, self._slots.num_moves, self._queue.version
-        return False
-
-    def _longest_prefix(self, head: Request, found: list[int]) -> tuple[Request, list[int]]:
-        """Of the first few in the head's line, the one with most blocks in the cache, and these.
-
-        Only when admitting the head would push cached blocks out: otherwise everybody's will still be there.
-        """
-        best = head, found
-        own = -(-len(head.tokens) // self._block_size) - len(found)
-        if own <= self._slots.blocks.num_unnamed or head.num_passes == PREFIX_WINDOW or not self._chunked:
-            return best
-        if self.paused is Pause.NOTHING:
-            for request in self._queue.first_in_line(head, PREFIX_WINDOW):
-                if request is not head and self._may_run(request):
-                    others = self._slots.cache.find(request)
-                    if len(others) > len(best[1]):
-                        best = request, others
-        return best
-
-    def _may_run(self, request: Request) -> bool:
-        """Its tokens are all known, and nobody runs who would share the blame for a crash with it."""
-        return not request.num_pending_tokens and self._blame.may_run(request)
-
-    def _may_chunk(self, num_tokens: int) -> bool:
-        """A preempted request may have outgrown the budget: that one is chunked whatever the setting."""
-        return self._chunked or num_tokens > self._budget
-
-    def _admit(self, request: Request, found: list[int], step: Step, now: float) -> bool:
-        """Give a waiting request a slot and blocks for all its tokens, if there are, and run its first chunk.
-
-        Blocks for all, so that two prompts under way never wait for each other's; and one block is left for
-        each running request, so that an admission is not undone by the next steps' growth.
-        """
-        if not self._slots.has_room(request, found, len(self._decoding) + len(self._prefilling)):
-            return False
+        request, found = chosen
         step.admitted.append(self._slots.give(request, found))
         self._queue.take(request, now)
         if request.phase is Phase.WAITING:
