@@ -33,10 +33,6 @@ class Admission:
         self._stuck: tuple[Request, int, int] | None = None
         self._immovable: tuple[Request, int] | None = None
 
-    def reconsider(self) -> None:
-        """The cache has changed."""
-        self._stuck = None
-
     def head(self, now: float, *, only_preempted: bool) -> Request | None:
         """Whose turn it is; `only_preempted`: of those that have run before."""
         suspect = self._blame.next_waiting()
@@ -47,7 +43,7 @@ class Admission:
     def choose(
         self, head: Request, budget: int, num_running: int, *, only_preempted: bool
     ) -> tuple[Request, list[int]] | None:
-        """The head or, when cached prefixes are at stake, one behind it that has a longer one; None: it waits.
+        """The head or, when cached prefixes are at stake, one behind it with a longer one; None: it waits.
 
         With it come the blocks that hold its beginning. There is room for it beside `num_running` requests:
         blocks for all its tokens, so that two prompts under way never wait for each other's, and one for each

@@ -142,7 +142,6 @@ class Scheduler:
         if reset_running:
             for request in self._running():
                 self._preempt(request)
-        self._admission.reconsider()
         return self._slots.blocks.reset()
 
     def forget_cache(self) -> None:

@@ -47,6 +47,15 @@ def test_prompts_get_a_share_of_the_budget_while_others_decode(make: MakeSchedul
     assert counts(schedule(scheduler)) == [1, 1024]
 
 
+def test_whole_prompts_have_no_share(make: MakeScheduler) -> None:
+    options = {"max_num_batched_tokens": 4096, "max_model_len": 6000, "enable_chunked_prefill": False}
+    scheduler = make(num_blocks=2048, **options)
+    add(scheduler, 4)
+    schedule(scheduler)
+    add(scheduler, 4000, first=1)
+    assert counts(schedule(scheduler)) == [1, 4000]
+
+
 def test_ranks_make_the_share_larger(make: MakeScheduler) -> None:
     for ranks, share in ((2, 2048), (4, 4095)):
         options = {"max_num_batched_tokens": 4096, "max_model_len": 8000, "tensor_parallel_size": ranks}

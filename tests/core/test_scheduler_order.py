@@ -77,6 +77,30 @@ def test_an_urgent_prompt_does_not_wait_for_a_long_one_under_way(make: MakeSched
     assert counts(schedule(scheduler)) == [6, 2]
 
 
+def test_an_equal_prompt_waits_for_the_one_under_way(make: MakeScheduler) -> None:
+    scheduler = make(max_num_batched_tokens=8, scheduling_policy="priority")
+    add(scheduler, 40, priority=1)
+    answer(scheduler, schedule(scheduler))
+    add(scheduler, 6, priority=1, first=100)
+    assert counts(schedule(scheduler)) == [8]
+
+
+def test_a_step_that_preempts_admits_nobody(make: MakeScheduler) -> None:
+    """Not even where a block has become free, and it is another client's turn."""
+    scheduler = make(num_blocks=6, max_model_len=24, enable_prefix_caching=False)
+    for number in range(2):
+        add(scheduler, 8, 16, client=b"a", first=20 * number)
+    plans = [schedule(scheduler)]
+    other = add(scheduler, 4, 4, client=b"b", first=60)
+    while not scheduler.stats().num_preemptions:
+        assert other.phase is Phase.WAITING
+        plans.append(schedule(scheduler))
+        answer(scheduler, plans.pop(0), 7, 7)
+    assert plans[0].admitted == []
+    schedule(scheduler)
+    assert other.phase is Phase.RUNNING
+
+
 def test_urgency_displaces_nobody_under_fcfs(make: MakeScheduler) -> None:
     scheduler = make(max_num_seqs=1)
     running = add(scheduler, 5, priority=2)
@@ -120,11 +144,17 @@ def test_under_pressure_a_cached_prefix_goes_first_but_not_for_ever(make: MakeSc
     assert started == [*rivals[:8], head, *rivals[8:]]
 
 
-def test_without_pressure_the_order_is_that_of_arrival(make: MakeScheduler) -> None:
-    scheduler = make(num_blocks=64, max_num_seqs=1, max_model_len=64)
+@pytest.mark.parametrize(
+    ("num_blocks", "length", "chunked"), [(64, 40, True), (16, 24, True), (16, 28, False)]
+)
+def test_without_pressure_the_order_is_that_of_arrival(
+    make: MakeScheduler, num_blocks: int, length: int, chunked: bool
+) -> None:
+    """The blocks that hold nothing suffice; or no prompt may be cut: the rival may not fit into the step."""
+    scheduler = make(num_blocks=num_blocks, max_num_seqs=1, max_model_len=64, enable_chunked_prefill=chunked)
     add(scheduler, 40, 1)
     answer(scheduler, schedule(scheduler), 7)
-    head = add(scheduler, 40, 1, first=500)
+    head = add(scheduler, length, 1, first=500)
     add(scheduler, 41, 1)
     assert answer(scheduler, schedule(scheduler), 7).started == [head]
 
