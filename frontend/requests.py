@@ -106,7 +106,7 @@ class Completion:
             self.finish(FinishReason.REPETITION, REPETITION_DETECTED)
             return True
         request = self.request
-        if request.kind is not _FINAL_ONLY:
+        if request.shows_progress:
             request.announce()
         return False
 
@@ -119,7 +119,9 @@ class Completion:
         request = self.request
         request.metrics.completed(self.finish_reason)
         request.num_unfinished -= 1
-        if request.kind is not _FINAL_ONLY or request.num_unfinished == 0:
+        if self.index == 0:  # the one that brings the prompt's logprobs
+            request.show_progress()
+        if request.shows_progress or request.num_unfinished == 0:
             request.announce()
 
     def add_last(self, token: int, now: float, finished: Finished, hides_last: bool) -> None:
@@ -245,6 +247,7 @@ class Request:
         "prompt_token_ids",
         "request_id",
         "sent_at",
+        "shows_progress",
     )
 
     def __init__(
@@ -271,6 +274,8 @@ class Request:
         """A stream reads it."""
         self.has_output = False
         """`take` has something to give, or an error to raise."""
+        self.shows_progress = False
+        """There are outputs before the end; but the first one is to have the prompt's logprobs."""
         self.num_cached_tokens: int | None = None
         self.message: AddRequest | None = None
         """As it was sent for the first time."""
@@ -303,6 +308,8 @@ class Request:
         ]
         self.num_unfinished = len(self.completions)
         self._max_tokens = max_tokens
+        if self._has_prompt_logprobs:
+            self.show_progress()
         self.sent_at = time.monotonic()
 
     @property
@@ -328,11 +335,22 @@ class Request:
             if position == self._num_prompt_logprobs and self._prompt_logprobs is not None:
                 self._prompt_logprobs.note(row)
                 self._num_prompt_logprobs += 1
+        if self._has_prompt_logprobs:
+            self.show_progress()
+
+    @property
+    def _has_prompt_logprobs(self) -> bool:
+        """All that are wanted."""
+        return self._prompt_logprobs is None or self._num_prompt_logprobs >= len(self.prompt_token_ids)
+
+    def show_progress(self) -> None:
+        """What comes from now on is shown as it comes."""
+        self.shows_progress = self.kind is not _FINAL_ONLY
 
     def _take_prompt_logprobs(self) -> PromptLogprobs | None:
         """Once they are complete; with DELTA once."""
         view = self._prompt_logprobs
-        if view is None or self._num_prompt_logprobs < len(self.prompt_token_ids):
+        if view is None or not self._has_prompt_logprobs:
             return None
         shown: PromptLogprobs
         if self.kind is not _DELTA:

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..logprobs import PromptLogprobs
 from ..outputs import CompletionOutput, RequestOutput
 from ..sampling_params import SamplingParams
 from .beams import refuse_unsearchable
@@ -61,6 +62,8 @@ class _Answer:
         self._logprobs = logprob_forms(service, body, body.logprobs)
         self._lengths: dict[int, int] = {}
         """Characters shown of each choice."""
+        self._about_prompts: dict[int, PromptLogprobs] = {}
+        """By prompt: a stream brings them once, perhaps before some of its choices begin."""
 
     async def whole(self) -> Response:
         choices: list[dict[str, Any]] = []
@@ -88,6 +91,9 @@ class _Answer:
         body = self._body
         number = index * self._n + part.index
         is_first = number not in self._lengths
+        if output.prompt_logprobs is not None:
+            self._about_prompts[index] = output.prompt_logprobs
+        about_prompt = self._about_prompts.get(index)
         text, tokens, positions = part.text, part.token_ids, part.logprobs or []
         if _wants_prompt_alone(body):
             text, tokens, positions = "", [], []
@@ -103,12 +109,13 @@ class _Answer:
             choice["token_ids"] = tokens
             if is_first:
                 choice["prompt_token_ids"] = output.prompt_token_ids
-        if is_first and self._logprobs is not None and output.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = self._logprobs.prompt(output.prompt_logprobs)
+        if is_first and self._logprobs is not None and about_prompt is not None:
+            choice["prompt_logprobs"] = self._logprobs.prompt(about_prompt)
         if is_first and body.echo:
             prompt = output.prompt_token_ids
             choice["text"] = (output.prompt or self._service.tokenizer.decode(prompt)) + text
-            tokens, positions = prompt + tokens, [*(output.prompt_logprobs or []), *positions]
+            unknown = [None] * len(prompt)  # it ended before the prompt was computed
+            tokens, positions = prompt + tokens, [*(about_prompt or unknown), *positions]
         offset = self._lengths.get(number, 0)
         self._lengths[number] = offset + len(choice["text"])
         if body.logprobs is not None and self._logprobs is not None:

@@ -37,7 +37,7 @@ _TYPES = {
 }
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 _MISSING_FIELD = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
-_PATH = re.compile(r" - at `(?:key in )?\$([^`]*)`$")
+_PATH = re.compile(r" - at (?:`key` in )?`\$([^`]*)`$")
 
 
 class ApiError(Exception):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 from headrace import EngineDeadError, RequestError, RequestOutput, RequestOutputKind
 from headrace.frontend.detokenizer import DecoderFactory
+from headrace.frontend.logprobs import LogprobsAsked, WireRow
 from headrace.frontend.repetition import RepetitionDetectionParams
 from headrace.frontend.request_table import RequestTable
 from headrace.frontend.requests import Request
@@ -40,8 +41,10 @@ class Bench:
         include: bool = False,
         min_tokens: int = 0,
         repetition: RepetitionDetectionParams | None = None,
+        prompt_token_ids: Sequence[int] = (1, 2),
+        logprobs: LogprobsAsked | None = None,
     ) -> Request:
-        request = Request(name, "p", [1, 2], kind, include, self.table.metrics)
+        request = Request(name, "p", list(prompt_token_ids), kind, include, self.table.metrics)
         self.table.reserve(request)
         request.begin(
             [self._decoders(True) if self._decoders else None for _ in range(n)],
@@ -49,6 +52,7 @@ class Bench:
             min_tokens,
             max_tokens=None,
             repetition=repetition,
+            logprobs=logprobs,
         )
         self.table.number(request)
         return request
@@ -161,6 +165,40 @@ def test_several_completions() -> None:
         assert seen(await anext(cumulative)) == both
         assert seen(await anext(final)) == both
         assert len(bench.table) == 0
+
+    asyncio.run(main())
+
+
+def test_the_first_output_has_the_prompts_logprobs() -> None:
+    """Completion 0 brings them; the others may be faster, and it may end before."""
+
+    def rows(*positions: int) -> dict[int, WireRow]:
+        return {position: WireRow([5], [-1.0], [1]) for position in positions}
+
+    async def main() -> None:
+        bench = Bench()
+        asked = LogprobsAsked(sampled=False, prompt=True, flat=False, texts=None)
+        for name in ("known", "unknown"):
+            request = bench.add(name, DELTA, n=2, prompt_token_ids=[1, 2, 3], logprobs=asked)
+            task = asyncio.create_task(collect(bench.stream(request)))
+            first = request.first_number
+            await turn()
+            request.note_prompt_logprobs(rows(1))
+            bench.step({first + 1: 8})
+            bench.step({}, end(first + 1))
+            assert not request.has_output
+            if name == "known":
+                request.note_prompt_logprobs(rows(2))
+                bench.step({first: 9})
+                await turn()
+            bench.step({}, end(first))
+            outputs = await task
+            assert [part.token_ids for part in outputs[0].outputs] == (
+                [[9], [8]] if name == "known" else [[], [8]]
+            )
+            assert [output.prompt_logprobs is not None for output in outputs] == (
+                [True, False] if name == "known" else [False]
+            )
 
     asyncio.run(main())
 

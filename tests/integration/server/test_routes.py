@@ -89,6 +89,27 @@ def test_echo_begins_with_the_prompt(http: httpx.Client) -> None:
         assert "".join(part["text"] for part in parts) == text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_prompts_logprobs_are_in_each_choice(http: httpx.Client, stream: bool) -> None:
+    """Also where one begins later than the others, or ends before its prompt is computed."""
+    prompt = list(range(1900))  # two of these are more than one step
+    body = {"prompt": prompt, "max_tokens": 2, "n": 2, "seed": 1, "echo": True, "logprobs": 1}
+    body |= {"ignore_eos": True, "return_tokens_as_token_ids": True, "stream": stream}
+    for timeout in (None, 0):
+        response = http.post("/v1/completions", json={**body, "timeout": timeout})
+        assert response.status_code == 200
+        parts = [
+            part for each in (events(response) if stream else [response.json()]) for part in each["choices"]
+        ]
+        for index in range(2):
+            columns = [part["logprobs"] for part in parts if part["index"] == index]
+            named = [token for each in columns for token in each["tokens"]]
+            values = [value for each in columns for value in each["token_logprobs"]]
+            assert named[:1900] == [f"token_id:{token}" for token in prompt]
+            assert [value is None for value in values[:3]] == [True, timeout == 0, timeout == 0]
+            assert len(named) == len(values) == (1902 if timeout is None else 1900)
+
+
 def test_chat_is_the_rendered_prompt(http: httpx.Client) -> None:
     rendered = http.post("/tokenize", json={"messages": HELLO}).json()
     body = {
@@ -207,6 +228,7 @@ BAD = [  # (change to a good request, parameter named)
     ({"kv_transfer_params": {"a": 1}}, "kv_transfer_params"),
     ({"return_token_offsets": True}, "return_token_offsets"),
     ({"suffix": "!"}, "suffix"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"tempratur": 1}, "tempratur"),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ({"request_id": "a\nb"}, "request_id"),
