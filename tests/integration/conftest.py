@@ -62,6 +62,19 @@ def engine(oracle_args: Callable[..., AsyncEngineArgs]) -> Iterator[AsyncLLM]:
     engine.shutdown()
 
 
+@pytest.fixture(scope="module")
+def slow_engine(
+    oracle_args: Callable[..., AsyncEngineArgs], oracle_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[AsyncLLM]:
+    """2000 tokens take it 40 seconds: what is to be cut short has not ended before that."""
+    folder = tmp_path_factory.mktemp("slow")
+    config = json.loads((oracle_folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"oracle_step_seconds": 0.02}))
+    engine = AsyncLLM.from_engine_args(oracle_args(model=str(folder)))
+    yield engine
+    engine.shutdown()
+
+
 @pytest.fixture
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Child processes find the modules of this folder."""

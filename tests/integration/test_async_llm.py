@@ -197,58 +197,58 @@ def endless(seed: int) -> SamplingParams:
     return sampling(seed, 1900)
 
 
-def test_abort_ends_the_reader_and_frees_the_blocks(engine: AsyncLLM) -> None:
+def test_abort_ends_the_reader_and_frees_the_blocks(slow_engine: AsyncLLM) -> None:
     async def main() -> None:
-        await engine.reset_prefix_cache()
-        free = (await stats(engine)).num_free_blocks
+        await slow_engine.reset_prefix_cache()
+        free = (await stats(slow_engine)).num_free_blocks
         readers = [
-            asyncio.create_task(collect(engine.generate([i + 1], endless(i), f"r{i}"))) for i in range(6)
+            asyncio.create_task(collect(slow_engine.generate([i + 1], endless(i), f"r{i}"))) for i in range(6)
         ]
-        await until(engine, lambda state: state.num_running == 6)
-        await engine.abort("r0")
-        await engine.abort_request(["r1", "r2", "unknown"])
-        await engine.abort(f"r{i}" for i in range(3, 6))
+        await until(slow_engine, lambda state: state.num_running == 6)
+        await slow_engine.abort("r0")
+        await slow_engine.abort_request(["r1", "r2", "unknown"])
+        await slow_engine.abort(f"r{i}" for i in range(3, 6))
         for i, reader in enumerate(readers):
             outputs = await reader
             assert (outputs[-1].outputs[0].finish_reason, outputs[-1].finished) == ("abort", True)
             got = [token for output in outputs for token in output.outputs[0].token_ids]
             assert got == oracle([i + 1], i, len(got))
-        assert engine.num_unfinished_requests == 0
-        assert (await until_idle(engine)).num_free_blocks == free
+        assert slow_engine.num_unfinished_requests == 0
+        assert (await until_idle(slow_engine)).num_free_blocks == free
 
     run(main())
 
 
-def test_abort_before_it_is_read(engine: AsyncLLM) -> None:
+def test_abort_before_it_is_read(slow_engine: AsyncLLM) -> None:
     async def main() -> None:
-        await engine.add_request("a", [1], endless(0))
-        await engine.abort("a")
-        outputs = await collect(engine.generate("a"))
+        await slow_engine.add_request("a", [1], endless(0))
+        await slow_engine.abort("a")
+        outputs = await collect(slow_engine.generate("a"))
         assert outputs[-1].outputs[0].finish_reason == "abort"
 
     run(main())
 
 
-def test_leaving_a_stream_aborts_the_request(engine: AsyncLLM) -> None:
+def test_leaving_a_stream_aborts_the_request(slow_engine: AsyncLLM) -> None:
     async def main() -> None:
-        task = asyncio.create_task(tokens(engine.generate([1], endless(1), "cancelled")))
-        await until(engine, lambda state: state.num_running == 1)
+        task = asyncio.create_task(tokens(slow_engine.generate([1], endless(1), "cancelled")))
+        await until(slow_engine, lambda state: state.num_running == 1)
         task.cancel()
         await asyncio.wait([task])
 
-        closed = engine.generate([1], endless(2), "closed")
+        closed = slow_engine.generate([1], endless(2), "closed")
         await anext(closed)
         await closed.aclose()
 
-        async for _ in engine.generate([1], endless(3), "broken off"):
+        async for _ in slow_engine.generate([1], endless(3), "broken off"):
             break
         gc.collect()
 
-        async with engine.generate([1], endless(4), "context") as stream:
+        async with slow_engine.generate([1], endless(4), "context") as stream:
             await anext(stream)
 
-        await until_idle(engine)
-        await engine.wait_for_requests_to_drain(10)
+        await until_idle(slow_engine)
+        await slow_engine.wait_for_requests_to_drain(10)
 
     run(main())
 
@@ -290,14 +290,14 @@ def test_a_thousand_requests_left_at_random(engine: AsyncLLM) -> None:
     run(main())
 
 
-def test_the_loop_may_end_in_the_middle(engine: AsyncLLM) -> None:
+def test_the_loop_may_end_in_the_middle(slow_engine: AsyncLLM) -> None:
     """`asyncio.run` cancels its tasks; the next loop finds a clean engine."""
 
     async def leave() -> None:
-        task = asyncio.create_task(tokens(engine.generate([1], endless(5), "left")))
-        await until(engine, lambda state: state.num_running == 1)
+        task = asyncio.create_task(tokens(slow_engine.generate([1], endless(5), "left")))
+        await until(slow_engine, lambda state: state.num_running == 1)
         assert not task.done()
-        kept.append(engine.generate([2], endless(6), "kept"))
+        kept.append(slow_engine.generate([2], endless(6), "kept"))
         await anext(kept[0])
 
     kept: list[Any] = []
@@ -306,9 +306,9 @@ def test_the_loop_may_end_in_the_middle(engine: AsyncLLM) -> None:
     gc.collect()
 
     async def main() -> None:
-        assert await tokens(engine.generate([1], sampling(1), "left")) == oracle([1], 1)
-        await until_idle(engine)
-        await engine.wait_for_requests_to_drain(5)
+        assert await tokens(slow_engine.generate([1], sampling(1), "left")) == oracle([1], 1)
+        await until_idle(slow_engine)
+        await slow_engine.wait_for_requests_to_drain(5)
 
     run(main())
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -175,26 +174,13 @@ def test_a_cached_prefix_goes_first_when_it_would_be_evicted(oracle_args: Args) 
     run(main())
 
 
-@pytest.fixture(scope="module")
-def slow(
-    oracle_args: Args, oracle_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[AsyncLLM]:
-    """2000 tokens take it 40 seconds."""
-    folder = tmp_path_factory.mktemp("slow")
-    config = json.loads((oracle_folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"oracle_step_seconds": 0.02}))
-    engine = AsyncLLM(oracle_args(model=str(folder)))
-    yield engine
-    engine.shutdown()
-
-
 @pytest.mark.parametrize("timeout", [0, 2, RequestTimeouts(total=2)])
-def test_a_timeout_ends_what_runs(slow: AsyncLLM, timeout: float | RequestTimeouts) -> None:
+def test_a_timeout_ends_what_runs(slow_engine: AsyncLLM, timeout: float | RequestTimeouts) -> None:
     """All end in time, with all that had been generated."""
 
     async def main() -> None:
         begun = time.monotonic()
-        streams = [slow.generate([5, i], params(2000), timeout=timeout) for i in range(100)]
+        streams = [slow_engine.generate([5, i], params(2000), timeout=timeout) for i in range(100)]
         outputs = await asyncio.gather(*map(last, streams))
         assert time.monotonic() - begun < 30
         for i, output in enumerate(outputs):
