@@ -66,7 +66,7 @@ def test_the_first_token_after_idling_waits_for_no_clock(engine: AsyncLLM) -> No
                 assert not [wait for wait in found if "sleep" in wait], found
             seconds.append(await first_token())
         # 2 ms. An interval at which anybody looked for news would be seen here, half of it on average.
-        assert statistics.median(seconds) < 0.05, seconds
+        assert statistics.median(seconds) < 0.1, seconds
 
     asyncio.run(main())
 
