@@ -35,7 +35,7 @@ class Runs:
 
     def _run(self, command: list[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, cwd=self.folder, input=stdin, capture_output=True, text=True, timeout=60, check=False
+            command, cwd=self.folder, input=stdin, capture_output=True, text=True, timeout=180, check=False
         )
 
 

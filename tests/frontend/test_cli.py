@@ -20,7 +20,7 @@ HEADRACE = [sys.executable, "-P", "-c", "from headrace.frontend.cli import main;
 
 
 def headrace(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*HEADRACE, *words], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([*HEADRACE, *words], capture_output=True, text=True, timeout=180, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_models_are_the_demo_and_what_the_hub_s_cache_holds(tmp_path: Path) -> N
     def models() -> list[str]:
         env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "XDG_CACHE_HOME": str(tmp_path)}
         done = subprocess.run(
-            [*HEADRACE, "models"], capture_output=True, text=True, timeout=60, check=True, env=env
+            [*HEADRACE, "models"], capture_output=True, text=True, timeout=180, check=True, env=env
         )
         return done.stdout.splitlines()
 

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-SECONDS = 120
+SECONDS = 250
 
 
 def run_example(name: str, *args: str) -> str:

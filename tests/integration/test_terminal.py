@@ -50,7 +50,7 @@ def answer(prompt: Sequence[int], count: int) -> str:
 
 
 def pipe(words: list[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, input=text, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(words, input=text, capture_output=True, text=True, timeout=180, check=False)
 
 
 def test_a_pipe_gets_the_answer_and_nothing_else(model: str) -> None:

@@ -34,7 +34,7 @@ def test_every_rank_gets_the_same_right_result(size: int, tmp_path: Path) -> Non
     ]
     try:
         for process in ranks:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=250)
             assert process.returncode == 0, errors.decode()
     finally:
         for process in ranks:

@@ -19,7 +19,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 def bench(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPTS / f"bench_{name}.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
 
 
 def results(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

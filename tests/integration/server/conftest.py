@@ -14,7 +14,7 @@ import httpx
 import pytest
 from headrace.frontend.demo import demo_model_path
 
-SECONDS = 120
+SECONDS = 250
 COMMAND = [sys.executable, "-P", "-c", "from headrace.frontend.cli import main; main()", "serve"]
 ORACLE = ["demo", "--load-format", "oracle", "--num-gpu-blocks-override", "4000"]
 """Exact tokens at no cost; the demo model's tokenizer gives them text."""

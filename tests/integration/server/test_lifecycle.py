@@ -21,7 +21,7 @@ from headrace.ipc.oracle import oracle_stream
 
 Serve = Callable[..., Any]
 VOCAB_SIZE = 49152
-SECONDS = 60
+SECONDS = 120
 COUNT = 6000
 """Tokens of a long answer: seconds."""
 

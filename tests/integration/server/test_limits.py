@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-SECONDS = 60
+SECONDS = 120
 KEY = "sk-right"
 STALL_SECONDS = 2
 
