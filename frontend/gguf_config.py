@@ -46,19 +46,28 @@ def config_from_gguf(path: Path, header: GgufHeader) -> dict[str, Any]:
     if missing:
         message = f"model: the header of {str(path)!r} lacks {', '.join(missing)}"
         raise ConfigError(message, parameter="model", value=path)
+    for key in _REQUIRED.values():
+        value = metadata[f"{name}.{key}"]
+        if not isinstance(value, int | float) or value <= 0:
+            message = (
+                f"model: the header of {str(path)!r} says that {name}.{key} is {value!r}, no positive number"
+            )
+            raise ConfigError(message, parameter="model", value=value, limit="a positive number")
     config: dict[str, Any] = {ours: metadata[f"{name}.{theirs}"] for ours, theirs in _REQUIRED.items()}
     # The header holds float32: 1e-05 comes back as 9.999999747378752e-06.
     config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
     heads = config["num_attention_heads"]
+    head_dim = metadata.get(f"{name}.attention.key_length", config["hidden_size"] // heads)
     return config | {
         "architectures": [architecture],
         "model_type": model_type,
         "vocab_size": _vocab_size(header),
         "num_key_value_heads": metadata.get(f"{name}.attention.head_count_kv", heads),
-        "head_dim": metadata.get(f"{name}.attention.key_length", config["hidden_size"] // heads),
+        "head_dim": head_dim,
         "hidden_act": "silu",
         "rope_theta": metadata.get(f"{name}.rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(path, header, name),
+        "partial_rotary_factor": metadata.get(f"{name}.rope.dimension_count", head_dim) / head_dim,
         "attention_bias": "blk.0.attn_q.bias" in header.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
         "tie_word_embeddings": "output.weight" not in header.tensors,
@@ -88,7 +97,8 @@ def _rope_scaling(path: Path, header: GgufHeader, name: str) -> dict[str, Any] |
             file.seek(divisors.offset + 4 * (divisors.shape[0] - 1))
             (factor,) = struct.unpack("<f", file.read(4))
         return {**_LLAMA3_ROPE, "factor": factor}
-    kind = header.metadata.get(f"{name}.rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    return {"rope_type": kind, "factor": header.metadata.get(f"{name}.rope.scaling.factor", 1.0)}
+    metadata = header.metadata
+    factor = metadata.get(f"{name}.rope.scaling.factor", metadata.get(f"{name}.rope.scale_linear", 1.0))
+    # Files that are older than the other kinds name no kind.
+    kind = metadata.get(f"{name}.rope.scaling.type", "none" if factor == 1 else "linear")
+    return None if kind == "none" else {"rope_type": kind, "factor": factor}

@@ -41,7 +41,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data).header()
-    except (OSError, ValueError, struct.error, KeyError, OverflowError) as error:
+    except (OSError, ValueError, struct.error, KeyError, ArithmeticError) as error:
         message = f"model: {str(path)!r} is not a readable GGUF file: {error}"
         raise ConfigError(message, parameter="model", value=path) from error
 

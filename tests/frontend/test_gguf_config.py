@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from headrace import ConfigError
 from headrace.frontend.gguf_config import config_from_gguf
-from headrace.ipc.gguf import GgufHeader, TensorInfo
+from headrace.ipc.gguf import GgufHeader, TensorInfo, read_gguf_header
 
 METADATA: dict[str, Any] = {
     "general.architecture": "qwen3",
@@ -66,12 +66,49 @@ def test_llama3_rope_scaling_is_read_from_its_divisors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "scaling"),
+    [
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.factor": 1.0}, None),
+        ({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
+            {"rope_type": "yarn", "factor": 4.0},
+        ),
+    ],
+)
+def test_rope_scaling_of_which_only_the_factor_is_named_is_linear(
+    change: dict[str, Any], scaling: dict[str, Any] | None
+) -> None:
+    metadata = METADATA | {f"qwen3.{key}": value for key, value in change.items()}
+    assert config_from_gguf(PATH, GgufHeader(metadata, TENSORS))["rope_scaling"] == scaling
+
+
+@pytest.mark.parametrize(("rotated", "factor"), [(32, 1.0), (16, 0.5)])
+def test_heads_that_are_rotated_in_part_are_said_to_be(rotated: int, factor: float) -> None:
+    metadata = METADATA | {"qwen3.rope.dimension_count": rotated}
+    assert config_from_gguf(PATH, GgufHeader(metadata, TENSORS))["partial_rotary_factor"] == factor
+
+
+@pytest.mark.parametrize(
     ("change", "names"),
     [
         ({"general.architecture": "mamba"}, "mamba"),
         ({"general.architecture": "llama"}, "llama.embedding_length"),
+        ({"qwen3.attention.head_count": 0}, "qwen3.attention.head_count is 0"),
+        ({"qwen3.attention.head_count": [4, 2]}, r"qwen3.attention.head_count is \[4, 2\]"),
+        ({"qwen3.attention.layer_norm_rms_epsilon": "small"}, "layer_norm_rms_epsilon is 'small'"),
     ],
 )
 def test_refusals(change: dict[str, Any], names: str) -> None:
     with pytest.raises(ConfigError, match=names):
         config_from_gguf(PATH, GgufHeader(METADATA | change, TENSORS))
+
+
+def test_an_alignment_of_nothing_is_no_header(tmp_path: Path) -> None:
+    file, key = tmp_path / "x.gguf", b"general.alignment"
+    entry = struct.pack("<Q", len(key)) + key + struct.pack("<II", 4, 0)
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry)
+    with pytest.raises(ConfigError, match="is not a readable GGUF file"):
+        read_gguf_header(file)
