@@ -65,8 +65,11 @@ class Tokenizer:
     def encode_with_offsets(
         self, text: str, add_special_tokens: bool = True
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids, and where each begins and ends in `text`, in characters; special tokens at (0, 0)."""
-        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        """Token ids, and where each begins and ends in `text`, in characters; special tokens at (0, 0).
+
+        May run on a thread, as `encode_long` does.
+        """
+        encoding = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         return encoding.ids, encoding.offsets
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
@@ -76,6 +79,10 @@ class Tokenizer:
     def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_long(self, token_ids: Sequence[int]) -> str:
+        """`decode` for a thread of its own, as `encode_long` is."""
+        return self.backend.decode_batch([list(token_ids)], skip_special_tokens=False)[0]
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | None]:
         return [self.backend.id_to_token(token) for token in ids]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -33,7 +34,10 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     refuse_unsearchable(body, params, service.engine)
-    prompts = [await _prompt(service, body, params, prompt) for prompt in _several(body.prompt)]
+    prompts = []
+    for prompt in _several(body.prompt):
+        prompts.append(await _prompt(service, body, params, prompt))
+        await asyncio.sleep(0)  # there may be a thousand, and others have their streams
     run = Run(service, request, "cmpl", body, prompts, params)
     answer = _Answer(service, body, run, params.n)
     if body.stream:

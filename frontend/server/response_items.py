@@ -41,6 +41,8 @@ class ItemizedAnswer:
         self._run = run
         self._parser = parser
         self._logprobs = logprob_forms(service, body, body.logprobs_wanted)
+        self._held: list[Any] = []
+        """Logprobs of tokens that have shown no text yet."""
         self._items: list[dict[str, Any]] = []
         self._last_is_open = False
         self._num_events = 0
@@ -92,11 +94,12 @@ class ItemizedAnswer:
         found = self._parser.push(part.text, part.finish_reason is not None)
         if found.reasoning:
             yield from self._add("reasoning", found.reasoning, [])
-        logprobs: list[Any] = []
         if self._logprobs is not None and part.logprobs:
-            logprobs = self._logprobs.chat(part.logprobs)["content"]
+            self._held += self._logprobs.chat(part.logprobs)["content"]
         is_empty = not found.calls and not any(item["type"] != "reasoning" for item in self._items)
-        if found.content or (part.finish_reason is not None and is_empty):
+        goes_on = bool(self._held) and self._last_is_open and self._items[-1]["type"] == "message"
+        if found.content or (part.finish_reason is not None and (is_empty or goes_on)):
+            logprobs, self._held = self._held, []
             yield from self._add("message", found.content, logprobs)
         for call in found.calls:
             yield from self._call(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from starlette.requests import Request
@@ -11,7 +12,7 @@ from ..prompts import check_token_ids
 from .conversation import render
 from .endpoints import Endpoint
 from .errors import bad_request
-from .generation import encode
+from .generation import LONG_TEXT, encode
 from .protocol import DetokenizeRequest, TokenizeRequest
 from .service import Service
 from .streaming import json_response
@@ -34,10 +35,13 @@ async def tokenize(service: Service, request: Request, body: TokenizeRequest) ->
             body.chat_template_kwargs or {},
         )
         special = bool(body.add_special_tokens)
-    if body.return_token_offsets:
+    offsets = None
+    if not body.return_token_offsets:
+        ids = await encode(service, text, special)
+    elif len(text) < LONG_TEXT:
         ids, offsets = service.tokenizer.encode_with_offsets(text, special)
     else:
-        ids, offsets = await encode(service, text, special), None
+        ids, offsets = await asyncio.to_thread(service.tokenizer.encode_with_offsets, text, special)
     answer: dict[str, Any] = {
         "count": len(ids),
         "max_model_len": service.engine.max_model_len,
@@ -50,9 +54,12 @@ async def tokenize(service: Service, request: Request, body: TokenizeRequest) ->
 
 async def detokenize(service: Service, request: Request, body: DetokenizeRequest) -> Response:
     service.check_model(body.model)
-    if body.tokens:
-        check_token_ids(body.tokens, service.engine.config.vocab_size, len(body.tokens) + 1)
-    return json_response({"prompt": service.tokenizer.decode(body.tokens)})
+    tokens, tokenizer = body.tokens, service.tokenizer
+    if tokens:
+        check_token_ids(tokens, service.engine.config.vocab_size, len(tokens) + 1)
+    is_long = len(tokens) >= LONG_TEXT
+    text = await asyncio.to_thread(tokenizer.decode_long, tokens) if is_long else tokenizer.decode(tokens)
+    return json_response({"prompt": text})
 
 
 ENDPOINTS = [

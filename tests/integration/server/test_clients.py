@@ -238,10 +238,10 @@ def test_logprobs_of_a_prompt(client: openai.OpenAI) -> None:
 
 
 def test_responses_and_their_stream(client: openai.OpenAI) -> None:
-    more: Any = {"model": "demo", "input": HELLO[0]["content"], "max_output_tokens": 8, "temperature": 0}
-    whole = client.responses.create(
-        **more, instructions="Be brief.", include=["message.output_text.logprobs"]
-    )
+    more: Any = {"model": "demo", "input": HELLO[0]["content"], "max_output_tokens": 30, "temperature": 0}
+    more |= {"include": ["message.output_text.logprobs"]}
+    whole = client.responses.create(**more, instructions="Be brief.")
+    assert whole.status == "completed"
     assert "Paris" in whole.output_text
     assert whole.usage is not None
     with client.responses.stream(**more, instructions="Be brief.") as stream:
@@ -263,6 +263,9 @@ def test_responses_and_their_stream(client: openai.OpenAI) -> None:
     logprobs = message.content[0].logprobs
     assert logprobs is not None
     assert "".join(one.token for one in logprobs).startswith(whole.output_text)
+    streamed = [one.logprobs for one in events if one.type == "response.output_text.delta"]
+    # The last one's token has no text: it ended the answer.
+    assert [one.token for each in streamed for one in each] == [one.token for one in logprobs]
 
 
 def test_functions_in_responses(client: openai.OpenAI) -> None:

@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,30 @@ def test_slow_bodies_are_refused(guarded: Any) -> None:
         sock.sendall((head + "content-type: application/json\r\ncontent-length: 50\r\n\r\n{").encode())
         assert sock.recv(65536).startswith(b"HTTP/1.1 408 ")
         _read_to_end(sock)  # it is closed
+
+
+@pytest.mark.parametrize("route", ["/tokenize", "/detokenize"])
+def test_long_texts_make_nobody_wait(oracle: Any, route: str) -> None:
+    body: dict[str, Any] = {"prompt": "water wheel " * 70_000, "return_token_offsets": True}
+    if route == "/detokenize":
+        body = {"tokens": [300, 10_000] * 700_000}
+    seconds: list[float] = []
+
+    def post() -> None:
+        with oracle.client() as client:
+            began = time.monotonic()
+            assert client.post(route, json=body).status_code == 200
+            seconds.append(time.monotonic() - began)
+
+    with oracle.client() as watcher, ThreadPoolExecutor(1) as pool:
+        posting = pool.submit(post)
+        slowest = 0.0
+        while not posting.done():
+            began = time.monotonic()
+            watcher.get("/health/live")
+            slowest = max(slowest, time.monotonic() - began)
+        posting.result()
+    assert slowest < seconds[0] / 2
 
 
 @pytest.mark.parametrize("said", [b"", b"GET /health HTTP/1.1\r\nhost:", b"GET /ping HTTP/1.1\r\n\r\nGET "])
