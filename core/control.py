@@ -133,11 +133,15 @@ class Control:
         self._turns.append(_Turn(client, call.call, work(self, arguments)))
 
     def client_vanished(self, client: bytes) -> bool:
-        """A dead client must not hold up the others: a pause of its own is to end. True when there is one.
+        """A dead client must not hold up the others: a pause of its own is to end, and what it has asked and
+        nobody has begun is not done. True when there is any of it.
 
         Memory that was given up stays so, for it may be in use: to take it back is for someone who knows.
         """
-        holds = client == self._holder or any(turn.client == client for turn in self._turns)
+        at_work = self._turns[0] if self._condition is not None else None
+        asked = [turn for turn in self._turns if turn.client == client]
+        self._turns = deque(turn for turn in self._turns if turn is at_work or turn.client != client)
+        holds = client == self._holder or bool(asked)
         if holds:
             self._turns.append(_Turn(client, 0, self._lift(client)))
         return holds

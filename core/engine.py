@@ -202,7 +202,7 @@ class Engine:
 
     def _abort_all(self) -> None:
         requests = [request for client in self._clients.values() for request in client.requests.values()]
-        for request in requests:
+        for request in reversed(requests):  # the last in line first: then nobody has to move up
             self._scheduler.abort(request)
         ended = [Ended(request, FinishReason.ABORT, None) for request in requests]
         self._deliver(Outputs([], array("i"), [], ended))
@@ -369,7 +369,7 @@ class Engine:
     def _forget(self, identity: bytes, how: str) -> None:
         client = self._clients.pop(identity, None)
         if client is not None:
-            for request in client.requests.values():
+            for request in reversed(client.requests.values()):
                 self._scheduler.abort(request)
             self._grant(self._turns.leave(identity, time.monotonic()))
             LOGGER.info(f"client {how}", extra=fields(client=client.name, requests=len(client.requests)))

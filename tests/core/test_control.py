@@ -156,6 +156,21 @@ def test_a_client_that_dies_while_it_waits_for_the_pause(rig: Rig) -> None:
     assert rig.paused() is Pause.NOTHING
 
 
+def test_what_a_client_asked_is_not_begun_after_its_death(rig: Rig) -> None:
+    """Nobody would know that the engine sleeps, or wake it."""
+    rig.call("collective_rpc", b"b", method="rank")
+    rig.replies()
+    rig.call("sleep", b"a")
+    waits = rig.call("reset_prefix_cache", b"b")
+    assert rig.control.client_vanished(b"a")
+    number = rig.command().number
+    for rank in range(2):
+        rig.control.hear(CommandResult(rank, number))
+    assert (b"b", Reply(waits)) in rig.replies()
+    assert rig.control.take_commands() == []
+    assert (rig.control.sleep_level, rig.paused(), rig.num_aborts) == (None, Pause.NOTHING, 0)
+
+
 def test_a_pause_that_another_client_has_taken_over_stays(rig: Rig) -> None:
     for client in (b"a", b"b"):
         rig.call("pause_generation", client)

@@ -159,6 +159,23 @@ def test_without_pressure_the_order_is_that_of_arrival(
     assert answer(scheduler, schedule(scheduler), 7).started == [head]
 
 
+@pytest.mark.parametrize("pause", [Pause.NOTHING, Pause.NEW])
+def test_while_new_requests_are_held_none_passes_for_its_prefix(make: MakeScheduler, pause: Pause) -> None:
+    scheduler = make(num_blocks=16, max_num_seqs=1, scheduling_policy="priority")
+    head = add(scheduler, 40, priority=1, first=500)
+    plans = [schedule(scheduler)]
+    add(scheduler, 40, 1, priority=0)
+    plans.append(schedule(scheduler))
+    for plan in plans:
+        answer(scheduler, plan, 7)
+    assert head.phase is Phase.PREEMPTED
+    rival = add(scheduler, 41, priority=1)
+    scheduler.paused = pause
+    schedule(scheduler)
+    first = rival if pause is Pause.NOTHING else head
+    assert [request for request in (head, rival) if request.phase is Phase.RUNNING] == [first]
+
+
 # --- cache ------------------------------------------------------------------------------------------------
 
 
