@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Callable
 
@@ -45,6 +46,15 @@ def test_prompts_get_a_share_of_the_budget_while_others_decode(make: MakeSchedul
     assert counts(second) == [1, 1024]
     answer(scheduler, first, 7)
     assert counts(schedule(scheduler)) == [1, 1024]
+
+
+def test_a_prompt_under_way_keeps_a_block_to_grow_into(make: MakeScheduler) -> None:
+    scheduler = make(num_blocks=12, max_num_batched_tokens=16, enable_prefix_caching=False)
+    add(scheduler, 40)  # ten blocks
+    for _ in range(2):
+        answer(scheduler, schedule(scheduler))
+    add(scheduler, 8, first=100)  # the other two
+    assert counts(schedule(scheduler)) == [8]
 
 
 def test_whole_prompts_have_no_share(make: MakeScheduler) -> None:
@@ -114,6 +124,23 @@ def test_the_context_length_ends_a_request(make: MakeScheduler) -> None:
     (ended,) = answer(scheduler, schedule(scheduler), 7).ended
     assert ended == Ended(request, FinishReason.LENGTH, None)
     assert scheduler.schedule(0.0) is None
+
+
+@pytest.mark.parametrize("grammar", [None, "start: /a*/"])
+def test_a_grammar_may_end_the_text_before_min_tokens(make: MakeScheduler, grammar: str | None) -> None:
+    scheduler = make()
+    sampling = Sampling(eos_token_id=900, min_tokens=3, grammar=grammar)
+    scheduler.add(Request(b"", 0, array("i", [1, 2]), sampling, 8))
+    assert bool(answer(scheduler, schedule(scheduler), 900).ended) == (grammar is not None)
+
+
+def test_only_the_prompt_of_a_replay_counts_as_cached(make: MakeScheduler) -> None:
+    scheduler = make()
+    add(scheduler, 12, 1)
+    answer(scheduler, schedule(scheduler), 7)
+    replay = add(scheduler, 12, num_prompt_tokens=5)
+    assert [admit.num_computed for admit in schedule(scheduler).admitted] == [8]
+    assert replay.num_cached_tokens == scheduler.stats().prefix_cache_hits == 5
 
 
 @pytest.mark.parametrize(("token", "stop"), [(900, None), (901, 901)])
@@ -398,4 +425,5 @@ def test_no_replays_when_none_are_allowed(make: MakeScheduler) -> None:
     schedule(scheduler)
     waiting = add(scheduler, 4)
     assert [end.request for end in scheduler.restart().ended] == [running]
+    assert scheduler.stats().num_replays == 0
     assert [admit.slot for admit in schedule(scheduler).admitted] == [waiting.slot]
