@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from ..ipc.errors import ErrorInfo, OverloadedError, RequestError
+from ..ipc.errors import ErrorInfo, HeadraceError, OverloadedError, RequestError
 from ..ipc.messages import Argument, Call, CallMethod, Command, CommandResult, Reply, RpcMethod
 from .scheduler import Pause, Scheduler
 
@@ -158,7 +158,7 @@ class Control:
                 reply = Reply(call, results=end.value)
             except _NotDone:
                 reply = Reply(call, ok=False)
-            except RequestError as error:
+            except HeadraceError as error:
                 reply = Reply(call, ok=False, error=ErrorInfo.of(error))
             self._turns.popleft()
             self._condition = None

@@ -10,7 +10,7 @@ from headrace.core.control import MAX_WAITING, Control
 from headrace.core.request import Request
 from headrace.core.scheduler import Pause, Scheduler
 from headrace.ipc.config import EngineConfig
-from headrace.ipc.errors import OverloadedError, RequestError
+from headrace.ipc.errors import ErrorInfo, ErrorKind, OverloadedError, RequestError
 from headrace.ipc.messages import Argument, Call, Command, CommandResult, Reply, Sampling, StepResult, pack
 
 MakeConfig = Callable[..., EngineConfig]
@@ -108,6 +108,22 @@ def test_waking_part_by_part_those_that_died_asleep(rig: Rig) -> None:
     rig.replies()
     assert rig.paused() is Pause.NOTHING
     assert rig.control.take_commands() == []
+
+
+@pytest.mark.parametrize("kind", ["request", "config", "dead"])
+def test_an_error_of_a_worker_is_the_answer_whatever_its_kind(rig: Rig, kind: ErrorKind) -> None:
+    """Weights that are no longer where they were are a ConfigError: a pity for the caller, and no more."""
+    rig.call("wake_up")
+    rig.control._asleep |= {"weights", "kv_cache", "scheduling"}
+    rig.replies()
+    number = rig.command().number
+    error = ErrorInfo(kind, "the weights are gone", "model")
+    for rank in range(2):
+        rig.control.hear(CommandResult(rank, number, error=error))
+    ((_, reply),) = rig.replies()
+    assert reply.error is not None
+    assert (reply.ok, reply.error.kind, reply.error.message) == (False, kind, "the weights are gone")
+    assert rig.control._asleep == {"weights", "kv_cache", "scheduling"}
 
 
 def test_nothing_is_asked_of_workers_that_start(rig: Rig) -> None:
