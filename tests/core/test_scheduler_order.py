@@ -77,6 +77,24 @@ def test_an_urgent_prompt_does_not_wait_for_a_long_one_under_way(make: MakeSched
     assert counts(schedule(scheduler)) == [6, 2]
 
 
+def test_nobody_is_displaced_for_a_request_that_is_held(make: MakeScheduler) -> None:
+    scheduler = make(max_num_seqs=1, scheduling_policy="priority")
+    add(scheduler, 5, priority=1)
+    answer(scheduler, schedule(scheduler), 7)
+    add(scheduler, 5, priority=0, first=50)
+    scheduler.paused = Pause.NEW
+    schedule(scheduler)
+    assert scheduler.stats().num_preemptions == 0
+
+
+def test_a_client_is_charged_for_every_token(make: MakeScheduler) -> None:
+    scheduler = make()
+    request = add(scheduler, 5, 3)
+    while request.phase is not Phase.FINISHED:
+        answer(scheduler, schedule(scheduler), 7)
+    assert request.share.num_tokens == 5 + 2  # the last token is not computed
+
+
 def test_an_equal_prompt_waits_for_the_one_under_way(make: MakeScheduler) -> None:
     scheduler = make(max_num_batched_tokens=8, scheduling_policy="priority")
     add(scheduler, 40, priority=1)
