@@ -215,6 +215,7 @@ class DeviceSlots:
         assert (ends <= num_tokens).all(), f"step {plan.step} runs past the tokens: {ends} of {num_tokens}"
         room = self._num_blocks[rows] * self.block_size - ends
         assert (room >= 0).all(), f"step {plan.step} runs past the blocks by {-room} positions"
+        assert (ends[samples] < self._length).all(), f"step {plan.step} has no place for the token it draws"
         continuing = (num_scheduled == 1) & ~np.isin(rows, [admit.slot for admit in plan.admitted])
         changed = plan.slots is not None or bool(plan.admitted) or bool(plan.released)
         self._work = self._run(rows, starts, num_scheduled, continuing, samples, changed)

@@ -72,3 +72,30 @@ def test_more_blocks_than_a_table_has_are_not_granted() -> None:
     slots, _ = decoding(3, blocks_each=8)
     with pytest.raises(AssertionError, match="slot 1 has room for 64 tokens and 16 blocks"):
         slots.apply(StepPlan(2, b"", [], pack([1, 0] * 9), None, None))
+
+
+def test_a_row_that_is_admitted_for_its_last_token_does_not_count_as_decoding() -> None:
+    """Its blocks may be filled by another row of the same step."""
+    slots, work = decoding(2, blocks_each=8)
+    assert work.continuing.tolist() == [True, True]
+    admitted = Admit(1, pack([1] * 5), 5, 4, pack([8, 9]), Sampling())
+    work = slots.apply(StepPlan(2, pack([1]), [admitted], b"", pack([0, 1]), pack([1, 1])))
+    assert (work.continuing.tolist(), work.decode) == ([True, False], False)
+
+
+def test_a_slot_has_all_bits_of_its_seed() -> None:
+    slots, _ = decoding(2, blocks_each=8)
+    seed = (1 << 63) + (5 << 32) + 7
+    admitted = Admit(1, pack([1]), 1, 0, pack([8]), Sampling(seed=seed, top_p=0.9, temperature=0.7))
+    slots.apply(StepPlan(2, pack([1]), [admitted], b"", pack([1]), None))
+    assert int(slots.seeds[1]) == seed - (1 << 64)
+    assert float(slots.filters[1][1]) == 0.9
+    assert float(slots.temperatures[1]) == pytest.approx(0.7)
+
+
+def test_no_token_is_drawn_for_a_place_behind_the_last() -> None:
+    slots, _ = decoding(1, blocks_each=16)
+    for _ in range(64 - PROMPT - 2):
+        slots.apply(SAME)
+    with pytest.raises(AssertionError, match="no place for the token"):
+        slots.apply(SAME)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from headrace.ipc.messages import Admit, Sampling, StepPlan, pack
@@ -127,3 +129,38 @@ def test_sampling_parameters_become_columns(table: Slots) -> None:
 def test_contradictions_are_refused(table: Slots, broken: StepPlan, says: str) -> None:
     with pytest.raises(AssertionError, match=says):
         table.apply(broken)
+
+
+def test_a_request_inherits_no_wish_or_rule_of_the_one_before_it_in_its_slot(table: Slots) -> None:
+    rules = {"allowed_token_ids": pack([3]), "logprobs": 2, "prompt_logprobs": 1}
+    step(table, plan([2, 0], [1, 2], admitted=[ruled(0, rules)]), [78, 3])
+    columns = table.sampling
+    assert [0 in kept for kept in (columns.token_rules, columns.wishes, columns.prompt_wishes)] == [True] * 3
+    step(table, plan([2, 0], [1, 2], released=[0], admitted=[ruled(0, {})]), [79, 4])
+    assert not columns.token_rules
+    assert not columns.wishes
+    assert not columns.prompt_wishes
+
+
+def test_a_prompts_logprobs_end_before_its_last_token(table: Slots) -> None:
+    """The token that follows the last one is drawn, and not of the prompt."""
+    tokens = [5, 6, 7, 8, 9, 5, 6, 7]
+    message = Admit(0, pack(tokens), len(tokens), 0, pack([4, 5, 6]), Sampling(prompt_logprobs=0))
+    first = step(table, plan([0], [4], admitted=[message]), [])
+    assert [(row.slot, row.start, row.length) for row in first.prompts] == [(0, 0, 4)]
+    second = step(table, plan([0], [4]), [3])
+    assert [(row.slot, row.start, row.length) for row in second.prompts] == [(0, 4, 3)]
+    assert not step(table, plan([0], [1]), [3]).prompts
+
+
+def test_a_grammar_alone_holds_stop_tokens_back(table: Slots) -> None:
+    """It knows when nothing else may come."""
+    for slot, grammar in ((0, None), (1, "{}")):
+        wanted = Sampling(min_tokens=7, grammar=grammar)
+        message = Admit(slot, pack([5, 6]), 2, 0, pack([4 + slot]), wanted)
+        table.apply(plan([slot], [2], admitted=[message]))
+    assert table.sampling.min_tokens[:2].tolist() == [7, 0]
+
+
+def ruled(slot: int, options: dict[str, Any]) -> Admit:
+    return Admit(slot, pack([5, 6]), 2, 0, pack([7]), Sampling(**options))

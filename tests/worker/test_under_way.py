@@ -19,7 +19,7 @@ class Event:
         self.recorded = self.come = False
 
     def record(self) -> None:
-        self.recorded = True
+        self.recorded, self.come = True, False
 
     def query(self) -> bool:
         return self.recorded and self.come
@@ -64,6 +64,13 @@ def test_a_draw_waits_for_the_step_before(steps: Steps) -> None:
     assert (result.step, list(memoryview(result.tokens).cast("i"))) == (2, [7, 8])
     assert [failed.row for failed in result.failed] == [1]
     assert steps.log == ["drawn"]
+
+
+def test_an_event_that_came_for_an_earlier_step_says_nothing_of_this_one(steps: Steps) -> None:
+    steps.events[1].recorded = steps.events[1].come = True
+    steps.second.draw_later(steps.draw, steps.first)
+    assert not steps.second.ready()
+    assert not steps.log
 
 
 def test_a_draw_that_waits_for_nobody_is_launched_at_once(steps: Steps) -> None:
