@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -30,6 +29,8 @@ from headrace.ipc.messages import PROTOCOL_VERSION, FromCore, Refused, Reply
 from headrace.ipc.oracle import oracle_stream
 from headrace.ipc.payloads import CoreStart
 from headrace.ipc.sockets import ServerSocket
+
+from .cores import free_port
 
 Args = Callable[..., AsyncEngineArgs]
 
@@ -332,8 +333,7 @@ def standalone(oracle_args: Args, tmp_path: Path, request: pytest.FixtureRequest
     (tmp_path / "s").mkdir(mode=0o700)
     address = f"ipc://{tmp_path / 's' / 'core'}"
     if request.param == "tcp":
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        address = f"tcp://127.0.0.1:{free_port()}"
     ours, theirs = os.pipe()
     config = resolve(oracle_args(served_model_name="mill"))
     child = process.spawn(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from .cores import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -81,8 +82,7 @@ def running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_fastapi_server() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, str(EXAMPLES / "fastapi_server.py"), "--port", str(port)]
     with running(command) as server, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         assert server.stderr is not None

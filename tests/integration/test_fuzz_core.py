@@ -40,6 +40,8 @@ from headrace.ipc.sockets import ClientSocket
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from .cores import free_port
+
 TIMEOUT = 60.0
 LENGTH = 400
 MAX_GROWTH = 256 << 20
@@ -154,17 +156,12 @@ def target(
     request: pytest.FixtureRequest, make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Target]:
     folder = tmp_path_factory.mktemp("target")
-    address = f"ipc://{folder}/core" if request.param == "ipc" else f"tcp://127.0.0.1:{_free_port()}"
+    address = f"ipc://{folder}/core" if request.param == "ipc" else f"tcp://127.0.0.1:{free_port()}"
     config = make_config(
         max_model_len=2000, num_gpu_blocks_override=2000, max_num_seqs=8, max_queued_requests=100
     )
     with closing(Target(config, address, folder, curve=request.param == "curve")) as target:
         yield target
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 # --- what ZeroMQ itself has to stand -----------------------------------------------------------------

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -28,6 +27,8 @@ from headrace.frontend.engine_args import resolve
 from headrace.ipc.oracle import oracle_stream
 from headrace.ipc.payloads import CoreStart
 from headrace.ipc.process import spawn
+
+from .cores import free_port
 
 VOCAB_SIZE = 1000
 Args = Callable[..., AsyncEngineArgs]
@@ -353,8 +354,7 @@ class Standalone:
 @pytest.fixture
 def standalone(oracle_args: Args, tmp_path: Path) -> Iterator[tuple[Standalone, int]]:
     """The core, and the port that it listens on. Losses that follow each other closely are nobody's fault."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
+    port = free_port()
     core = Standalone(oracle_args(max_replays=100), f"tcp://127.0.0.1:{port}")
     yield core, port
     core.close()
