@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import tokenizers
 from headrace.ipc.config import EngineConfig
@@ -27,6 +28,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(NO_PICKLE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
 )
 runpy.run_path(str(NO_PICKLE / "sitecustomize.py"))
+
+# The same examples every time, and none fails for taking long: the machine may have other things to do.
+hypothesis.settings.register_profile(
+    "steady",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("steady")
 
 DEFAULTS: dict[str, Any] = {
     "model": "oracle",

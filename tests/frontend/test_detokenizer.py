@@ -16,7 +16,7 @@ token_lists = st.lists(st.integers(0, 420), max_size=40)
 
 @pytest.mark.parametrize("skip", [False, True])
 @given(ids=token_lists, cuts=st.sets(st.integers(0, 40)))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_byte_level_deltas_are_exact(
     tokenizer: Tokenizer, skip: bool, ids: list[int], cuts: set[int]
 ) -> None:
@@ -28,7 +28,7 @@ def test_byte_level_deltas_are_exact(
 
 @pytest.mark.parametrize("skip", [False, True])
 @given(ids=st.lists(st.integers(0, 400), max_size=30), data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=50)
 def test_deltas_are_exact_in_every_family(
     any_tokenizer: Tokenizer, skip: bool, ids: list[int], data: st.DataObject
 ) -> None:
@@ -46,7 +46,7 @@ def test_deltas_are_exact_in_every_family(
     text=st.text(st.characters(codec="utf-8"), max_size=30)
     | st.sampled_from(["🎡👩‍👩‍👧", "水車は回る", "  a\n\n b "])
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=50)
 def test_real_text_comes_back(any_tokenizer: Tokenizer, text: str) -> None:
     ids = any_tokenizer.encode(text)
     decoder = DecoderFactory(any_tokenizer)(False)

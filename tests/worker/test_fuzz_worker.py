@@ -79,7 +79,7 @@ plans = st.builds(
     deadline=None,
     database=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_plans_of_every_kind(
     make_config: Callable[..., EngineConfig], new_request: type[Request], plans: list[StepPlan]
