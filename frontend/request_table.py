@@ -117,7 +117,8 @@ class RequestTable:
         self.metrics.generated(len(message.tokens) // 4)
         for started in message.started:
             completion = completions.get(started.request)
-            if completion is not None and not completion.generated:  # or else it is a replay
+            if completion is not None and not completion.has_started:  # or else it is a replay
+                completion.has_started = True
                 completion.request.start(started.num_cached_tokens, started.queued_seconds)
         if message.logprobs is not None or message.prompt_logprobs:
             self._note_logprobs(message)

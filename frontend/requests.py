@@ -48,6 +48,7 @@ class Completion:
         "_text",
         "finish_reason",
         "generated",
+        "has_started",
         "index",
         "last_token_at",
         "logprobs",
@@ -70,6 +71,8 @@ class Completion:
         self.index = index
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.has_started = False
+        """It has left the queue of some core."""
         self.generated = array("i")
         """All tokens, for a core that has to go on with it."""
         self.strikes = 0

@@ -92,6 +92,17 @@ def test_the_names_that_dashboards_know(make_config: Callable[..., EngineConfig]
     }
 
 
+@pytest.mark.parametrize("brought", [[], [0]])
+def test_a_replay_leaves_the_queue_again_and_counts_no_more(brought: list[int]) -> None:
+    table = RequestTable()
+    request = add(table, "a")
+    step(table, brought, 0)
+    step(table, [], 0)
+    assert counter(table.metrics, "prompt_tokens") == 3
+    assert counter(table.metrics, "prompt_tokens_cached") == 2
+    assert request.num_cached_tokens == 2
+
+
 def test_a_request_is_counted_once_in_everything() -> None:
     table = RequestTable()
     add(table, "a", n=2)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
+import tokenizers
 from headrace import EngineDeadError, RequestError, RequestOutput, RequestOutputKind
 from headrace.frontend.detokenizer import DecoderFactory
 from headrace.frontend.logprobs import LogprobsAsked, WireRow
@@ -20,6 +21,7 @@ from headrace.frontend.streams import RequestStream
 from headrace.frontend.tokenizer import Tokenizer
 from headrace.ipc.errors import ErrorInfo
 from headrace.ipc.messages import Finished, FinishReason, Started, StepOutputs, pack
+from tokenizers import decoders, models
 
 DELTA, CUMULATIVE, FINAL = RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY
 
@@ -272,6 +274,22 @@ def test_held_back_text_is_flushed_once(tokenizer: Tokenizer) -> None:
     asyncio.run(main())
 
 
+def test_nothing_follows_a_stop_string() -> None:
+    """Not even what a character would amount to that the same token begins."""
+    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "Ã": 1, "aÃ": 2}, merges=[("a", "Ã")]))
+    backend.decoder = decoders.ByteLevel()
+
+    async def main() -> None:
+        bench = Bench(Tokenizer(backend))
+        task = asyncio.create_task(collect(bench.stream(bench.add("a", FINAL, stop=["a"]))))
+        await turn()
+        assert bench.step({0: 2}) == [0]
+        (output,) = await task
+        assert (output.outputs[0].text, output.outputs[0].stop_reason) == ("", "a")
+
+    asyncio.run(main())
+
+
 def test_stop_string_in_the_last_token_wins_over_the_length(tokenizer: Tokenizer) -> None:
     async def main() -> None:
         bench = Bench(tokenizer)
@@ -420,9 +438,13 @@ def test_errors_reach_their_reader_alone() -> None:
             await anext(bad)
         assert (caught.value.parameter, caught.value.limit) == ("prompt", "8")
         assert seen(await anext(good)) == [(0, [5], None)]
+        other = bench.stream(bench.add("other", DELTA))
         bench.table.fail_all(EngineDeadError("gone"))
-        with pytest.raises(EngineDeadError, match="gone"):
+        with pytest.raises(EngineDeadError, match="gone") as dead:
             await anext(good)
+        with pytest.raises(EngineDeadError, match="gone") as dead_too:
+            await anext(other)
+        assert dead.value is not dead_too.value  # each has a traceback of its own
         assert len(bench.table) == 0
 
     asyncio.run(main())
