@@ -103,6 +103,19 @@ def test_a_replay_leaves_the_queue_again_and_counts_no_more(brought: list[int]) 
     assert request.num_cached_tokens == 2
 
 
+def test_completions_of_one_request() -> None:
+    """Each may find more or less in the cache, and end before the others fail."""
+    table = RequestTable()
+    request = add(table, "a", n=3)
+    for number, num_cached in enumerate((0, 2, 1)):
+        table.apply(StepOutputs(b"", b"", [Started(number, num_cached, 0.5)]))
+    assert request.num_cached_tokens == 2
+    step(table, [], None, Finished(1, FinishReason.STOP))
+    table.fail_all(EngineDeadError("gone"))
+    assert counter(table.metrics, "request_success", finished_reason="stop") == 1
+    assert counter(table.metrics, "request_success", finished_reason="error") == 2
+
+
 def test_a_request_is_counted_once_in_everything() -> None:
     table = RequestTable()
     add(table, "a", n=2)
