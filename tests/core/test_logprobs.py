@@ -90,6 +90,15 @@ def test_each_client_gets_its_rows(scheduler: Scheduler) -> None:
     assert [request.sampling.prompt_logprobs for request in asking] == [None, None]
 
 
+def test_nothing_is_told_of_the_prompt_of_an_aborted_request(scheduler: Scheduler) -> None:
+    gone = add(scheduler, Sampling(prompt_logprobs=1))
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    scheduler.abort(gone)
+    prompts = [PromptLogprobs(0, columns([1, 2, 3]))]
+    assert not scheduler.update(StepResult(plan.step, pack([7]), prompt_logprobs=prompts)).prompt_logprobs
+
+
 @pytest.mark.parametrize(
     ("logprobs", "prompts"),
     [

@@ -419,6 +419,20 @@ def test_nobody_else_runs_beside_suspects(make: MakeScheduler) -> None:
     assert [request.num_output_tokens for request in innocent] == [12, 12]
 
 
+def test_a_suspect_is_cleared_when_it_is_past_all_that_was_in_flight(make: MakeScheduler) -> None:
+    """Two plans were: the second may have been the one that crashed."""
+    scheduler = make()
+    request = add(scheduler, 4)
+    for _ in range(2):
+        schedule(scheduler)
+    scheduler.restart()
+    suspected = []
+    for _ in range(3):
+        suspected.append(request.suspicion is not None)
+        answer(scheduler, schedule(scheduler), 7)
+    assert suspected == [True, True, False]
+
+
 def test_no_replays_when_none_are_allowed(make: MakeScheduler) -> None:
     scheduler = make(max_replays=0)
     running, waiting = add(scheduler, 4), None

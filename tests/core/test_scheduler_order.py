@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable
+
 import pytest
+from headrace.core.limits import Limits
 from headrace.core.request import Deadlines, Phase, Request
 from headrace.core.scheduler import Pause, Scheduler
 from headrace.core.steps import Ended
-from headrace.ipc.errors import OverloadedError
-from headrace.ipc.messages import FinishReason, StepPlan, unpack
+from headrace.ipc.config import EngineConfig
+from headrace.ipc.errors import OverloadedError, RequestError
+from headrace.ipc.messages import FinishReason, Sampling, StepPlan, unpack
 
 from .plans import MakeScheduler, add, answer, counts, schedule
 
@@ -229,6 +234,15 @@ def test_resetting_running_requests_recomputes_them(make: MakeScheduler) -> None
     assert request.phase is Phase.RUNNING
 
 
+def test_whose_prompt_is_told_of_is_computed_anew(make: MakeScheduler) -> None:
+    scheduler = make()
+    add(scheduler, 12, 1)
+    answer(scheduler, schedule(scheduler), 7)
+    telling = Sampling(prompt_logprobs=1)
+    scheduler.add(Request(b"", 0, array("i", range(12)), telling, 1))
+    assert [admit.num_computed for admit in schedule(scheduler).admitted] == [0]
+
+
 # --- limits -----------------------------------------------------------------------------------------------
 
 
@@ -252,6 +266,21 @@ def test_a_full_queue_refuses_for_now(
         scheduler.check_room([running])
     assert (caught.value.parameter, caught.value.value) == (name, value)
     assert 1 <= caught.value.retry_after <= 60
+
+
+def test_retry_after_follows_from_how_fast_the_queue_moves(make_config: Callable[..., EngineConfig]) -> None:
+    limits = Limits(make_config(max_queued_requests=30), 16, 64)
+    for last_wait, seconds in ((40.0, 10.0), (0.0, 1.0), (1000.0, 60.0)):
+        with pytest.raises(OverloadedError) as caught:
+            limits.check_room(40, 0, last_wait)  # ten of forty must go first
+        assert caught.value.retry_after == seconds
+
+
+def test_the_kv_of_the_last_token_needs_no_room(make: MakeScheduler) -> None:
+    scheduler = make(num_blocks=2)
+    add(scheduler, 5, 4)  # nine tokens in all
+    with pytest.raises(RequestError, match="10 tokens need 3 KV blocks of 4 tokens; the cache has 2"):
+        add(scheduler, 5, 5)
 
 
 def test_free_slots_are_no_queue(make: MakeScheduler) -> None:

@@ -154,6 +154,10 @@ def test_failures_in_a_row_end_with_the_first_cause(
         crew.fail(causes[-1])
     crew.fail(causes[-1], progress=True)  # the culprit was found: it is not hopeless
     revive(crew)
+    crew.send(prefill())
+    answer(crew)
+    crew.fail(causes[0])  # nor is it for workers that have answered
+    assert crew._failures == causes[:1]
 
 
 def test_a_rank_that_stalls_in_its_start_is_named(
