@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ipc.errors import ConfigError
 from ..ipc.messages import Admit, Sampling, StepPlan
 from ..kernels.copy_segments import copy_segments
 from .constraints import Constraints
@@ -100,9 +101,10 @@ class DeviceSlots:
             4,
         )
         places = np.cumsum([0, *sizes])
-        assert places[-1] < 2**31, (
-            f"{num_slots} slots of {max_model_len} tokens are more than int32 can number"
-        )
+        if places[-1] >= 2**31:
+            message = f"max_num_seqs {num_slots} requests of {max_model_len} tokens are over 2**31 tokens"
+            most = (2**31 - rows - 4) // (length + max_blocks + NUM_COLUMNS) - 1
+            raise ConfigError(message, parameter="max_num_seqs", value=num_slots, limit=f"<= {most}")
         self._tokens_at, self._tables_at, self._columns_at, self._rows_at = places[:4].tolist()
         self._length, self._max_blocks = length, max_blocks
         self._all = torch.zeros(int(places[-1]), dtype=torch.int32, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from headrace.ipc.errors import ConfigError
 from headrace.ipc.messages import Admit, Sampling, StepPlan, pack
 from headrace.worker.constraints import Constraints
 from headrace.worker.device_slots import DeviceSlots, Work
@@ -99,3 +100,13 @@ def test_no_token_is_drawn_for_a_place_behind_the_last() -> None:
         slots.apply(SAME)
     with pytest.raises(AssertionError, match="no place for the token"):
         slots.apply(SAME)
+
+
+def test_a_table_that_int32_cannot_number_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_num_seqs 16384 requests of 131072 tokens") as error:
+        DeviceSlots(torch.device("cpu"), 16384, 131072, 16, 1000)
+    assert error.value.parameter == "max_num_seqs"
+    (most,) = (int(part) for part in str(error.value.limit).split() if part.isdecimal())
+    assert (
+        (most + 1) * (131072 + 8192 + 8) + 16384 + 4 < 2**31 <= (most + 2) * (131072 + 8192 + 8) + 16384 + 4
+    )

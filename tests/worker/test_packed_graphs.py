@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from headrace.kernels.slot_table import packed_inputs_reference
 from headrace.worker.device_slots import DeviceSlots, Work
 from headrace.worker.device_step import DeviceStep
 from headrace.worker.models import build_model
-from headrace.worker.packed_graphs import Form, Shape, shapes
+from headrace.worker.packed_graphs import Form, PackedGraphs, Shape, shapes
 from headrace.worker.parallel import TensorParallel
 
 CPU = torch.device("cpu")
@@ -94,6 +95,49 @@ def test_rows_keep_their_tokens_and_padding_fills_the_shape(step: DeviceStep) ->
     others = torch.ones(len(tensors.sampling_slots), dtype=torch.bool)
     others[places] = False
     assert (tensors.sampling_slots[others] == table.padding_slot).all()
+
+
+class Tape:
+    """Recordings that only note which shape is replayed."""
+
+    def __init__(self) -> None:
+        self.replayed: list[Shape] = []
+
+    def record(self, run: partial[None], rehearse: partial[None]) -> Tape.Recording:
+        return Tape.Recording(self.replayed, run.args[0].shape)
+
+    class Recording(NamedTuple):
+        replayed: list[Shape]
+        shape: Shape
+
+        def replay(self) -> None:
+            self.replayed.append(self.shape)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "length", "chosen"),
+    [(16, 2, [(0, 32)]), (17, 1, []), (20, 6, [(0, 512)]), (3, 100, [(0, 512)]), (3, 40, [(0, 128)])],
+)
+def test_a_step_is_padded_to_the_smallest_shape_with_room(
+    prompts: int, length: int, chosen: list[tuple[int, int]]
+) -> None:
+    """For its tokens and its prompts; to none that is much larger."""
+    model = build_model("LlamaForCausalLM", MODEL, torch.float32, CPU, TensorParallel(), 128)
+    slots = DeviceSlots(CPU, 24, 512, 16, 24 * 32)
+    shape = (1, 16, model.num_kv_heads, model.head_dim)
+    step = DeviceStep(model, [(torch.zeros(shape), torch.zeros(shape))], slots, 2)
+    tape: Any = Tape()
+    graphs = PackedGraphs(tape, step, 512)
+    for recorded in graphs.record_next():
+        graphs.use(recorded)
+    admitted = [
+        Admit(i, pack([1] * length), length, 0, pack(range(i * 32, i * 32 + 32)), Sampling())
+        for i in range(prompts)
+    ]
+    plan = StepPlan(0, b"", admitted, b"", pack(range(prompts)), pack([length] * prompts))
+    places = graphs.run(slots.apply(plan))
+    assert tape.replayed == chosen
+    assert (None if places is None else places.tolist()) == (list(range(prompts)) if chosen else None)
 
 
 def test_tiles_cover_each_prompt_token_once(step: DeviceStep) -> None:
