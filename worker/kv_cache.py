@@ -96,21 +96,32 @@ def size_cache(config: EngineConfig, block_bytes: int, budget: Budget) -> CacheS
     return CacheSize(num_blocks, block_bytes, arithmetic)
 
 
-def available_memory() -> int:
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that this process could still get: of the machine, and of its control group if that is less."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return min(int(fields["MemAvailable"].split()[0]) * 1024, _cgroup_room(Path("/sys/fs/cgroup")))
+    return min(int(fields["MemAvailable"].split()[0]) * 1024, _cgroup_room(cgroup))
 
 
 def _cgroup_room(root: Path) -> int:
-    for limit_name, usage_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit_name, usage_name, stat_name, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
     ):
-        limit_file, usage_file = root / limit_name, root / usage_name
-        if limit_file.exists() and usage_file.exists():
-            limit = limit_file.read_text().strip()
-            return _NO_LIMIT if limit == "max" else max(int(limit) - int(usage_file.read_text()), 0)
+        limit_file, usage_file, stat_file = root / limit_name, root / usage_name, root / stat_name
+        if not limit_file.exists() or not usage_file.exists():
+            continue
+        limit = limit_file.read_text().strip()
+        if limit == "max":
+            return _NO_LIMIT
+        stat = dict(line.split() for line in stat_file.read_text().splitlines()) if stat_file.exists() else {}
+        # Usage counts the kernel's copies of files too, the weights that were just read among them.
+        used = int(usage_file.read_text()) - int(stat.get(cached, 0))
+        return max(int(limit) - max(used, 0), 0)
     return _NO_LIMIT
 
 
