@@ -20,7 +20,7 @@ FOUND = {
     "architecture": "config.json: architectures",
     "vocab_size": "config.json: vocab_size",
     "eos_token_ids": "generation_config.json and config.json: eos_token_id",
-    "default_sampling": "generation_config.json",
+    "default_sampling": "generation_config.json; for the demo what its makers recommend",
     "dtype": "config.json: dtype, and what the device is good at",
     "device": "/dev/nvidiactl and CUDA_VISIBLE_DEVICES",
     "load_format": "the model's files",

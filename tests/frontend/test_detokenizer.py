@@ -27,12 +27,12 @@ def test_byte_level_deltas_are_exact(
 
 
 @pytest.mark.parametrize("skip", [False, True])
-@given(ids=st.lists(st.integers(0, 400), max_size=30), data=st.data())
+@given(ids=st.lists(st.integers(0, 400) | st.integers(259, 266), max_size=30), data=st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=50)
 def test_deltas_are_exact_in_every_family(
     any_tokenizer: Tokenizer, skip: bool, ids: list[int], data: st.DataObject
 ) -> None:
-    """Any ids, so broken characters too, cut up in any way."""
+    """Any ids, so broken characters too, cut up in any way; the last are SentencePiece's words."""
     decoder = DecoderFactory(any_tokenizer)(skip)
     text, rest = "", list(ids)
     while rest:
@@ -51,6 +51,12 @@ def test_real_text_comes_back(any_tokenizer: Tokenizer, text: str) -> None:
     ids = any_tokenizer.encode(text)
     decoder = DecoderFactory(any_tokenizer)(False)
     assert "".join(decoder.push([i]) for i in ids) + decoder.finish() == any_tokenizer.decode(ids, False)
+
+
+def test_sentencepiece_strips_the_first_space_of_the_text_alone(spm_tokenizer: Tokenizer) -> None:
+    decoder = DecoderFactory(spm_tokenizer)(True)
+    ids = [spm_tokenizer.backend.token_to_id(piece) for piece in ("<s>", "▁the", "▁mill", "▁▁", "▁mill")]
+    assert [decoder.push([i]) for i in ids if i is not None] == ["", "the", " mill", "  ", " mill"]
 
 
 def test_sentencepiece_bytes_come_when_their_run_has_ended(spm_tokenizer: Tokenizer) -> None:

@@ -46,3 +46,16 @@ def test_one_reader_for_each() -> None:
     with pytest.raises(RequestError, match="no request 'a' waits to be read"):
         unread.claim(second)
     assert len(unread) == 0
+
+
+def test_an_id_that_is_used_again_is_the_latest() -> None:
+    unread = UnreadRequests()
+    unread.add(request("again", ended=True))
+    for number in range(MAX_ENDED):
+        unread.add(request(str(number), ended=True))
+    again = request("again", ended=True)
+    unread.add(again)
+    for number in range(MAX_ENDED, 2 * MAX_ENDED - 1):
+        unread.add(request(str(number), ended=True))
+    assert len(unread) == MAX_ENDED  # others have been forgotten
+    assert unread.find("again") is again
