@@ -103,6 +103,37 @@ def test_a_replay_leaves_the_queue_again_and_counts_no_more(brought: list[int]) 
     assert request.num_cached_tokens == 2
 
 
+def test_a_requests_times_and_sizes() -> None:
+    metrics = FrontendMetrics()
+    metrics.request_ended(
+        num_prompt_tokens=3,
+        nums_generated=[5, 2],
+        max_tokens=7,
+        arrived=10.0,
+        scheduled=10.5,
+        first_token=11.5,
+        last_token=13.5,
+        now=14.0,
+    )
+    for name, value in (
+        ("e2e_request_latency_seconds", 4.0),
+        ("request_queue_time_seconds", 0.5),
+        ("request_inference_time_seconds", 3.0),
+        ("request_prefill_time_seconds", 1.0),
+        ("request_decode_time_seconds", 2.0),
+        ("request_time_per_output_token_seconds", 0.5),
+        ("request_prompt_tokens", 3),
+        ("request_generation_tokens", 7),
+        ("request_max_num_generation_tokens", 5),
+        ("request_params_n", 2),
+        ("request_params_max_tokens", 7),
+    ):
+        found = histogram(metrics, name)
+        assert (found.count, found.sum) == (1, value)
+        counted = {float(bound) for bound, count in found.buckets.items() if count}
+        assert counted == {bound for bound in map(float, found.buckets) if value <= bound}
+
+
 def test_completions_of_one_request() -> None:
     """Each may find more or less in the cache, and end before the others fail."""
     table = RequestTable()
