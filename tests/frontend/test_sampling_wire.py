@@ -80,6 +80,7 @@ def test_logprobs(make_config: MakeConfig) -> None:
     assert send(20, logprobs=True, prompt_logprobs=20) == (1, 20, [])
     assert send(-1, logprobs=-1, prompt_logprobs=0) == (500, 0, [])
     assert send(500, logprobs=500) == (500, None, [])
+    assert send(1000, logprobs=600, prompt_logprobs=501) == (500, 500, [])  # there are no more
     assert send(0, logprobs=2, logprob_token_ids=[3, 499]) == (None, None, [3, 499])
 
 
