@@ -45,6 +45,7 @@ def test_defaults(folder: Path) -> None:
     assert config.enable_prefix_caching
     assert config.enable_chunked_prefill
     assert (config.max_model_len, config.max_model_len_is_explicit) == (4096, False)
+    assert resolved(folder, max_model_len=4096).max_model_len_is_explicit
     assert config.served_model_name == config.model == str(folder)
     assert config.dtype == "bfloat16"
     assert EngineArgs is AsyncEngineArgs

@@ -94,6 +94,8 @@ def test_vocab_and_merges(tokenizer: Tokenizer, tmp_path: Path) -> None:
         assert loaded.encode(text) == [0, *tokenizer.encode(text)]
         assert loaded.encode(text, add_special_tokens=False) == tokenizer.encode(text)
     assert (loaded.bos_token_id, loaded.eos_token_id) == (0, 2)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": False}))
+    assert Tokenizer.load(tmp_path).encode("The quick") == tokenizer.encode("The quick")
 
 
 def test_names_and_sizes(tokenizer: Tokenizer) -> None:
