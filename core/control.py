@@ -141,10 +141,9 @@ class Control:
         at_work = self._turns[0] if self._condition is not None else None
         asked = [turn for turn in self._turns if turn.client == client]
         self._turns = deque(turn for turn in self._turns if turn is at_work or turn.client != client)
-        holds = client == self._holder or bool(asked)
-        if holds:
+        if client == self._holder:
             self._turns.append(_Turn(client, 0, self._lift(client)))
-        return holds
+        return client == self._holder or bool(asked)
 
     def advance(self) -> list[tuple[bytes, Reply]]:
         """Go on with what was asked; returns the replies that are due."""

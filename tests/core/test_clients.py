@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from array import array
 
-from headrace.core.clients import Splitter
-from headrace.core.request import Request
+from headrace.core.clients import Client, Splitter
+from headrace.core.request import Phase, Request
 from headrace.core.steps import Ended, Outputs
 from headrace.ipc.errors import ErrorInfo
 from headrace.ipc.messages import Finished, FinishReason, Sampling, Started, StepOutputs, pack
@@ -56,3 +56,13 @@ def test_an_end_without_a_token_reaches_its_client() -> None:
 
 def test_a_step_without_news_says_nothing() -> None:
     assert Splitter().split(outputs([])) == {}
+
+
+def test_a_request_whose_last_tokens_are_on_their_way_still_runs() -> None:
+    client = Client(1, "a", since=5.0)
+    client.requests = {number: request(b"a", number) for number in range(3)}
+    for each in list(client.requests.values())[:2]:
+        each.move(Phase.RUNNING)
+    client.requests[0].move(Phase.DRAINING)
+    stats = client.stats(7.0)
+    assert (stats.num_running, stats.num_waiting, stats.connected_seconds) == (2, 1, 2.0)

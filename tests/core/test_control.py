@@ -136,6 +136,40 @@ def test_nothing_is_asked_of_workers_that_start(rig: Rig) -> None:
     assert rig.command().name == "rank"
 
 
+def test_an_answer_to_an_earlier_question_does_not_count(rig: Rig) -> None:
+    rig.call("collective_rpc", method="rank")
+    rig.replies()
+    old = rig.command().number
+    rig.control.workers_lost()
+    rig.replies()
+    number = rig.call("collective_rpc", method="rank")
+    rig.replies()
+    new = rig.command().number
+    for rank in range(2):
+        rig.control.hear(CommandResult(rank, old))
+    assert rig.replies() == []
+    for rank in range(2):
+        rig.control.hear(CommandResult(rank, new))
+    assert [reply.call for _, reply in rig.replies()] == [number]
+
+
+def test_nobody_waits_for_requests_that_sleep(rig: Rig) -> None:
+    """They end when the engine is awake, and not before."""
+    rig.scheduler.add(Request(b"", 0, array("i", [1, 2]), Sampling(), 9))
+    plan = rig.scheduler.schedule(0.0)
+    assert plan is not None
+    rig.scheduler.update(StepResult(plan.step, pack([5])))
+    rig.call("sleep", mode="keep")
+    rig.replies()
+    number = rig.command().number
+    for rank in range(2):
+        rig.control.hear(CommandResult(rank, number))
+    rig.replies()
+    assert rig.scheduler.has_started_requests
+    waits = rig.call("pause_generation", mode="wait", clear_cache=False)
+    assert rig.replies() == [(b"a", Reply(waits))]
+
+
 def test_a_pause_waits_for_the_plans_in_flight(rig: Rig) -> None:
     rig.scheduler.add(Request(b"", 0, array("i", [1, 2]), Sampling(), 9))
     plan = rig.scheduler.schedule(0.0)

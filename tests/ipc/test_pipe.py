@@ -65,8 +65,11 @@ def test_posting_never_waits(ends: Ends) -> None:
 def test_a_frame_beyond_the_limit_is_refused() -> None:
     ours, theirs = socket_pair()
     core: Pipe[ToWorker, FromWorker] = Pipe(ours, FromWorker, 64)
-    theirs.sendall(frame(msgspec.msgpack.encode(Progress(0, "x"))))
-    assert core.recv(1) == Progress(0, "x")
+    longest = Progress(0, "x" * 51)
+    data = frame(msgspec.msgpack.encode(longest))
+    assert len(data) == 4 + 64
+    theirs.sendall(data)
+    assert core.recv(1) == longest
     theirs.sendall(b"\x41\0\0\0")
     assert poll_pipes([core], 1) == [0]
     with pytest.raises(msgspec.DecodeError, match="65 bytes"):

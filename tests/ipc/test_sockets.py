@@ -14,7 +14,13 @@ import zmq
 from headrace.ipc.addresses import check_address
 from headrace.ipc.errors import ConfigError, ErrorInfo
 from headrace.ipc.messages import Bye, Call, Hello, Refused, Reply, ToCore
-from headrace.ipc.sockets import MAX_UNDELIVERED_BYTES, ClientSocket, Delivery, ServerSocket
+from headrace.ipc.sockets import (
+    MAX_TO_CORE_BYTES,
+    MAX_UNDELIVERED_BYTES,
+    ClientSocket,
+    Delivery,
+    ServerSocket,
+)
 
 
 @pytest.fixture
@@ -85,6 +91,7 @@ def test_a_client_that_does_not_read_is_given_up_at_a_limit(server: ServerSocket
         sent = 0
         while (delivery := server.send(identity, message)) is Delivery.SENT:
             sent += 1
+            assert all(outbox.size <= MAX_UNDELIVERED_BYTES for outbox in server._outboxes.values())
         assert delivery is Delivery.GIVEN_UP
         assert sent << 20 > MAX_UNDELIVERED_BYTES  # kept by us, beside what ZeroMQ and the kernel hold
         assert server.has_undelivered
@@ -139,13 +146,47 @@ def test_last_words_leave_before_the_socket_closes(tmp_path: Path) -> None:
     client.close()
 
 
-def test_the_folder_is_private(server: ServerSocket, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [0o755, 0o710, 0o701])
+def test_the_folder_is_private(server: ServerSocket, tmp_path: Path, mode: int) -> None:
     assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o700
     open_folder = tmp_path / "open"
     open_folder.mkdir()
-    open_folder.chmod(0o755)
-    with pytest.raises(ConfigError, match="mode 0700, it has 0755"):
+    open_folder.chmod(mode)
+    with pytest.raises(ConfigError, match=f"mode 0700, it has {mode:04o}"):
         ServerSocket(f"ipc://{open_folder}/core")
+
+
+def test_a_frame_to_the_core_has_a_largest_size(server: ServerSocket, tmp_path: Path) -> None:
+    with zmq.Context[zmq.Socket[bytes]]() as context, context.socket(zmq.DEALER) as raw:
+        raw.setsockopt(zmq.LINGER, 0)
+        raw.setsockopt(zmq.RECONNECT_IVL, -1)
+        monitor = raw.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        raw.connect(f"ipc://{tmp_path}/folder/core")
+        raw.send(bytes(MAX_TO_CORE_BYTES))
+        assert isinstance(receive(server)[1], msgspec.DecodeError)
+        assert not monitor.poll(0)
+        raw.send(bytes(MAX_TO_CORE_BYTES + 1))
+        assert monitor.poll(20_000)
+        assert server.recv() is None
+        raw.disable_monitor()
+        monitor.close(linger=0)
+
+
+def test_a_client_that_connects_anew_takes_its_name_along(server: ServerSocket, tmp_path: Path) -> None:
+    """The old connection may look alive for a while when a network has broken."""
+    with zmq.Context[zmq.Socket[bytes]]() as context:
+        socks = [context.socket(zmq.DEALER) for _ in range(2)]
+        for number, sock in enumerate(socks):
+            sock.setsockopt(zmq.LINGER, 0)
+            sock.routing_id = b"the same"
+            sock.connect(f"ipc://{tmp_path}/folder/core")
+            sock.send(msgspec.msgpack.encode(Call(number, "ping")))
+            assert receive(server) == (b"the same", Call(number, "ping"))
+        assert server.send(b"the same", Reply(7)) is Delivery.SENT
+        assert socks[1].poll(20_000)
+        assert msgspec.msgpack.decode(socks[1].recv(), type=Reply) == Reply(7)
+        for sock in socks:
+            sock.close()
 
 
 def test_one_core_per_address(server: ServerSocket, client: ClientSocket, tmp_path: Path) -> None:
