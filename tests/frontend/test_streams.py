@@ -133,6 +133,17 @@ def test_repetition_ends_a_completion_unless_it_ends_anyway() -> None:
     asyncio.run(main())
 
 
+def test_a_message_may_bring_several_tokens_of_a_request() -> None:
+    async def main() -> None:
+        bench = Bench()
+        task = asyncio.create_task(collect(bench.stream(bench.add("a", DELTA))))
+        await turn()
+        bench.table.apply(StepOutputs(pack([0, 0]), pack([5, 6]), [], [end(0)]))
+        assert [seen(output) for output in await task] == [[(0, [5, 6], "length")]]
+
+    asyncio.run(main())
+
+
 def test_an_output_never_changes() -> None:
     async def main() -> None:
         bench = Bench()
