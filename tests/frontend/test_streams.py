@@ -285,18 +285,29 @@ def test_held_back_text_is_flushed_once(tokenizer: Tokenizer) -> None:
     asyncio.run(main())
 
 
-def test_nothing_follows_a_stop_string() -> None:
-    """Not even what a character would amount to that the same token begins."""
+@pytest.fixture
+def broken_tokenizer() -> Tokenizer:
+    """Token 1 begins a character, token 2 does so after an "a"."""
     backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "Ã": 1, "aÃ": 2}, merges=[("a", "Ã")]))
     backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize(
+    ("stop", "token", "text", "reason"), [("a", 2, "", "stop"), ("zz", 1, "\ufffd", "length")]
+)
+def test_a_character_that_stays_incomplete(
+    broken_tokenizer: Tokenizer, stop: str, token: int, text: str, reason: str
+) -> None:
+    """It is shown at the end, but for what follows a stop string."""
 
     async def main() -> None:
-        bench = Bench(Tokenizer(backend))
-        task = asyncio.create_task(collect(bench.stream(bench.add("a", FINAL, stop=["a"]))))
+        bench = Bench(broken_tokenizer)
+        task = asyncio.create_task(collect(bench.stream(bench.add("a", FINAL, stop=[stop]))))
         await turn()
-        assert bench.step({0: 2}) == [0]
+        bench.step({0: token}, end(0))
         (output,) = await task
-        assert (output.outputs[0].text, output.outputs[0].stop_reason) == ("", "a")
+        assert (output.outputs[0].text, output.outputs[0].finish_reason) == (text, reason)
 
     asyncio.run(main())
 
