@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 import torch
 from headrace.ipc.config import EngineConfig
@@ -145,3 +146,13 @@ def test_the_layout_puts_single_tokens_first(runner: ModelRunner) -> None:
     # Slot 0 still has a token to go; slots 1 and 2 sample, in the plan's order.
     assert inputs.last_tokens is not None
     assert inputs.last_tokens.tolist() == [0, 7]
+
+
+def test_the_shortest_models_are_warmed_up_too(config: EngineConfig) -> None:
+    threads = torch.get_num_threads()
+    for length in (2, 3, 8):
+        runner = ModelRunner(msgspec.structs.replace(config, max_model_len=length), 0, "")
+        runner.load(lambda phase: logging.info(phase))
+        runner.allocate(8, length)
+        runner.warm_up()
+    torch.set_num_threads(threads)

@@ -284,6 +284,23 @@ def test_min_tokens_counts_generated_tokens() -> None:
     assert sample(logits, requests) == [2, 2, 0]
 
 
+def test_a_prompt_that_ends_joins_the_rows_that_sample() -> None:
+    """No slot is new then: only which rows sample differs."""
+    slots = Slots(2, 16, 16, 4)
+    admits = [
+        Admit(0, pack([1]), 1, 0, pack([0]), Sampling(temperature=0)),
+        Admit(1, pack([1, 2, 3, 4]), 4, 0, pack([1]), Sampling(allowed_token_ids=pack([2]))),
+    ]
+    sampler, logits = Sampler(CPU), torch.eye(8)
+    first = slots.apply(StepPlan(0, b"", admits, b"", pack([1, 0]), pack([2, 1])))
+    tokens = sampler.sample(logits[[5]].clone(), slots, first).tokens
+    assert tokens.tolist() == [5]
+    slots.commit(first, tokens.numpy())
+    second = slots.apply(StepPlan(1, b"", [], b"", None, pack([2, 1])))
+    assert not second.changed
+    assert sampler.sample(logits[[6, 7]].clone(), slots, second).tokens.tolist() == [2, 7]
+
+
 def test_steps_in_a_row_need_no_new_description() -> None:
     """The same rows again: parameters come from the cache, positions move on."""
     torch.manual_seed(7)
