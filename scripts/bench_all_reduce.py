@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from benchlib.gpus import require_gpus
 from headrace.kernels.all_reduce import (
     all_reduce_reference,
     all_reduce_triton,
@@ -200,6 +201,7 @@ def main() -> None:
         parser.error("--width: squares are left of rows of whole blocks, multiples of 256")
     if args.ranks < 2:
         parser.error("--ranks: at least 2 GPUs are needed")
+    require_gpus(parser, args.ranks)
     with tempfile.TemporaryDirectory() as folder:
         place = os.path.join(folder, "ranks")
         command = [sys.executable, *sys.argv, "--ranks", str(args.ranks), "--rendezvous", place, "--rank"]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 from benchlib.decode_chain import MODELS, DecodeChain, Shape, Weights
+from benchlib.gpus import require_gpus
 from benchlib.graph_timing import BYTES_PER_US, Row, compiled_in_parallel, graph_us, report
 from benchlib.kernel_checks import check_attention, check_linear, check_step
 from benchlib.linear_bench import bench_linear, bench_splits, bench_tilings, forced, implementations
@@ -176,6 +177,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="try tilings, splits and tunings, too")
     parser.add_argument("--tables", nargs="+", help="only those of these titles")
     args = parser.parse_args()
+    require_gpus(parser)
     device = torch.device("cuda", 0)
     results: dict[str, Any] = {}
     for name in args.models:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchlib.gpus import require_gpus
 from benchlib.made_up_tokenizer import make_tokenizer
 from headrace.core.request import Request
 from headrace.core.scheduler import Scheduler
@@ -185,6 +186,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--rendezvous", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    require_gpus(parser, args.tensor_parallel_size)
     with tempfile.TemporaryDirectory() as folder:
         args.rendezvous = args.rendezvous or f"{folder}/ranks"
         args.tokenizer = None

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from benchlib.decode_chain import Shape
+from benchlib.gpus import require_gpus
 from benchlib.graph_timing import BYTES_PER_US, compiled_in_parallel, graph_us
 from headrace.kernels.medium_batch_linear import Tiling, medium_batch_linear, parts_of, tiling
 from headrace.kernels.silu_mul import silu_mul
@@ -256,7 +257,7 @@ def bench_layer(bench: Bench, shape: Shape, tokens: int, best: dict[str, Tiling]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--models", nargs="+", default=["qwen2.5-1.5b", "llama-3.2-1b", "llama-3.1-8b", "qwen3-0.6b"]
     )
@@ -265,6 +266,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--out", type=Path, default=Path("."))
     args = parser.parse_args()
+    require_gpus(parser)
     begun = time.monotonic()
     bench = Bench(torch.device("cuda"))
     results: dict[str, Any] = {}

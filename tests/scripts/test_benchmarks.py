@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchlib.engines import Trace
 from benchlib.harness import percentiles
 
@@ -150,6 +151,24 @@ def test_an_unknown_engine_is_refused_at_once(flags: list[str], complaint: str) 
     refused = bench("latency", *flags)
     assert refused.returncode == 2
     assert complaint in refused.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they would run")
+@pytest.mark.parametrize(
+    ("script", "needs"),
+    [
+        (["bench_kernels.py"], "needs 1 GPU; torch shows 0"),
+        (["bench_all_reduce.py", "--ranks", "2"], "needs 2 GPUs; torch shows 0"),
+        (["profile_step.py", "--model", str(SCRIPTS / "models" / "opt-125m")], "needs 1 GPU; torch shows 0"),
+        (["sweep_medium_batch.py", "--out", "nowhere"], "needs 1 GPU; torch shows 0"),
+    ],
+)
+def test_what_measures_gpus_says_so_where_there_are_none(script: list[str], needs: str) -> None:
+    command = [sys.executable, str(SCRIPTS / script[0]), *script[1:]]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.rstrip().endswith(needs)
+    assert "Traceback" not in refused.stderr
 
 
 def test_scaling_over_frontends() -> None:
