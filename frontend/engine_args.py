@@ -382,13 +382,32 @@ def _from_model(files: ModelFiles, key: str) -> int:
 
 
 def _max_model_len(args: AsyncEngineArgs, hf_config: dict[str, Any]) -> int:
-    limit = hf_config.get("max_position_embeddings")
+    trained = hf_config.get("max_position_embeddings")
+    if not isinstance(trained, int):
+        return args.max_model_len or 2048
+    limit = max(trained, _scaled_length(hf_config, trained))
     if args.max_model_len is None:
-        return limit if isinstance(limit, int) and limit > 0 else 2048
-    if isinstance(limit, int) and args.max_model_len > limit:
-        message = f"max_model_len={args.max_model_len} is beyond the model's max_position_embeddings={limit}"
+        return limit if limit > 0 else 2048
+    if args.max_model_len > limit:
+        reach = f"max_position_embeddings={trained}" + (f", scaled {limit}" if limit > trained else "")
+        message = f"max_model_len={args.max_model_len} is beyond the model's {reach}"
         raise ConfigError(message, parameter="max_model_len", value=args.max_model_len, limit=limit)
     return args.max_model_len
+
+
+def _scaled_length(hf_config: dict[str, Any], trained: int) -> int:
+    """Tokens that linear and YaRN scaling stretch the trained length to; 0: neither, or nonsense, which the
+    worker refuses by name.
+    """
+    rope = hf_config.get("rope_scaling") or hf_config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return 0
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+    start = rope.get("original_max_position_embeddings") if kind == "yarn" else trained
+    start = trained if start is None else start
+    if kind not in ("linear", "yarn") or not isinstance(start, int) or not isinstance(factor, int | float):
+        return 0
+    return int(start * factor) if start * factor < 1 << 31 else 0
 
 
 def _batch_invariant(args: AsyncEngineArgs, device: Device) -> bool:

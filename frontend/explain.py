@@ -24,7 +24,7 @@ FOUND = {
     "dtype": "config.json: dtype, and what the device is good at",
     "device": "/dev/nvidiactl and CUDA_VISIBLE_DEVICES",
     "load_format": "the model's files",
-    "max_model_len": "config.json: max_position_embeddings; the core lowers it to what the KV cache holds",
+    "max_model_len": "config.json: max_position_embeddings, scaled; lowered to what the KV cache holds",
     "max_model_len_is_explicit": "whether --max-model-len is given",
     "max_num_batched_tokens": "default on this device",
     "tokenizer_json": "the tokenizer",

@@ -101,4 +101,7 @@ def _rope_scaling(path: Path, header: GgufHeader, name: str) -> dict[str, Any] |
     factor = metadata.get(f"{name}.rope.scaling.factor", metadata.get(f"{name}.rope.scale_linear", 1.0))
     # Files that are older than the other kinds name no kind.
     kind = metadata.get(f"{name}.rope.scaling.type", "none" if factor == 1 else "linear")
-    return None if kind == "none" else {"rope_type": kind, "factor": factor}
+    scaling = {"rope_type": kind, "factor": factor}
+    if trained := metadata.get(f"{name}.rope.scaling.original_context_length"):
+        scaling["original_max_position_embeddings"] = trained
+    return None if kind == "none" else scaling

@@ -52,6 +52,31 @@ def test_defaults(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("scaling", "length"),
+    [
+        ({"type": "linear", "factor": 2.0}, 8192),
+        ({"rope_type": "yarn", "factor": 4.0}, 16384),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 3000}, 12000),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 500}, 4096),
+        ({"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 500}, 4096),
+        ({"rope_type": "llama3", "factor": 8.0}, 4096),
+        ({"rope_type": "linear", "factor": 1e308}, 4096),
+        ({"rope_type": "linear", "factor": "twice"}, 4096),
+    ],
+)
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_scaled_positions_reach_farther(
+    folder: Path, name: str, scaling: dict[str, Any], length: int
+) -> None:
+    (folder / "config.json").write_text(json.dumps(LLAMA | {name: scaling}))
+    assert resolved(folder).max_model_len == length
+    assert resolved(folder, max_model_len=length).max_model_len == length
+    with pytest.raises(ConfigError, match=f"max_position_embeddings=4096.*{length}|=4096$") as caught:
+        resolved(folder, max_model_len=length + 1)
+    assert caught.value.limit == str(length)
+
+
+@pytest.mark.parametrize(
     ("wanted", "stored", "dtype"),
     [
         ("auto", "float32", "bfloat16"),

@@ -73,12 +73,16 @@ def test_llama3_rope_scaling_is_read_from_its_divisors(tmp_path: Path) -> None:
         ({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
         ({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
         (
-            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
-            {"rope_type": "yarn", "factor": 4.0},
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.original_context_length": 128,
+            },
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
         ),
     ],
 )
-def test_rope_scaling_of_which_only_the_factor_is_named_is_linear(
+def test_rope_scaling_is_linear_where_only_a_factor_is_named(
     change: dict[str, Any], scaling: dict[str, Any] | None
 ) -> None:
     metadata = METADATA | {f"qwen3.{key}": value for key, value in change.items()}

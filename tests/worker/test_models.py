@@ -50,6 +50,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 OPT: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -76,6 +77,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", SMALL),
     "qwen2-tied": ("Qwen2", SMALL | {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", SMALL | {"head_dim": 12}),
+    "qwen3-yarn": (
+        "Qwen3",
+        SMALL | {"head_dim": 12, "rope_scaling": YARN | {"original_max_position_embeddings": 32}},
+    ),
     "opt": ("OPT", OPT),
     "opt-norm-after-projected": ("OPT", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     "opt-untied-no-biases": ("OPT", OPT | {"tie_word_embeddings": False, "enable_bias": False}),
@@ -249,6 +254,15 @@ ROPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
     },
     "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "yarn": {"rope_theta": 1e6, "rope_scaling": YARN},
+    "yarn-of-all-pairs": {"rope_scaling": YARN | {"original_max_position_embeddings": 8}},
+    "yarn-without-a-factor": {
+        "rope_scaling": {"type": "yarn", "factor": None, "original_max_position_embeddings": 1 << 14}
+    },
+    "yarn-with-options": {
+        "rope_scaling": YARN | {"attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2, "truncate": False}
+    },
+    "yarn-with-weights": {"rope_scaling": YARN | {"factor": 3.3, "mscale": 1.2, "mscale_all_dim": 0.7}},
 }
 
 
@@ -323,7 +337,8 @@ def test_bfloat16_stays_close(tmp_path: Path, make_config: MakeConfig) -> None:
         ("LlamaForCausalLM", {"rope_scaling": {"type": "linear"}}, "factor None, where its rope scaling"),
         ("LlamaForCausalLM", {"rope_scaling": {"type": "llama3", "factor": 8}}, "low_freq_factor None"),
         ("LlamaForCausalLM", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ("LlamaForCausalLM", {"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type 'yarn'"),
+        ("LlamaForCausalLM", {"rope_scaling": {"type": "longrope", "factor": 4}}, "rope_type 'longrope'"),
+        ("LlamaForCausalLM", {"rope_scaling": {"type": "yarn", "factor": 0}}, "factor 0, where its rope"),
         (
             "LlamaForCausalLM",
             {"rope_scaling": {"type": "dynamic", "factor": 4}, "max_position_embeddings": 32},
