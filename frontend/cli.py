@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 Action: TypeAlias = Callable[[], object]
 
+_NOBODY_READS = 141
+"""Exit code when standard output was closed, as shells have it."""
+
 _BENCHMARKS = {
     "latency": "bench_latency.py",
     "throughput": "bench_throughput.py",
@@ -65,7 +68,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except RefusedError as error:
         print(f"headrace {command}: {error}", file=sys.stderr)
         sys.exit(2)
-    action()
+    try:
+        try:
+            action()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be written
+        sys.exit(_NOBODY_READS)
 
 
 def _engine_core(parser: _Parser, words: Sequence[str]) -> Action:

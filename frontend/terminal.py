@@ -7,7 +7,6 @@ figures and errors go to standard error. Ctrl-C aborts the answer under way; in 
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,8 +24,6 @@ from .sampling_params import RequestOutputKind, SamplingParams
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
-NOBODY_READS = 141
-"""The same after `| head` has read enough."""
 _HELP = "/clear forgets the conversation, /help shows this, /exit or Ctrl-D leaves; Ctrl-C stops an answer"
 
 
@@ -54,8 +51,6 @@ class Answering:
                 runner.run(answer.show(prompt if continues else _render(engine, messages)))
             except KeyboardInterrupt:
                 return INTERRUPTED
-            except BrokenPipeError:
-                return _hung_up()
             except (RequestError, EngineDeadError) as error:
                 terminal.complain(error)
                 return 1
@@ -91,8 +86,6 @@ class Answering:
                 except KeyboardInterrupt:
                     _end_line(answer.text)
                     terminal.note("(stopped)")
-                except BrokenPipeError:
-                    return _hung_up()
                 except RequestError as error:
                     messages.pop()
                     terminal.complain(error)
@@ -206,12 +199,6 @@ def _render(engine: AsyncLLM, messages: Sequence[dict[str, str]]) -> Prompt:
     assert isinstance(text, str)
     parse_prompt(text)  # a terminal can send what is no text
     return tokenizer.encode(text, add_special_tokens=False)
-
-
-def _hung_up() -> int:
-    """What is left to be written goes nowhere; returns the exit code."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return NOBODY_READS
 
 
 def _end_line(text: str) -> None:

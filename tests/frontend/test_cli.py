@@ -59,6 +59,17 @@ def test_every_engine_argument_is_a_flag() -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("command", ["explain-config", "models"])
+def test_a_reader_that_has_enough_ends_a_command_quietly(model: str, command: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    flags = ["--model", model, "--skip-tokenizer-init", "--load-format=dummy"]
+    words = [*HEADRACE, command, *(flags if command == "explain-config" else [])]
+    ended = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, check=False, timeout=250)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
 def test_explain_config_prints_what_the_arguments_lead_to(model: str) -> None:
     flags = ["--skip-tokenizer-init", "--load-format=dummy", "--no-enable-prefix-caching"]
     flags += ["--structured-outputs-config", '{"disable_any_whitespace": true}']
