@@ -82,6 +82,10 @@ class AsyncEngineArgs:
     served_model_name: str | None = None
     generation_config: str = "auto"
     """Where sampling defaults come from: "auto" (the model), "vllm" (none), or a folder."""
+    override_generation_config: dict[str, Any] | None = None
+    """What holds instead of those, in generation_config.json's names: `{"temperature": 0.6}`."""
+    hf_overrides: dict[str, Any] | None = None
+    """What holds instead of what config.json says: `{"rope_scaling": {"rope_type": "yarn", ...}}`."""
     scheduling_policy: str = "fcfs"
     """"fcfs", or "priority": requests may name one, and the more urgent displace the less."""
     max_queued_requests: int = 65_536
@@ -151,6 +155,7 @@ def resolve(args: AsyncEngineArgs) -> EngineConfig:
     files = model_files.read_model(
         args.model, args.generation_config, with_weights=load_format not in _NO_WEIGHTS
     )
+    files = model_files.overridden(files, args.hf_overrides or {}, args.override_generation_config or {})
     device = _device()
     max_model_len = _max_model_len(args, files.hf_config)
     tokenizer = _tokenizer(args, files)
@@ -215,6 +220,12 @@ def check_attached(args: AsyncEngineArgs, config: EngineConfig) -> None:
             agrees = _DTYPES.get(wanted) == running
         elif name == "disable_log_stats":
             agrees = wanted is not running
+        elif name == "hf_overrides":
+            running = {key: config.hf_config.get(key) for key in wanted}
+            agrees = wanted == running
+        elif name == "override_generation_config":
+            running = config.default_sampling
+            agrees = model_files.sampling_of(wanted).items() <= running.items()
         else:
             agrees = wanted == running or name == "generation_config"
         if not agrees:
@@ -284,6 +295,9 @@ def _check(args: AsyncEngineArgs) -> None:
     if args.block_size & (args.block_size - 1):
         raise _refusal("block_size", args.block_size, "a power of two from 1 to 256")
     args.structured_outputs_config = _structured_outputs(args)
+    _check_json(args, "hf_overrides")
+    _check_json(args, "override_generation_config")
+    model_files.check_generation(args.override_generation_config or {}, "override_generation_config")
     _check_number(args, "gpu_memory_utilization", 1.0, "a number in (0, 1]")
     _check_number(args, "hang_seconds", math.inf, "a number of seconds > 0")
     _check_number(args, "engine_core_reconnect_seconds", math.inf, "a number of seconds > 0")
@@ -319,6 +333,18 @@ def _structured_outputs(args: AsyncEngineArgs) -> StructuredOutputsConfig | None
         limit = "backend 'auto' or 'guidance', disable_any_whitespace, disable_additional_properties"
         message = f"structured_outputs_config: {error}, got {given!r:.200} (known are {limit})"
         raise ConfigError(message, parameter="structured_outputs_config", value=given, limit=limit) from error
+
+
+def _check_json(args: AsyncEngineArgs, name: str) -> None:
+    """An object as it may stand in a JSON file, or None."""
+    value = getattr(args, name)
+    try:
+        read = None if value is None else msgspec.json.decode(msgspec.json.encode(value))
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        read = ...
+    if read is not None and not isinstance(read, dict):
+        raise _refusal(name, value, "a dict that JSON can hold")
+    setattr(args, name, read)
 
 
 def _check_number(args: AsyncEngineArgs, name: str, high: float, limit: str) -> None:

@@ -12,6 +12,13 @@ from .engine_args import AsyncEngineArgs, resolve
 
 ARGUMENT = {"log_stats": "disable_log_stats", "tokenizer_json": "tokenizer"}
 """Values that have another name as an argument."""
+_OTHERS = {
+    "tokenizer": ["skip_tokenizer_init"],
+    "tokenizer_json": ["skip_tokenizer_init"],
+    "hf_config": ["hf_overrides"],
+    "default_sampling": ["override_generation_config", "generation_config"],
+}
+"""Arguments that values come from besides their own; the first that is given is told."""
 FOUND = {
     "model_path": "where the model was found",
     "served_model_name": "the model's name",
@@ -62,11 +69,8 @@ def _source(name: str, given: Mapping[str, Any]) -> str:
     argument = ARGUMENT.get(name, name)
     if argument in given:
         return _flag(argument)
-    if name in ("tokenizer", "tokenizer_json") and "skip_tokenizer_init" in given:
-        return _flag("skip_tokenizer_init")
-    if name == "default_sampling" and "generation_config" in given:
-        return _flag("generation_config")
-    return FOUND.get(name, "default")
+    said = [_flag(other) for other in _OTHERS.get(name, ()) if other in given]
+    return said[0] if said else FOUND.get(name, "default")
 
 
 def _flag(argument: str) -> str:

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ..ipc.errors import ConfigError
+from ..ipc.errors import ConfigError, RequestError
 from ..ipc.gguf import read_gguf_header
 from .gguf_config import config_from_gguf
+from .names import nearest
+from .sampling_params import SamplingParams
 
 DEMO = "demo"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
@@ -101,6 +103,35 @@ def read_model(name: str, generation_config: str, *, with_weights: bool = True) 
     return ModelFiles(path, hf_config, read_json(file, "generation_config", why))
 
 
+def overridden(files: ModelFiles, config: dict[str, Any], generation: dict[str, Any]) -> ModelFiles:
+    """`files` with what is said instead of what `config.json` and `generation_config.json` say."""
+    hf_config = files.hf_config | config
+    for name, other in ("rope_scaling", "rope_parameters"), ("rope_parameters", "rope_scaling"):
+        if name in config and other not in config:  # the same by its old and its new name
+            old = hf_config.pop(other, None) or {}
+            hf_config.setdefault("rope_theta", old.get("rope_theta"))
+    return files._replace(hf_config=hf_config, generation_config=files.generation_config | generation)
+
+
+def check_generation(values: dict[str, Any], parameter: str) -> None:
+    """Raise ConfigError, in which they are `parameter`, for what says nothing or is out of range."""
+    known = ["eos_token_id", *_SAMPLING_KEYS]
+    for name in values:
+        if name not in known:
+            limit = ", ".join(known)
+            message = f"{parameter}: {name!r} is not among {limit}{nearest(name, known)}"
+            raise ConfigError(message, parameter=parameter, value=name, limit=limit)
+    ids = values.get("eos_token_id")
+    if ids is not None and not all(type(each) is int for each in (ids if isinstance(ids, list) else [ids])):
+        limit = "a token id or a list of them"
+        message = f"{parameter}: eos_token_id must be {limit}, got {ids!r}"
+        raise ConfigError(message, parameter=parameter, value=ids, limit=limit)
+    try:
+        SamplingParams(**sampling_of(values))
+    except (RequestError, TypeError) as error:
+        raise ConfigError(f"{parameter}: {error}", parameter=parameter, value=values) from error
+
+
 def read_json(path: Path, parameter: str, expected: str) -> dict[str, Any]:
     """The JSON object in a file. Raises ConfigError naming the file and what was `expected`."""
     try:
@@ -126,7 +157,11 @@ def eos_token_ids(files: ModelFiles) -> list[int]:
 
 def default_sampling(files: ModelFiles) -> dict[str, float | int]:
     """The sampling defaults that the model's makers recommend, under `SamplingParams` names."""
-    given = files.generation_config
+    return sampling_of(files.generation_config)
+
+
+def sampling_of(given: dict[str, Any]) -> dict[str, Any]:
+    """What generation_config.json's names say of sampling, under `SamplingParams` names."""
     return {ours: given[theirs] for theirs, ours in _SAMPLING_KEYS.items() if given.get(theirs) is not None}
 
 

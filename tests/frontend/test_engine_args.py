@@ -125,6 +125,14 @@ def test_a_step_holds_the_longest_prompt_without_chunking(folder: Path) -> None:
         ("scheduling_policy", "lifo"),
         ("generation_config", "missing-folder"),
         ("tokenizer", "./missing"),
+        ("hf_overrides", "yarn"),
+        ("hf_overrides", {"rope_scaling": object()}),
+        ("hf_overrides", lambda config: config),
+        ("override_generation_config", [0.6]),
+        ("override_generation_config", {"temperatur": 0.6}),
+        ("override_generation_config", {"temperature": -1}),
+        ("override_generation_config", {"top_k": "all"}),
+        ("override_generation_config", {"eos_token_id": "</s>"}),
         ("structured_outputs_config", "guidance"),
         ("structured_outputs_config", {"backend": "xgrammar"}),
         ("structured_outputs_config", {"disable_any_whitespace": 1}),
@@ -207,6 +215,30 @@ def test_generation_config(folder: Path) -> None:
     assert resolved(folder, generation_config=str(other)).default_sampling == {"top_p": 0.5}
 
 
+def test_overrides_of_the_generation_config(folder: Path) -> None:
+    given = {"temperature": 0.6, "top_k": 20, "eos_token_id": [2, 3]}
+    (folder / "generation_config.json").write_text(json.dumps(given))
+    config = resolved(folder, override_generation_config={"top_k": None, "min_p": 0.1, "eos_token_id": 5})
+    assert config.default_sampling == {"temperature": 0.6, "min_p": 0.1}
+    assert config.eos_token_ids == [2, 5]
+    own = resolved(folder, generation_config="vllm", override_generation_config={"max_new_tokens": 9})
+    assert own.default_sampling == {"max_tokens": 9}
+
+
+def test_overrides_of_the_model_config(folder: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    for stored in ({"rope_theta": 1e6}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}):
+        (folder / "config.json").write_text(json.dumps(LLAMA | stored))
+        config = resolved(folder, hf_overrides={"rope_scaling": yarn, "vocab_size": 400})
+        assert (config.vocab_size, config.max_model_len) == (400, 4 * 4096)
+        assert (config.hf_config["rope_scaling"], config.hf_config["rope_theta"]) == (yarn, 1e6)
+        assert "rope_parameters" not in config.hf_config
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"rope_scaling": yarn}))
+    plain = resolved(folder, hf_overrides={"rope_parameters": {"rope_type": "default"}})
+    assert plain.max_model_len == 4096
+    assert "rope_scaling" not in plain.hf_config
+
+
 def test_structured_outputs_as_dict_or_object(folder: Path) -> None:
     wanted = StructuredOutputsConfig(backend="guidance", disable_any_whitespace=True)
     assert resolved(folder, structured_outputs_config=wanted).structured_outputs_config == wanted
@@ -230,6 +262,8 @@ def test_an_attached_core_is_not_contradicted(folder: Path) -> None:
         dtype="half",
         disable_log_stats=True,
         structured_outputs_config=tight,
+        hf_overrides={"vocab_size": 400},
+        override_generation_config={"temperature": 0.5, "top_k": 9},
     )
 
     def check(**given: Any) -> None:
@@ -239,6 +273,10 @@ def test_an_attached_core_is_not_contradicted(folder: Path) -> None:
     check(model="mill", structured_outputs_config=tight)
     check(model=str(folder), dtype="float16")
     check(disable_log_stats=True, skip_tokenizer_init=True)
+    check(hf_overrides={"vocab_size": 400}, override_generation_config={"top_k": 9})
+    for name, said in (("hf_overrides", {"vocab_size": 500}), ("override_generation_config", {"top_k": 8})):
+        with pytest.raises(ConfigError, match=name):
+            check(**{name: said})
     other = ("structured_outputs_config", {"backend": "auto"})
     for name, value in (("model", "other"), ("block_size", 32), ("dtype", "float32"), ("seed", 4), other):
         with pytest.raises(ConfigError, match=name):
