@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import uuid
 from contextlib import suppress
 from functools import partial
 
@@ -77,7 +78,7 @@ class Core:
     def _serve(self, server: ServerSocket, workers: Workers) -> ExitCode:
         config = self._start.config
         size = workers.bring_up(partial(size_cache, config), self._progress)
-        info = EngineInfo(size.max_model_len, size.num_blocks, os.getpid(), __version__)
+        info = EngineInfo(size.max_model_len, size.num_blocks, os.getpid(), __version__, uuid.uuid4().hex)
         self._serving = Engine(config, info, server, workers, self._signals.fileno(), self._attend)
         gc.collect()
         gc.freeze()  # what lives this long stays: later collections look at requests only

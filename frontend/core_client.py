@@ -78,6 +78,9 @@ class Requests(Protocol):
     def lose_core(self, max_replays: int, *, beyond_doubt: bool) -> None:
         """The core is gone, and all that it knew; `beyond_doubt`: only one of these can be the cause."""
 
+    def lose_connection(self) -> None:
+        """The core lives, but has forgotten them."""
+
     @property
     def owes_replays(self) -> bool:
         """`replays` is to be asked."""
@@ -98,6 +101,8 @@ class _Outage:
     began: float
     deadline: float
     """Both of time.monotonic()."""
+    beyond_doubt: bool
+    """If one of the requests was the cause, it is one of ours."""
 
 
 class CoreClient:
@@ -341,11 +346,9 @@ class CoreClient:
         logger.warning("lost the engine core, waiting for its return: %s", cause)
         if self._outage is None:
             now = time.monotonic()
-            self._outage = _Outage(cause, now, now + self._patience)
             doubt = self._calls.have_lost_cores or not self._may_try
-            self._requests.lose_core(self.config.max_replays, beyond_doubt=not doubt)
+            self._outage = _Outage(cause, now, now + self._patience, not doubt)
             self._turn_call, self._has_turn = -1, False
-            self._calls.lose_core(self.config.max_replays, cause)
         core = self._connection.core
         if is_alive:
             self._connection.use(None, core)
@@ -412,6 +415,12 @@ class CoreClient:
             if was != now:
                 self._die(f"the engine core has come back as another one: {name} was {was!r}, is {now!r}")
                 return
+        if self.info.life != "" and welcome.info.life == self.info.life:
+            self._requests.lose_connection()
+            del self._losses[-1:]
+        else:
+            self._requests.lose_core(self.config.max_replays, beyond_doubt=outage.beyond_doubt)
+            self._calls.lose_core(self.config.max_replays, outage.cause)
         self.info = welcome.info
         self.num_restarts += 1
         seconds = time.monotonic() - outage.began

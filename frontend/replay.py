@@ -59,6 +59,18 @@ class ReplayQueue:
         self._alone = None
         return guilty
 
+    def send_again(self, completions: Iterable[Completion]) -> None:
+        """The core that knew these has forgotten them, and lives: none is to blame."""
+        suspects = {*self._singly, *([self._alone] if self._alone and self._is_trying else [])}
+        living = list(completions)
+        for each in living:
+            if each.got_further:
+                each.strikes = 0
+            each.mark_lost()
+        self._together = [each for each in living if each not in suspects]
+        self._singly = deque(each for each in living if each in suspects)
+        self._alone = None
+
     def hold(self, completion: Completion) -> None:
         """A new one, which came when there was no core."""
         self._together.append(completion)

@@ -79,6 +79,10 @@ class RequestTable:
                 self.drop(request)
                 request.fail(RequestCrashedError("the engine core died each time when it had this request"))
 
+    def lose_connection(self) -> None:
+        """The core has forgotten everything, and lives: `replays` are for the same one."""
+        self._replays.send_again(self._completions.values())
+
     @property
     def owes_replays(self) -> bool:
         """`replays` may have something to say."""

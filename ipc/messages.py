@@ -21,7 +21,7 @@ import msgspec
 from .config import EngineConfig
 from .errors import ErrorInfo
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_GRAMMAR = 1 << 20
 """Characters of `Sampling.grammar`."""
 
@@ -180,6 +180,8 @@ class EngineInfo(Record, frozen=True):
     pid: int
     version: str
     """Headrace's version in the core."""
+    life: str = ""
+    """No other core's: who has lost the connection knows whether it has lost the core. Empty: unknown."""
 
 
 class Welcome(Message, frozen=True):

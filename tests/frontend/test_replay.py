@@ -121,6 +121,26 @@ def test_nobody_is_blamed_in_doubt(table: RequestTable) -> None:
         request.take()
 
 
+def test_nobody_is_blamed_for_a_connection(table: RequestTable) -> None:
+    requests = [add(table, name) for name in "ab"]
+    for _ in range(3):
+        table.lose_connection()
+        assert numbers(table.replays(may_try=True)) == [0, 1]
+    for _ in range(2):
+        table.lose_core(1, beyond_doubt=True)
+        sent = table.replays(may_try=True)
+    assert numbers(sent) == [0]  # suspects go one by one
+    table.lose_connection()
+    assert numbers(table.replays(may_try=True)) == [0]  # as before
+    bring(table, _0=7)
+    table.lose_connection()  # the first has got further
+    assert numbers(table.replays(may_try=True)) == [0, 1]
+    table.lose_core(1, beyond_doubt=True)
+    assert not any(request.ended for request in requests[:1])
+    with pytest.raises(RequestCrashedError):
+        requests[1].take()
+
+
 def test_no_replays_when_none_are_allowed(table: RequestTable) -> None:
     request = add(table, "a")
     waiting = add(table, "b", is_sent=False)

@@ -43,14 +43,15 @@ class Lives:
         self._welcome = Welcome(PROTOCOL_VERSION, resolve(args), EngineInfo(2048, 2000, 1, "0"))
 
     def live(self, count: int, *, grants: bool, answers: bool = False) -> list[str]:
-        """Until the frontend has said `count` things, and for a moment more; returns what it said."""
-        server, said = ServerSocket(self.address), list[str]()
+        """Until the frontend has come and said `count` things, and a moment more; returns what it said."""
+        server, said, has_come = ServerSocket(self.address), list[str](), False
         self.has_begun.set()
-        while server.sockets[0].poll(int(1000 * TIMEOUT) if len(said) < count else QUIET_MS):
+        while server.sockets[0].poll(QUIET_MS if has_come and len(said) >= count else int(1000 * TIMEOUT)):
             received = server.recv()
             assert received is not None
             client, message = received
             if isinstance(message, Hello):
+                has_come = True
                 server.send(client, self._welcome)
             elif isinstance(message, Call):
                 said.append(message.method)
@@ -110,8 +111,13 @@ def test_what_was_tried_in_our_turn_is_the_cause(lives: Lives) -> None:
     said: list[list[str]] = []
 
     def act() -> None:
-        said.extend(lives.live(count, grants=True) for count in (1, 1, 2))
+        said.extend(lives.live(count, grants=True) for count in (1, 1, 2, 0))
 
     with pytest.raises(RequestCrashedError):
         ask(lives, act)
-    assert said == [["request"], ["request"], ["take_turn", "request"]]
+    assert said == [
+        ["request"],
+        ["request"],
+        ["take_turn", "request"],
+        [],
+    ]  # the last one shows that they died

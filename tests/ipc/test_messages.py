@@ -115,7 +115,7 @@ TO_CORE: list[ToCore] = [
     Bye(),
 ]
 FROM_CORE: list[FromCore] = [
-    Welcome(PROTOCOL_VERSION, CONFIG, EngineInfo(64, 100, 4321, "0.1.0")),
+    Welcome(PROTOCOL_VERSION, CONFIG, EngineInfo(64, 100, 4321, "0.1.0", "f00d")),
     Refused(PROTOCOL_VERSION, "no"),
     StepOutputs(
         pack([7]),
