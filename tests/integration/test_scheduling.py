@@ -48,10 +48,12 @@ async def last(stream: Any) -> RequestOutput:
     return outputs[-1]
 
 
-async def until_waiting(engine: AsyncLLM, count: int) -> None:
-    """So many have reached the core, and are in line."""
-    while (await engine.get_stats())[0].num_waiting < count:
-        pass
+async def until_counted(engine: AsyncLLM, num_waiting: int, num_running: int = 0) -> None:
+    """So many have reached the core, and are in line or run."""
+    while True:
+        stats, _ = await engine.get_stats()
+        if stats.num_waiting >= num_waiting and stats.num_running >= num_running:
+            return
 
 
 def test_a_crowd_of_one_client_does_not_delay_another(oracle_args: Args) -> None:
@@ -95,7 +97,9 @@ class AsyncLLMs:
 
 def test_an_urgent_arrival_overtakes_those_that_run(oracle_args: Args) -> None:
     async def main() -> None:
-        async with AsyncLLM(oracle_args(max_num_seqs=2, scheduling_policy="priority")) as engine:
+        async with AsyncLLM(
+            oracle_args(max_num_seqs=2, scheduling_policy="priority", hang_seconds=100)
+        ) as engine:
             (worker,) = psutil.Process(engine._client.info.pid).children()
             ended: list[str] = []
 
@@ -106,10 +110,9 @@ def test_an_urgent_arrival_overtakes_those_that_run(oracle_args: Args) -> None:
 
             worker.suspend()  # two run, and do not end before the urgent one is there
             tasks = [asyncio.create_task(one(f"slow-{i}", i, 1500, 5)) for i in range(4)]
-            await until_waiting(engine, 2)
-            assert (await engine.get_stats())[0].num_running == 2
+            await until_counted(engine, 2, num_running=2)
             tasks.append(asyncio.create_task(one("urgent", 9, 3, -1)))
-            await until_waiting(engine, 3)
+            await until_counted(engine, 3)
             worker.resume()
             await asyncio.gather(*tasks)
             assert ended[0] == "urgent"
@@ -135,10 +138,10 @@ def test_the_oldest_is_not_starved_by_the_urgent(
                 ended.append(name)
 
             tasks = [asyncio.create_task(one("old", 1, 9))]
-            await until_waiting(engine, 1)
+            await until_counted(engine, 1)
             await asyncio.sleep(AGEING_SECONDS)
             tasks += [asyncio.create_task(one(f"urgent-{seed}", seed, -9)) for seed in range(2, 40)]
-            await until_waiting(engine, 39)
+            await until_counted(engine, 39)
             await engine.resume_generation()
             await asyncio.gather(*tasks)
             assert ended.index("old") == 7
@@ -165,7 +168,7 @@ def test_a_cached_prefix_goes_first_when_it_would_be_evicted(oracle_args: Args) 
 
             tasks = [asyncio.create_task(one(number, prompt)) for number, prompt in enumerate(others)]
             tasks.append(asyncio.create_task(one(2, [*stem, 7])))
-            await until_waiting(engine, 3)
+            await until_counted(engine, 3)
             await engine.resume_generation()
             outputs = await asyncio.gather(*tasks)
             assert ended == [2, 0, 1]
