@@ -108,8 +108,11 @@ def test_an_urgent_arrival_overtakes_those_that_run(oracle_args: Args) -> None:
                 assert output.outputs[0].token_ids == oracle([seed], count)
                 ended.append(name)
 
-            worker.suspend()  # two run, and do not end before the urgent one is there
+            await engine.pause_generation(mode="keep")
             tasks = [asyncio.create_task(one(f"slow-{i}", i, 1500, 5)) for i in range(4)]
+            await until_counted(engine, 4)
+            worker.suspend()  # two run, and do not end before the urgent one is there
+            await engine.resume_generation()
             await until_counted(engine, 2, num_running=2)
             tasks.append(asyncio.create_task(one("urgent", 9, 3, -1)))
             await until_counted(engine, 3)
