@@ -224,8 +224,8 @@ def check_attached(args: AsyncEngineArgs, config: EngineConfig) -> None:
             running = {key: config.hf_config.get(key) for key in wanted}
             agrees = wanted == running
         elif name == "override_generation_config":
-            running = config.default_sampling
-            agrees = model_files.sampling_of(wanted).items() <= running.items()
+            running = {"eos_token_id": config.eos_token_ids, **config.default_sampling}
+            agrees = model_files.has_generation(config, wanted)
         else:
             agrees = wanted == running or name == "generation_config"
         if not agrees:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from ..ipc.config import EngineConfig
 from ..ipc.errors import ConfigError, RequestError
 from ..ipc.gguf import read_gguf_header
 from .gguf_config import config_from_gguf
@@ -108,8 +109,9 @@ def overridden(files: ModelFiles, config: dict[str, Any], generation: dict[str, 
     hf_config = files.hf_config | config
     for name, other in ("rope_scaling", "rope_parameters"), ("rope_parameters", "rope_scaling"):
         if name in config and other not in config:  # the same by its old and its new name
-            old = hf_config.pop(other, None) or {}
-            hf_config.setdefault("rope_theta", old.get("rope_theta"))
+            old = hf_config.pop(other, None)
+            if isinstance(old, dict):
+                hf_config.setdefault("rope_theta", old.get("rope_theta"))
     return files._replace(hf_config=hf_config, generation_config=files.generation_config | generation)
 
 
@@ -130,6 +132,15 @@ def check_generation(values: dict[str, Any], parameter: str) -> None:
         SamplingParams(**sampling_of(values))
     except (RequestError, TypeError) as error:
         raise ConfigError(f"{parameter}: {error}", parameter=parameter, value=values) from error
+
+
+def has_generation(config: EngineConfig, values: dict[str, Any]) -> bool:
+    """Whether an engine that runs with `config` does what these values of `check_generation` say."""
+    ids = values.get("eos_token_id") or []
+    names = {theirs: ours for theirs, ours in _SAMPLING_KEYS.items() if theirs in values}
+    return set(ids if isinstance(ids, list) else [ids]) <= set(config.eos_token_ids) and all(
+        config.default_sampling.get(ours) == values[theirs] for theirs, ours in names.items()
+    )
 
 
 def read_json(path: Path, parameter: str, expected: str) -> dict[str, Any]:

@@ -274,9 +274,12 @@ def test_an_attached_core_is_not_contradicted(folder: Path) -> None:
     check(model=str(folder), dtype="float16")
     check(disable_log_stats=True, skip_tokenizer_init=True)
     check(hf_overrides={"vocab_size": 400}, override_generation_config={"top_k": 9})
-    for name, said in (("hf_overrides", {"vocab_size": 500}), ("override_generation_config", {"top_k": 8})):
-        with pytest.raises(ConfigError, match=name):
-            check(**{name: said})
+    check(override_generation_config={"top_p": None, "eos_token_id": 2})
+    with pytest.raises(ConfigError, match="hf_overrides"):
+        check(hf_overrides={"vocab_size": 500})
+    for said in ({"top_k": 8}, {"top_k": None}, {"top_p": 0.5}, {"eos_token_id": [2, 3]}):
+        with pytest.raises(ConfigError, match="override_generation_config"):
+            check(override_generation_config=said)
     other = ("structured_outputs_config", {"backend": "auto"})
     for name, value in (("model", "other"), ("block_size", 32), ("dtype", "float32"), ("seed", 4), other):
         with pytest.raises(ConfigError, match=name):
