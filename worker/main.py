@@ -48,7 +48,8 @@ from .kv_cache import CacheSize
 _MAX_FRAME_BYTES = 1 << 30
 """A plan names each token and block of what it admits: some megabytes."""
 _QUIET = 0.1
-"""Seconds without a step before something is prepared: requests that follow each other do not wait."""
+"""Seconds without a step before something is prepared: a request that follows the start, or another one, does
+not wait."""
 
 
 class Pending(Protocol):
@@ -187,7 +188,7 @@ class Worker:
         pipe, answers = self._pipe, self._start.rank == 0
         under_way: deque[tuple[int, Pending]] = deque()
         commands = Commands(self._start.config, self._start.rank, runner)
-        num_prepared, prepared, quiet = 0, False, True
+        num_prepared, prepared, quiet = 0, False, False
         while True:
             self.phase = "waiting for a plan"
             message = pipe.recv(0 if under_way else None if prepared else 0 if quiet else _QUIET)

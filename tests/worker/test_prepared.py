@@ -104,6 +104,11 @@ def rank(make_config: MakeConfig) -> Iterator[tuple[Diligent, Pipe[ToWorker, Fro
     gc.unfreeze()
 
 
+@pytest.fixture
+def long_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.worker.main._QUIET", 60.0)
+
+
 def told(pipe: Pipe[ToWorker, FromWorker], until: type[Any] | int) -> list[int]:
     """The counts of `Prepared` up to this message or count."""
     counts: list[int] = []
@@ -136,3 +141,12 @@ def test_what_sleep_took_away_is_prepared_and_counted_anew(
     pipe.send(Command(3, "rank"))
     told(pipe, CommandResult)
     assert diligent.in_use == 1
+
+
+@pytest.mark.usefixtures("long_quiet")
+def test_what_comes_right_after_the_start_waits_for_no_preparation(
+    rank: tuple[Diligent, Pipe[ToWorker, FromWorker]],
+) -> None:
+    _, pipe = rank
+    pipe.send(Command(1, "rank"))
+    assert told(pipe, CommandResult) == []
