@@ -13,20 +13,25 @@ _PROGRAM_SIZE = 4096
 """Numbers that one program should see at least: short rows (heads) are normed several at a time."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None, other: Tensor | None = None
+) -> Tensor:
     """Norm of the rows of `x` [..., size], scaled by `weight` [size]; computed in float32.
 
-    With `update` (the shape of `x`), `x += update` happens first, in place: `x` is the residual stream.
+    With `update` (the shape of `x`), `x += update` happens first, in place: `x` is the residual stream. With
+    `other` too, `x += update + other`, the same whichever of the two is which.
     """
     if x.is_cuda and x.dim() <= 3:
-        return rms_norm_triton(x, weight, eps, update)
-    return rms_norm_reference(x, weight, eps, update)
+        return rms_norm_triton(x, weight, eps, update, other)
+    return rms_norm_reference(x, weight, eps, update, other)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None) -> Tensor:
+def rms_norm_reference(
+    x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None, other: Tensor | None = None
+) -> Tensor:
     """The same in torch."""
     if update is not None:
-        x += update
+        x.copy_(x.float() + (update.float() if other is None else update.float() + other.float()))
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -95,7 +100,9 @@ def row_squares_triton(x: Tensor) -> Tensor:
     return squares
 
 
-def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None) -> Tensor:
+def rms_norm_triton(
+    x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None, other: Tensor | None = None
+) -> Tensor:
     """The same in one launch, for `x` of up to three dimensions, of which only the last must be dense."""
     size = x.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -103,12 +110,14 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, update: Tensor | None
     outer_stride = x.stride(0) if x.dim() > 1 else 0
     inner_stride = x.stride(1) if x.dim() == 3 else 0
     assert x.stride(-1) == 1
-    assert update is None or (x.is_contiguous() and update.is_contiguous())
+    updates = [each for each in (update, other) if each is not None]
+    assert not updates or all(each.is_contiguous() for each in (x, *updates))
     columns = triton.next_power_of_2(size)
     rows_each = triton.next_power_of_2(min(max(1, _PROGRAM_SIZE // columns), inner))
     _rms_norm_kernel[outer, triton.cdiv(inner, rows_each)](
         x,
         x if update is None else update,
+        x if other is None else other,
         weight,
         out,
         inner,
@@ -118,7 +127,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, update: Tensor | None
         eps,
         ROWS=rows_each,
         COLUMNS=columns,
-        ADD=update is not None,
+        UPDATES=len(updates),
         **pdl_options(x),
         num_warps=8 if columns >= 2048 else 4,
     )
@@ -129,6 +138,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, update: Tensor | None
 def _rms_norm_kernel(
     x_ptr,  # [outer, inner, size]
     update_ptr,  # as x, dense
+    other_ptr,  # likewise
     weight_ptr,  # [size]
     out_ptr,  # as x, dense
     inner,
@@ -138,7 +148,7 @@ def _rms_norm_kernel(
     eps,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ADD: tl.constexpr,
+    UPDATES: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     outer = tl.program_id(0).to(tl.int64)
@@ -151,9 +161,11 @@ def _rms_norm_kernel(
     allow_next(PDL)
     wait_previous(PDL)
     x = tl.load(x_ptr + place, mask=inside, other=0.0)
-    if ADD:
-        update = tl.load(update_ptr + dense, mask=inside, other=0.0)
-        x = (x.to(tl.float32) + update.to(tl.float32)).to(x.dtype)
+    if UPDATES > 0:
+        update = tl.load(update_ptr + dense, mask=inside, other=0.0).to(tl.float32)
+        if UPDATES > 1:
+            update += tl.load(other_ptr + dense, mask=inside, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) + update).to(x.dtype)
         tl.store(x_ptr + place, x, mask=inside)
     values = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, axis=1) / size + eps)[:, None]

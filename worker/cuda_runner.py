@@ -298,8 +298,9 @@ class CudaRunner:
         config = self._config
         tp = connect(self._rank, config.tensor_parallel_size, self._device, self._rendezvous)
         rows = graph_sizes(config.max_num_seqs)[-1]
-        elements = (rows + MAX_TOKENS) * int(config.hf_config["hidden_size"])
-        return open_mailboxes(tp, self._device, self._dtype, elements, rows + MORE_RESULTS)
+        hidden = int(config.hf_config["hidden_size"])
+        elements, largest = (rows + MAX_TOKENS) * hidden, config.max_num_batched_tokens * hidden
+        return open_mailboxes(tp, self._device, self._dtype, elements, rows + MORE_RESULTS, largest)
 
     def _most_packed_tokens(self) -> int:
         """Of prompts, in a CUDA graph. The mailboxes of several ranks have room for no more."""

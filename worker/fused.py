@@ -29,9 +29,11 @@ from ..kernels.kv_write import finish_heads
 from ..kernels.layer_norm import layer_norm
 from ..kernels.paged_prefill import paged_prefill, tile_tokens
 from ..kernels.prompt_attention import prompt_attention, prompt_cache
+from ..kernels.rms_norm import rms_norm
+from ..kernels.silu_mul import silu_mul
 from ..kernels.slot_table import StepInputs
 from ..kernels.vector_linear import Activation
-from .layers import ColumnLinear, LayerNorm, RowLinear, VocabTable
+from .layers import ColumnLinear, LayerNorm, RMSNorm, RowLinear, VocabTable
 from .models.causal_lm import CausalLM, LayerCache
 from .models.llama import Llama, LlamaLayer
 from .models.opt import NORM_EPS, OPT, POSITION_OFFSET, OPTLayer
@@ -74,8 +76,8 @@ class Packed:
 
 
 HALVED_FROM = 8192
-"""Tokens from which a step over several ranks is computed in halves. Sums of so many are NCCL's, which take
-processors from the products beside them, and halves take twice as long to launch.
+"""Tokens from which a step over several ranks is computed in halves: those take twice as long to launch. Half
+as many where sums are copies, which take no processors from the products beside them, as NCCL's do.
 """
 
 Attend: TypeAlias = Callable[[int, Tensor, Heads], Tensor]
@@ -219,16 +221,24 @@ class _Part:
 
     def __init__(self, residual: Tensor) -> None:
         self._residual = residual
-        self._finish: Callable[[], None] | None = None
+        self._finish: Callable[[], tuple[Tensor, ...]] = tuple
         self.squares: Tensor | None = None
         """Of the settled residual's rows, if known: float32 [parts, tokens], in all their sums."""
 
     def settled(self) -> Tensor:
         """The residual stream [tokens, hidden_size] with everything added."""
-        if self._finish is not None:
-            self._finish()
-            self._finish = None
+        if updates := self._updates():
+            self._residual += updates[0] if len(updates) == 1 else updates[0] + updates[1]
         return self._residual
+
+    def normed(self, norm: RMSNorm) -> Tensor | None:
+        """`norm` of what `settled` returns, if what is still to be added can be added on the way."""
+        updates = self._updates()
+        return rms_norm(self._residual, norm.weight, norm.eps, *updates) if updates else None
+
+    def _updates(self) -> tuple[Tensor, ...]:
+        finish, self._finish = self._finish, tuple
+        return finish()
 
     def add(self, linear: RowLinear, x: Tensor, late: bool = False) -> None:
         """`+= linear(x)`, summed over the ranks. `late`: a late norm follows."""
@@ -246,7 +256,8 @@ class _Part:
 
 def _parts(residual: Tensor, tp: TensorParallel) -> list[_Part]:
     """All tokens, or two halves: one half's sums are then under way while the other half is computed."""
-    halves = 2 if tp.size > 1 and len(residual) >= HALVED_FROM else 1
+    least = HALVED_FROM if tp.copies is None else HALVED_FROM // 2
+    halves = 2 if tp.size > 1 and len(residual) >= least else 1
     return [_Part(rows) for rows in residual.chunk(halves)]
 
 
@@ -277,7 +288,7 @@ def _llama(model: Llama, inputs: StepInputs, attend: Attend, late: bool) -> Tens
         if late:
             squares = parts[0].squares if len(parts) == 1 else None
             heads = replace(heads, late=residual, squares=squares, bias=attention.qkv_proj.bias)
-        qkv = [_project(layer, part.settled(), late, model.norms_are_folded) for part in parts]
+        qkv = [_project(layer, part, late, model.norms_are_folded) for part in parts]
         attended = attend(number, qkv[0] if len(qkv) == 1 else torch.cat(qkv), heads)
         for part, rows in zip(parts, attended.chunk(len(parts)), strict=True):
             part.add(attention.o_proj, rows, late)
@@ -288,9 +299,12 @@ def _llama(model: Llama, inputs: StepInputs, attend: Attend, late: bool) -> Tens
     return residual
 
 
-def _project(layer: LlamaLayer, residual: Tensor, late: bool, folded: bool) -> Tensor:
+def _project(layer: LlamaLayer, part: _Part, late: bool, folded: bool) -> Tensor:
     """Queries, keys and values."""
     linear, norm = layer.attention.qkv_proj, layer.input_norm
+    if not late and (normed := part.normed(norm)) is not None:
+        return norm_linear(normed, linear.weight, linear.bias)
+    residual = part.settled()
     if late:
         return norm_linear(residual, linear.weight, attention_follows=True)
     return norm_linear(
@@ -305,8 +319,10 @@ def _project(layer: LlamaLayer, residual: Tensor, late: bool, folded: bool) -> T
 
 def _gate(layer: LlamaLayer, part: _Part, late: bool, folded: bool) -> Tensor:
     """The input of the down projection."""
-    residual = part.settled()
     weight, norm = layer.mlp.gate_up_proj.weight, layer.mlp_norm
+    if not late and (normed := part.normed(norm)) is not None:
+        return silu_mul(norm_linear(normed, weight))
+    residual = part.settled()
     if late:
         return late_gate_up_silu(residual, weight, norm.eps, part.squares)
     return norm_gate_up_silu(residual, norm.weight, weight, norm.eps, folded)

@@ -4,7 +4,7 @@ Knows collectives, not models: what is split and where sums are due stands in `l
 plain objects, not torch.distributed's process-wide default group, so nothing here is global.
 
 Between GPUs small messages go through mailboxes in peer memory (`kernels.all_reduce`), whose kernels can be
-recorded in CUDA graphs; large ones go through NCCL.
+recorded in CUDA graphs; large ones are copied (`peer_copies`) between two, and go through NCCL between more.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..kernels.all_reduce import all_reduce_triton, one_shot_layout, square_part
 from ..kernels.draw_tokens import Share, winners_layout
 from ..kernels.mailbox import Layout, Mailbox, empty, make_mailbox
 from . import peer_memory
+from .peer_copies import PeerCopies
 
 
 def _largest_in_one_shot(size: int) -> int:
@@ -33,6 +34,11 @@ def _largest_in_one_shot(size: int) -> int:
     each sends 0.4 MiB to the others together.
     """
     return 1 << 21 if size == 2 else (1 << 19) // (size - 1)
+
+
+_LARGEST_COPY = 1 << 26
+"""Bytes of the largest message that two ranks exchange by copies: half of a step of 16384 tokens of 4096
+numbers. There is room for four."""
 
 
 class Peers:
@@ -54,7 +60,7 @@ class Peers:
         layout = self.two_shot.layout
         room = layout.programs * layout.sources * layout.block
         serves = tensor.numel() <= room and tensor.dtype == layout.dtype
-        assert serves or self._live, f"{tensor.shape} cannot be rehearsed: it is for NCCL"
+        assert serves or self._live, f"{tensor.shape} is too large to be rehearsed"
         return serves
 
     def add(self, partial: Tensor, residual: Tensor | None = None, squares: Tensor | None = None) -> Tensor:
@@ -86,6 +92,8 @@ class TensorParallel:
     """A ProcessGroupGloo or ProcessGroupNCCL (whose stubs lack the collectives); None when `size` is 1."""
     peers: Peers | None = None
     """None: not GPUs, or their memories are out of each other's reach."""
+    copies: PeerCopies | None = None
+    """With two ranks on GPUs, for what is too large for `peers`."""
     store: Any = None
     """A torch.distributed store that the ranks have in common; None when `size` is 1."""
     advance: Callable[[], None] = nothing
@@ -109,21 +117,25 @@ class TensorParallel:
 
     def add_all_reduced(
         self, partial: Tensor, residual: Tensor, squares: Tensor | None = None
-    ) -> Callable[[], None]:
-        """Begin `residual += all_reduce(partial)`. What it returns ends it: to be called before `residual` is
-        used. Until then the device may compute something else.
+    ) -> Callable[[], tuple[Tensor, ...]]:
+        """Begin `residual += all_reduce(partial)`. What it returns ends it, to be called before `residual` is
+        used, and returns what is still to be added, one tensor or two, whose order is not the same on all
+        ranks. Until then the device may compute something else.
 
         `squares`, from `room_for_squares`, is given the sums of the squares of `residual`'s new rows.
         """
         if self.peers is not None and self.peers.serve(partial):
             self.peers.add(partial, residual, squares)
-            return nothing
+            return tuple
         self.advance()
+        if self.copies is not None and self.copies.serve(partial):
+            receive = self.copies.exchange(partial)
+            return lambda: (partial, receive())
         work = self.group.allreduce([partial])
 
-        def finish() -> None:
+        def finish() -> tuple[Tensor, ...]:
             work.wait()
-            residual.add_(partial)
+            return (partial,)
 
         return finish
 
@@ -183,7 +195,12 @@ def connect(
 
 
 def open_mailboxes(
-    tp: TensorParallel, device: torch.device, dtype: torch.dtype, max_elements: int, max_rows: int
+    tp: TensorParallel,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_elements: int,
+    max_rows: int,
+    max_sum: int,
 ) -> TensorParallel:
     """`tp` with mailboxes, if its GPUs reach each other's memory. All ranks call it.
 
@@ -191,6 +208,7 @@ def open_mailboxes(
         dtype: of the model, and so of what is summed.
         max_elements: of a sum in a CUDA graph.
         max_rows: most rows of which tokens are drawn at once.
+        max_sum: elements of the largest sum.
     """
     if tp.size == 1 or not peer_memory.can_share(tp.size):
         return tp
@@ -200,7 +218,13 @@ def open_mailboxes(
         two_shot_layout(tp.size, largest, dtype),
         winners_layout(tp.size, max_rows),
     )
-    return replace(tp, peers=Peers(*share_mailboxes(tp, device, layouts)))
+    peers = Peers(*share_mailboxes(tp, device, layouts))
+    copies = None
+    if tp.size == 2:  # with more, a rank would send everything several times
+        store = dist.PrefixStore("copies", tp.store)  # type: ignore[attr-defined]  # likewise
+        num_bytes = min(max_sum * dtype.itemsize, _LARGEST_COPY)
+        copies = PeerCopies(tp.rank, device, num_bytes, store)
+    return replace(tp, peers=peers, copies=copies)
 
 
 def share_mailboxes(tp: TensorParallel, device: torch.device, layouts: Sequence[Layout]) -> list[Mailbox]:

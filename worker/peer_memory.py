@@ -6,6 +6,7 @@ Plain loads and stores over NVLink or PCIe; no multicast. The memory lives as lo
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def allocate(num_bytes: int, device: torch.device) -> Tensor:
     """uint8 [num_bytes] that `share` can share. Never freed."""
     torch.cuda.synchronize(device)  # makes the device's context the driver's current one
     address = ctypes.c_uint64()
-    _driver("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(num_bytes))
+    driver("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(num_bytes))
     return torch.as_tensor(_Bytes(address.value, num_bytes), device=device)
 
 
@@ -53,7 +54,7 @@ def share(memory: Tensor, rank: int, size: int, store: Any) -> list[int]:
     """
     torch.cuda.synchronize(memory.device)
     handle = _Handle()
-    _driver("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(memory.data_ptr()))
+    driver("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(memory.data_ptr()))
     store.set(f"peer memory {rank}", bytes(handle).hex())
     return [
         memory.data_ptr() if peer == rank else _open(bytes.fromhex(store.get(f"peer memory {peer}").decode()))
@@ -64,11 +65,25 @@ def share(memory: Tensor, rank: int, size: int, store: Any) -> list[int]:
 def _open(handle: bytes) -> int:
     address = ctypes.c_uint64()
     flags = ctypes.c_uint(_ENABLE_PEER_ACCESS)
-    _driver("cuIpcOpenMemHandle_v2", ctypes.byref(address), _Handle.from_buffer_copy(handle), flags)
+    driver("cuIpcOpenMemHandle_v2", ctypes.byref(address), _Handle.from_buffer_copy(handle), flags)
     return address.value
 
 
-def _driver(name: str, *arguments: Any) -> None:
-    code = getattr(ctypes.CDLL("libcuda.so.1"), name)(*arguments)
+def device_attribute(attribute: int) -> int:
+    """Of the current context's device, by the driver's number."""
+    device, value = ctypes.c_int(), ctypes.c_int()
+    driver("cuCtxGetDevice", ctypes.byref(device))
+    driver("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), device)
+    return value.value
+
+
+def driver(name: str, *arguments: Any) -> None:
+    """Call a function of CUDA's driver, in the current context."""
+    code = getattr(_library(), name)(*arguments)
     if code:
         raise RuntimeError(f"{name} failed with CUDA error {code}")
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")

@@ -37,20 +37,20 @@ def assert_close(ours: Tensor, exact: Tensor, precision: Precision) -> None:
 
 @pytest.mark.parametrize("norm", [rms_norm_reference, rms_norm_triton])
 @pytest.mark.parametrize("shape", [(1, 576), (5, 64), (3, 2048), (4, 3, 12)])
-@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("num_updates", [0, 1, 2])
 def test_rms_norm(
     norm: Callable[..., Tensor],
     shape: tuple[int, ...],
-    adds: bool,
+    num_updates: int,
     precision: Precision,
     device: torch.device,
 ) -> None:
-    x, update = torch.randn(2, *shape, device=device).to(precision[0]).unbind()
+    x, *updates = torch.randn(1 + num_updates, *shape, device=device).to(precision[0]).unbind()
     weight = torch.randn(shape[-1], device=device).to(precision[0])
-    residual = x + update if adds else x
+    residual = (x.float() + sum(update.float() for update in updates)).to(precision[0])
     exact = residual.double()
     exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight.double()
-    assert_close(norm(x, weight, 1e-3, update if adds else None), exact, precision)
+    assert_close(norm(x, weight, 1e-3, *updates), exact, precision)
     assert_close(x, residual.double(), precision)  # the sum stays; the interpreter rounds it down
 
 

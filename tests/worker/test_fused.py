@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from headrace.kernels.slot_table import StepInputs
-from headrace.worker.fused import Fused, Packed, fold_norms, fuse
+from headrace.worker.fused import HALVED_FROM, Fused, Packed, fold_norms, fuse
 from headrace.worker.models import build_model
 from headrace.worker.models.causal_lm import CausalLM
 from headrace.worker.parallel import TensorParallel
@@ -30,21 +30,21 @@ HF: dict[str, Any] = {
 }
 
 
-def build(family: str) -> CausalLM:
+def build(family: str, tp: TensorParallel | None = None) -> CausalLM:
     torch.manual_seed(0)
-    model = build_model(family, HF, torch.bfloat16, torch.device("cpu"), TensorParallel(), 64)
+    model = build_model(family, HF, torch.bfloat16, torch.device("cpu"), tp or TensorParallel(), 64)
     for name, parameter in model.named_parameters():
         parameter.copy_(torch.randn_like(parameter) * (0.3 if "norm" in name else 0.15) + ("norm" in name))
     return model.eval()
 
 
 def fused_of(model: CausalLM, tables: Tensor) -> Fused:
-    shape = (ROWS, BLOCK, 2, 16)
+    shape = (ROWS, BLOCK, model.num_kv_heads, 16)
     caches = [
         (torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16))
         for _ in range(model.num_layers)
     ]
-    fused = fuse(model, caches, tables.contiguous(), 4, ROWS)
+    fused = fuse(model, caches, tables.contiguous(), 2 * model.num_kv_heads, ROWS)
     assert fused is not None
     return fused
 
@@ -105,3 +105,34 @@ def test_an_opt_of_another_build_runs_its_forward(peculiarity: dict[str, Any]) -
     shape = (ROWS, BLOCK, 4, 16)
     caches = [(torch.zeros(shape), torch.zeros(shape))]
     assert fuse(opt, caches, torch.zeros(ROWS, 1, dtype=torch.int32), 4, ROWS) is None
+
+
+class Left(TensorParallel):
+    """Of two ranks, that leaves so many tensors of a sum to be added; the peer's are half as large."""
+
+    num_updates: ClassVar[int]
+
+    def add_all_reduced(
+        self, partial: Tensor, residual: Tensor, squares: Tensor | None = None
+    ) -> Callable[[], tuple[Tensor, ...]]:
+        parts = (partial, partial / 2)
+        if self.num_updates == 2:
+            return lambda: parts
+        if self.num_updates == 1:
+            return lambda: (parts[0] + parts[1],)
+        residual += parts[0] + parts[1]
+        return tuple
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("halved_from", [HALVED_FROM, 2])
+def test_what_is_left_to_add_is_added(halved_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.worker.fused.HALVED_FROM", halved_from)
+    found = []
+    for count in range(3):
+        monkeypatch.setattr(Left, "num_updates", count, raising=False)
+        found.append(prompted(build("LlamaForCausalLM", Left(rank=0, size=2))))
+    assert found[0].std() > 0.1
+    for logits in found[1:]:
+        error = (logits - found[0]).norm() / found[0].norm()
+        assert error < 0.03, f"relative error {error:.2e}"
