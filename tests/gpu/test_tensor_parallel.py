@@ -249,17 +249,21 @@ def test_special_samples_are_those_of_one_gpu(checkpoint: Checkpoint, spread: tu
     assert worst < 0.5
 
 
+def long_prompts() -> tuple[list[list[int]], dict[str, Any]]:
+    """Of a step that is computed in halves, and the limits of an engine that takes them all in one."""
+    rng, count = random.Random(2), HALVED_FROM // 400 + 1
+    limits = {"max_num_seqs": count, "max_num_batched_tokens": 400 * count, "enable_prefix_caching": False}
+    return [[rng.randrange(VOCAB) for _ in range(400)] for _ in range(count)], limits
+
+
 @pytest.mark.parametrize("ranks", RANKS)
 def test_prompts_are_computed_in_halves(ranks: int, tmp_path: Path) -> None:
     """Of the largest steps one half's sums are under way beside the other's products.
 
     The tokens' logprobs are as near to float32's as transformers' own in bfloat16.
     """
-    model, rng = make_model("llama", tmp_path), random.Random(2)
-    count = HALVED_FROM // 400 + 1
-    prompts = [[rng.randrange(VOCAB) for _ in range(400)] for _ in range(count)]
-    limits = {"max_num_seqs": count, "max_num_batched_tokens": 400 * count}
-    args = engine_args(tmp_path, ranks, **limits, enable_prefix_caching=False)
+    model, (prompts, limits) = make_model("llama", tmp_path), long_prompts()
+    count, args = len(prompts), engine_args(tmp_path, ranks, **limits)
 
     async def main() -> list[RequestOutput]:
         async with AsyncLLM.from_engine_args(args) as engine:
@@ -334,6 +338,40 @@ def test_a_rank_that_fails_is_named_and_replaced(
             assert {host for rank in await pids(engine) for host in listens_at(rank)} <= {"127.0.0.1", "::1"}
 
     run(main(), 200)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_rank_that_dies_amid_long_prompts_is_replaced(ranks: int, tmp_path: Path) -> None:
+    """Its peers' streams wait for what it was to send, and are ended all the same."""
+    model, (prompts, limits) = make_model("llama", tmp_path), long_prompts()
+    args = engine_args(tmp_path, ranks, **limits, max_replays=10)
+
+    async def main() -> tuple[list[list[int]], int]:
+        async with AsyncLLM.from_engine_args(args) as engine:
+
+            async def waves(count: int) -> list[list[int]]:
+                """Answers of two tokens, so that prompts are what takes the time."""
+                return [
+                    answer
+                    for _ in range(count)
+                    for answer in await asyncio.gather(*(complete(engine, p, 2, **GREEDY) for p in prompts))
+                ]
+
+            answers = await waves(1)
+            for _ in range(3):
+                pid, task = (await pids(engine))[-1], asyncio.create_task(waves(40))
+                await asyncio.sleep(random.uniform(0.05, 0.3))
+                assert not task.done()
+                os.kill(pid, signal.SIGKILL)
+                answers += await task
+            return answers, (await engine.get_stats())[0].num_restarts
+
+    answers, num_restarts = run(main(), 200)
+    assert num_restarts == 3
+    assert len(answers) == 121 * len(prompts)
+    distinct = {(number % len(prompts), *answer) for number, answer in enumerate(answers)}
+    taken = regrets(model, [prompts[number] for number, *_ in distinct], [answer for _, *answer in distinct])
+    assert taken.max() < 0.5
 
 
 async def break_rank(
