@@ -189,14 +189,15 @@ def append_tokens(
     results: Tensor,
     counter: Tensor,
 ) -> None:
-    """Append each row's sampled token to its slot, report it, and count the step.
+    """Append each row's sampled token to its slot, report it, and go on to the next row of results.
 
     Args:
         sampled: int64 [rows]
         slots: int32 [rows]; the last slot of the table is padding and stays as it is.
         ends: int32 [rows]: where the token stands in its slot; also the slot's new length.
-        results: int32 [steps, max_rows]: row `counter % steps` gets the tokens. May be pinned host memory.
-        counter: int32 [1]: goes up by one.
+        results: int32 [steps, max_rows]: row `counter` gets the tokens. May be pinned host memory.
+        counter: int32 [1]: goes up by one, and from the last row back to 0: a count of all steps would leave
+            int32 after 2**31 of them, a month of a small model's.
         lengths, tokens: as for `decode_inputs`.
     """
     append = append_tokens_triton if sampled.is_cuda else append_tokens_reference
@@ -242,8 +243,8 @@ def append_tokens_reference(
     counter: Tensor,
 ) -> None:
     """`append_tokens` in torch."""
-    results[int(counter) % len(results), : len(sampled)] = sampled
-    counter += 1
+    results[int(counter), : len(sampled)] = sampled
+    counter.copy_((counter + 1) % len(results))
     real = slots != len(tokens) - 1
     index = slots[real].long()
     tokens[index, ends[real].long()] = sampled[real].int()
@@ -348,7 +349,7 @@ def _append_tokens_kernel(
     allow_next(PDL)
     wait_previous(PDL)
     count = tl.load(counter_ptr)
-    result_ptr = results_ptr + (count % steps) * result_stride
+    result_ptr = results_ptr + count * result_stride
     for begin in range(0, rows, BLOCK):
         row = begin + tl.arange(0, BLOCK)
         inside = row < rows
@@ -360,4 +361,4 @@ def _append_tokens_kernel(
         tl.store(lengths_ptr + slot * length_stride, end, mask=real)
         tl.store(result_ptr + row, token, mask=inside)
     tl.debug_barrier()
-    tl.store(counter_ptr, count + 1)
+    tl.store(counter_ptr, (count + 1) % steps)

@@ -76,7 +76,7 @@ class DeviceSlots:
     - `block_tables` [num_slots + 1, max_blocks]
     - `columns` [num_slots + 1, NUM_COLUMNS]: see the constants above
     - `rows` [num_slots, rounded up]: the slots of the current step, then the padding slot
-    - `counter` [1]: the number of steps that have run; the host's results ring follows it
+    - `counter` [1]: the row of the results ring that the next step's tokens go to
     """
 
     def __init__(

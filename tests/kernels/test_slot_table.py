@@ -69,22 +69,25 @@ def test_packed_inputs(device: torch.device) -> None:
     assert lengths[-1] == Table(device).lengths[-1]  # slot 8 is padding
 
 
+@pytest.mark.parametrize(("step", "following"), [(2, 3), (3, 0)])
 @pytest.mark.parametrize("rows", [1, 4, 1500])
-def test_append_tokens_leaves_the_padding_alone(rows: int, device: torch.device) -> None:
+def test_append_tokens_leaves_the_padding_alone(
+    rows: int, step: int, following: int, device: torch.device
+) -> None:
     slots = ints([3, 1, SLOTS - 1, SLOTS - 1][:rows] + [SLOTS - 1] * (rows - 4), device)
     ends = ints([9, 10, 1, 1][:rows] + [1] * (rows - 4), device)
     sampled = torch.arange(rows, device=device) + 1000
     results: list[tuple[Tensor, ...]] = []
     for append in (append_tokens_triton, append_tokens_reference):
         table = Table(device)
-        reported, counter = torch.zeros(4, rows, dtype=torch.int32, device=device), ints([6], device)
+        reported, counter = torch.zeros(4, rows, dtype=torch.int32, device=device), ints([step], device)
         append(sampled, slots, ends, table.lengths, table.tokens, reported, counter)
         results.append((table.tokens, table.columns, reported, counter))
     for ours, expected in zip(*results, strict=True):
         assert torch.equal(ours, expected)
     tokens, columns, reported, counter = results[0]
-    assert [int(tokens[3, 9]), int(columns[3, 0]), int(counter)] == [1000, 9, 7]
-    assert reported[2].tolist() == sampled.tolist()
+    assert [int(tokens[3, 9]), int(columns[3, 0]), int(counter)] == [1000, 9, following]
+    assert reported[step].tolist() == sampled.tolist()
     assert torch.equal(tokens[-1], Table(device).tokens[-1])
 
 
