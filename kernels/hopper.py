@@ -23,13 +23,18 @@ try:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:
+
+    # Triton 3.6's names, and those that came after them.
+    async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+    barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+except (ImportError, AttributeError):
     AVAILABLE = False
+    async_load = barrier = None
     gluon = SimpleNamespace(
         jit=lambda function=None, **_: function or (lambda kernel: kernel),
         constexpr_function=lambda function: function,
     )
-    gl = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = fence_async_shared = TensorDescriptor = None
+    gl = mbarrier = warpgroup_mma = warpgroup_mma_wait = fence_async_shared = TensorDescriptor = None
     gdc_wait = gdc_launch_dependents = None
 else:
     AVAILABLE = True
@@ -37,6 +42,8 @@ else:
 __all__ = [
     "AVAILABLE",
     "TensorDescriptor",
+    "async_load",
+    "barrier",
     "descriptor",
     "fence_async_shared",
     "gdc_launch_dependents",
@@ -47,7 +54,6 @@ __all__ = [
     "mbarrier",
     "multiplies",
     "shared_layout",
-    "tma",
     "warpgroup_mma",
     "warpgroup_mma_wait",
 ]

@@ -28,6 +28,8 @@ from torch import Tensor
 
 from .hopper import (
     AVAILABLE,
+    async_load,
+    barrier,
     descriptor,
     gdc_launch_dependents,
     gdc_wait,
@@ -35,7 +37,6 @@ from .hopper import (
     gluon,
     mbarrier,
     multiplies,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -157,10 +158,10 @@ def _load_weights(weight_desc, buffer, bar, first, k, N: gl.constexpr, GATED: gl
     """`buffer`'s rows of W, from column `k` on; gated, as many of the gate above the same of up."""
     if GATED:
         HALF: gl.constexpr = buffer.shape[0] // 2
-        tma.async_copy_global_to_shared(weight_desc, [first, k], bar, buffer.slice(0, HALF), pred)
-        tma.async_copy_global_to_shared(weight_desc, [N + first, k], bar, buffer.slice(HALF, HALF), pred)
+        async_load(weight_desc, [first, k], bar, buffer.slice(0, HALF), pred)
+        async_load(weight_desc, [N + first, k], bar, buffer.slice(HALF, HALF), pred)
     else:
-        tma.async_copy_global_to_shared(weight_desc, [first, k], bar, buffer, pred)
+        async_load(weight_desc, [first, k], bar, buffer, pred)
 
 
 @gluon.jit
@@ -171,7 +172,7 @@ def _load_tokens(x_desc, buffer, bar, first_token, tokens, k, FILLED: gl.constex
         begin = first_token + box * BOX
         if FILLED > BOX:
             begin = gl.minimum(begin, tokens - BOX)
-        tma.async_copy_global_to_shared(x_desc, [begin, k], bar, buffer.slice(box * BOX, BOX), pred)
+        async_load(x_desc, [begin, k], bar, buffer.slice(box * BOX, BOX), pred)
 
 
 @gluon.jit
@@ -290,7 +291,7 @@ def _medium_batch_kernel(
         sums = warpgroup_mma(weights.index(stage), x.index(stage).permute((1, 0)), sums, is_async=True)
         # The product before this one has ended in all warps: its place in the ring takes a new tile.
         sums = warpgroup_mma_wait(1, deps=(sums,))
-        gl.thread_barrier()
+        barrier()
         following = i - 1 + STAGES
         more = (i > 0) & (following < steps)
         free = (i + STAGES - 1) % STAGES
@@ -402,7 +403,7 @@ def _add_up(own, parts, share, ROWS: gl.constexpr, SHARES: gl.constexpr, WARPS: 
 @gluon.jit
 def _arrive(arrivals, SHARES: gl.constexpr):
     """Every product counts up to the next multiple of 8, whatever its shares: none has to begin from zero."""
-    gl.thread_barrier()
+    barrier()
     return gl.atomic_add(arrivals, 8 // SHARES, sem="acq_rel", scope="gpu")
 
 

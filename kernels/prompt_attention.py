@@ -22,13 +22,13 @@ from torch import Tensor
 from .hopper import (
     AVAILABLE,
     TensorDescriptor,
+    async_load,
     descriptor,
     fence_async_shared,
     gl,
     gluon,
     is_hopper,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -115,14 +115,14 @@ def _load_block(
     if in_step:
         PART: gl.constexpr = qkv_desc.block_type.shape[0]
         for i in gl.static_range(0, BLOCK, PART):
-            tma.async_copy_global_to_shared(qkv_desc, [qkv_row + i, qkv_column], bar, target.slice(i, PART))
+            async_load(qkv_desc, [qkv_row + i, qkv_column], bar, target.slice(i, PART))
     else:
         PIECE: gl.constexpr = cache_desc.block_type.shape[0]
         for i in gl.static_range(0, BLOCK, PIECE):
             key = first_key + i
             block = gl.load(table + key // BLOCK_SIZE, mask=key < tokens, other=0)
             slot = block * BLOCK_SIZE + key % BLOCK_SIZE
-            tma.async_copy_global_to_shared(cache_desc, [slot, cache_column], bar, target.slice(i, PIECE))
+            async_load(cache_desc, [slot, cache_column], bar, target.slice(i, PIECE))
 
 
 @gluon.jit
@@ -150,7 +150,7 @@ def _produce(descriptors, rings, step, BLOCK_SIZE: gl.constexpr):
         mbarrier.expect(q_full, Q_BYTES)
         for i in gl.static_range(CONSUMERS):
             query = start + first + i * ROWS
-            tma.async_copy_global_to_shared(qkv_desc, [query, head * HEAD_DIM], q_full, q.index(i))
+            async_load(qkv_desc, [query, head * HEAD_DIM], q_full, q.index(i))
         kv_head = head // (heads // kv_heads)
         column = kv_head * HEAD_DIM
         k_column = (heads + kv_head) * HEAD_DIM
