@@ -8,7 +8,7 @@ from .jit import INTERPRETED, tl, triton
 
 
 @triton.jit
-def dot(a, b, total, PRECISION: tl.constexpr = "ieee") -> tl.tensor:
+def dot(a, b, total, PRECISION: tl.constexpr) -> tl.tensor:
     """`total + a @ b`. PRECISION of float32: "ieee" rounds to no fewer bits, "tf32x3" to 21 or more, faster.
 
     The interpreter multiplies bfloat16 wrongly.

@@ -181,7 +181,7 @@ def _attend(
         mask = (key < end)[:, None] & (column < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + place, mask=mask, other=0.0)
         v = tl.load(v_ptr + place, mask=mask, other=0.0)
-    scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], TILE], tl.float32))
+    scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], TILE], tl.float32), "ieee")
     if not ALL_SEEN:
         seen = key[None, :] <= position[:, None]
         scores = tl.where(seen, scores, -1e30)
@@ -191,7 +191,7 @@ def _attend(
         weights = tl.where(seen, weights, 0.0)
     kept = tl.exp2(highest - higher)
     total = tl.fma(total, kept, tl.sum(weights, 1))
-    values = dot(weights.to(v.dtype), v, values * kept[:, None])
+    values = dot(weights.to(v.dtype), v, values * kept[:, None], "ieee")
     return higher, total, values
 
 

@@ -261,7 +261,7 @@ def _run(
             exists = start + column < length
             w = tl.load(weights + k[None, :], mask=exists[None, :], other=0.0)
             tokens = tl.load(x + k[:, None], mask=inside & exists[:, None], other=0.0)
-        total = dot(w, tokens, total)
+        total = dot(w, tokens, total, "ieee")
     return total
 
 
@@ -281,7 +281,7 @@ def _described_run(
     total = tl.zeros([FEATURES, TOKENS], tl.float32)
     for start in range(0, length, COLUMNS):
         w = weights.load([feature, first + start])
-        total = dot(w, x.load([token, first + start]).T, total)
+        total = dot(w, x.load([token, first + start]).T, total, "ieee")
     return total
 
 

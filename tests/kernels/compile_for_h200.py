@@ -20,14 +20,20 @@ from triton.runtime.driver import driver
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from benchlib.decode_chain import DecodeChain, Shape, Weights
+from headrace.kernels import fixed_order_attention, fixed_order_linear
 from headrace.kernels.all_reduce import all_reduce_triton, one_shot_layout, two_shot_layout
+from headrace.kernels.copy_segments import copy_segments
+from headrace.kernels.forbid_tokens import forbid_tokens
 from headrace.kernels.fused_linear import late_gate_up_silu, linear_add_squares
 from headrace.kernels.kv_write import finish_heads
+from headrace.kernels.layer_norm import layer_norm
 from headrace.kernels.mailbox import make_mailbox
 from headrace.kernels.medium_batch_linear import medium_batch_linear, parts_of, tiling
 from headrace.kernels.paged_prefill import paged_prefill
 from headrace.kernels.prompt_attention import prompt_attention, prompt_cache
-from headrace.kernels.rms_norm import rms_norm
+from headrace.kernels.rms_norm import rms_norm, row_squares
+from headrace.kernels.sampling import gumbel_argmax
+from headrace.kernels.slot_table import packed_inputs
 from headrace.kernels.stay_thresholds import stay_thresholds
 
 CPU = torch.device("cpu")
@@ -46,8 +52,8 @@ class H200:
         return 0
 
 
-def pretend() -> None:
-    """Tensors say that they are on a GPU, and kernels that are launched are only compiled."""
+def pretend() -> set[str]:
+    """Tensors say that they are on a GPU, and kernels that are launched are only compiled; their names."""
     driver.set_active(H200())
     functions: Any = triton.runtime.jit.JITFunction
     run = functions.run
@@ -55,11 +61,18 @@ def pretend() -> None:
     def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         return run(function, *args, grid=grid, warmup=True, **options)
 
+    names: set[str] = set()
+
+    def compiled(*, fn: Any, **_: Any) -> None:
+        names.add(fn.name.rpartition(".")[2])
+
     functions.run = compile_only
+    triton.knobs.runtime.jit_post_compile_hook = compiled
     cuda: Any = torch.cuda
     cuda.get_device_capability = lambda _: (9, 0)
     cuda.get_device_properties = lambda _: SimpleNamespace(multi_processor_count=132)
     torch.Tensor.is_cuda = property(lambda _: True)  # type: ignore[assignment]
+    return names
 
 
 def numbers(*shape: int) -> torch.Tensor:
@@ -126,6 +139,30 @@ def prompts(head_dim: int) -> Callable[[], None]:
     return run
 
 
+def fixed_order() -> None:
+    """For `batch_invariant`: products of 1, 5 and 40 rows; attention of decoding rows and of prompts."""
+    room = fixed_order_linear.Workspace.empty(CPU)
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows in (1, 5, 40):
+            x, w = numbers(rows, 1024).to(dtype), numbers(2048, 1024).to(dtype)
+            fixed_order_linear.fixed_order_linear(x, w, workspace=room, activation="relu")
+    workspace = fixed_order_attention.Workspace.empty(8, 2, 64, 4, 1024, CPU)
+    for tile_tokens, count in ((1, 4), (1, 400), (fixed_order_attention.tile_tokens(8, 2), 4)):
+        fixed_order_attention.fixed_order_attention(
+            numbers(400, 8, 64),
+            numbers(100, 16, 2, 64),
+            numbers(100, 16, 2, 64),
+            block_tables=integers(400, 64),
+            table_rows=integers(400),
+            query_start=integers(401),
+            seq_lens=integers(400),
+            tiles=integers(count, 2),
+            tile_tokens=tile_tokens,
+            scale=0.1,
+            workspace=workspace,
+        )
+
+
 def sums() -> None:
     """Of two ranks, in one shot and in two."""
     partial = numbers(64, 512)
@@ -140,8 +177,15 @@ def sums() -> None:
 def others() -> None:
     x = numbers(300, 512)
     rms_norm(x, x[0], 1e-5, x.clone(), x.clone())
+    row_squares(x)
+    layer_norm(x, x[0], x[1], 1e-5, x.clone())
     one, off = torch.ones(300), torch.zeros(300)
     stay_thresholds(x, one, off.int(), one.double(), off.log())
+    gumbel_argmax(x.float(), off.long(), off.long())
+    forbid_tokens(x, integers(300, 16), integers(300))
+    copy_segments(integers(100), integers(100), 4, 10)
+    slots, table = integers(4), integers(5, 8)
+    packed_inputs(slots, integers(5), slots, integers(5), table, table, 16, 64, 40)
 
 
 CASES: dict[str, Callable[[], Callable[[], None]]] = {
@@ -155,20 +199,20 @@ CASES: dict[str, Callable[[], Callable[[], None]]] = {
     "product that programs share": lambda: product(64, 1024, 4096),
     "prompts": lambda: prompts(64),
     "prompts, wide heads": lambda: prompts(128),
+    "fixed order": lambda: fixed_order,
     "sums": lambda: sums,
     "others": lambda: others,
 }
 
 
 def main() -> None:
-    pretend()
-    failed = {}
+    names, failed = pretend(), {}
     for name, make in CASES.items():
         try:
             make()()
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"
-    print(json.dumps({"cases": len(CASES), "failed": failed}))
+    print(json.dumps({"compiled": sorted(names), "failed": failed}))
 
 
 if __name__ == "__main__":
