@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..ipc.config import EngineConfig
 from ..ipc.messages import Admit, Argument, Sampling, StepPlan, pack
+from .compiling import Compiler
 from .constraints import ConstraintBuilder, Constraints
 from .device_slots import DeviceSlots, Work
 from .device_step import MORE_RESULTS, RESULTS, DeviceStep, Logits
@@ -40,8 +41,12 @@ _WARM_UP_TOKENS = 32
 class CudaRunner:
     """A worker's runner with a network on one GPU per rank."""
 
-    def __init__(self, config: EngineConfig, rank: int, rendezvous: str) -> None:
+    def __init__(
+        self, config: EngineConfig, rank: int, rendezvous: str, compiler: Compiler | None = None
+    ) -> None:
+        """Without a `compiler` each kernel is compiled where it is first launched."""
         self._config, self._rank, self._rendezvous = config, rank, rendezvous
+        self._compiler = compiler
         self._device = torch.device("cuda", rank)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._tp = TensorParallel()
@@ -81,6 +86,8 @@ class CudaRunner:
             progress("check that kernels are batch-invariant")
             model, heads = self._model, int(config.hf_config["num_attention_heads"])
             check_fixed_order(heads, model.num_kv_heads, model.head_dim, self._dtype, self._device)
+        progress("compile kernels")
+        self._compile_start()
         progress("size KV cache")
         return self._size()
 
@@ -93,7 +100,8 @@ class CudaRunner:
         recordable = self._tp.size == 1 or (peers is not None and self._step.is_fused)
         if recordable and not self._config.enforce_eager:
             sizes = graph_sizes(self._config.max_num_seqs)
-            step, recorder = self._step, Recorder(nullcontext if peers is None else peers.silence)
+            step, alone = self._step, nullcontext if peers is None else peers.silence
+            recorder = Recorder(alone, partial(self._compile_ahead, step))
 
             def rehearse(rows: int) -> None:
                 step.decode(rows, rehearsal=True)
@@ -115,9 +123,8 @@ class CudaRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile what a first request needs, and record a graph for it."""
-        slots = self._step.slots
-        length = min(_WARM_UP_TOKENS, self._config.max_num_batched_tokens, slots.tokens.shape[1] - 2)
-        _rehearse(self._temporary_step(1, length), 1, length)
+        first = self._first_work()
+        _rehearse(self._temporary_step(*first), *first)
         if self._graphs is not None:
             self._graphs.record(1)
             self._graphs.use(1)
@@ -170,6 +177,33 @@ class CudaRunner:
         for shape in packed:
             assert packed_graphs is not None
             yield partial(packed_graphs.use, shape)
+
+    # --- compiling -----------------------------------------------------------------------------------
+
+    def _compile_start(self) -> None:
+        """What `_size` and `warm_up` launch."""
+        config, first, most = self._config, self._first_work(), self._most_work()
+        step = self._temporary_step(*first)
+
+        def rest() -> None:
+            _rehearse(self._temporary_step(*most), *most)
+            self._new_step(config.max_num_seqs, config.max_model_len, 1).decode(1, rehearsal=True)
+
+        # Less than half of it shows whether anything is to be compiled.
+        for launch in (partial(_rehearse, step, *first), rest):
+            self._compile_ahead(step, launch)
+
+    def _compile_ahead(self, step: DeviceStep, launch: Callable[[], None]) -> None:
+        """On a first start, compile side by side what `launch` launches, in `step` or others like it."""
+        # On several GPUs copies and NCCL would meet the other ranks; a model's `forward` wants all layers.
+        if self._compiler is None or self._tp.size > 1 or not step.is_fused:
+            return
+        layers = self._model.layers
+        self._model.layers = layers[:2]  # all but the first launch the same
+        try:
+            self._compiler.ahead(launch, self._device)
+        finally:
+            self._model.layers = layers
 
     # --- sleeping ------------------------------------------------------------------------------------
 
@@ -314,8 +348,7 @@ class CudaRunner:
     def _size(self) -> CacheSize:
         """Run the largest step, to see what is left beside it."""
         config = self._config
-        rows = min(config.max_num_seqs, config.max_num_batched_tokens)
-        length = min(config.max_num_batched_tokens // rows, config.max_model_len - 1)
+        rows, length = self._most_work()
         held = torch.cuda.memory_allocated(self._device)
         step = self._temporary_step(rows, length)
         before = torch.cuda.memory_allocated(self._device)
@@ -327,6 +360,17 @@ class CudaRunner:
         free, total = torch.cuda.mem_get_info(self._device)
         budget = cuda_budget(config, free=free, total=total, held=held, profiled=profiled)
         return size_cache(config, self._block_bytes(), budget)
+
+    def _most_work(self) -> tuple[int, int]:
+        """Rows of the largest step, and the tokens of each."""
+        config = self._config
+        rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+        return rows, min(config.max_num_batched_tokens // rows, config.max_model_len - 1)
+
+    def _first_work(self) -> tuple[int, int]:
+        """The same of what a first request may be."""
+        config = self._config
+        return 1, min(_WARM_UP_TOKENS, config.max_num_batched_tokens, config.max_model_len - 2)
 
     def _block_bytes(self) -> int:
         model, config = self._model, self._config

@@ -38,11 +38,16 @@ class Recorder:
     """Records CUDA graphs, all with one pool of memory: they never run at the same time.
 
     `alone` makes a context in which kernels neither send anything to other ranks nor wait for them: these
-    rehearse at another time, or not at all.
+    rehearse at another time, or not at all. `compile_ahead` compiles what a function launches, and launches
+    nothing.
     """
 
-    def __init__(self, alone: Callable[[], AbstractContextManager[None]]) -> None:
-        self._alone = alone
+    def __init__(
+        self,
+        alone: Callable[[], AbstractContextManager[None]],
+        compile_ahead: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._alone, self._compile_ahead = alone, compile_ahead
         self._pool: Any = None
         self._stream = torch.cuda.Stream()
 
@@ -50,6 +55,7 @@ class Recorder:
         """What `run` launches. `rehearse` launches the same once for real: kernels are compiled and loaded,
         which a recording must not do.
         """
+        self._compile_ahead(rehearse)
         with self._alone():
             rehearse()
         graph = torch.cuda.CUDAGraph()

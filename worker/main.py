@@ -155,11 +155,11 @@ class Worker:
             return InOrder(config, OracleBackend(config))
         self._progress("import torch")
         if config.device == "cuda":
-            from .compiling import tell_of_compiling  # noqa: PLC0415 (two seconds of imports, after that)
+            from .compiling import Compiler  # noqa: PLC0415 (two seconds of imports, after that)
             from .cuda_runner import CudaRunner  # noqa: PLC0415 (as above)
 
-            tell_of_compiling(self._compile)
-            return CudaRunner(config, self._start.rank, self._start.rendezvous)
+            compiler = Compiler(self._compile)
+            return CudaRunner(config, self._start.rank, self._start.rendezvous, compiler)
         # OpenMP's threads spin for milliseconds while they wait, on the cores that everybody else needs:
         # steps are 10 times slower beside another busy process. This many bridge two operators.
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")

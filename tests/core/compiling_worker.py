@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from headrace.kernels.copy_segments import _copy_segments_kernel
 from headrace.worker import main
-from headrace.worker.compiling import tell_of_compiling
+from headrace.worker.compiling import Compiler
 from headrace.worker.in_order import Executed, InOrder
 from headrace.worker.oracle import OracleBackend
 from headrace.worker.slots import Batch, Slots
@@ -46,7 +46,7 @@ class CompilingWorker(main.Worker):
 
     def _make_runner(self) -> InOrder:
         driver.set_active(NoDevice())
-        tell_of_compiling(self._compile)
+        Compiler(self._compile)
         return InOrder(self._start.config, CompilingOracle(self._start.config))
 
 

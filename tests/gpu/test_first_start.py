@@ -7,7 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+import triton
 from headrace import AsyncEngineArgs, AsyncLLM, SamplingParams
+from headrace.frontend.engine_args import resolve
+from headrace.worker.compiling import STEP, Compiler
+from headrace.worker.cuda_runner import CudaRunner
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -55,3 +59,27 @@ def test_compiling_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             assert stats.num_restarts == 0
 
     asyncio.run(asyncio.wait_for(main(), 200))
+
+
+def test_kernels_are_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
+    for hook in ("jit_cache_hook", "jit_post_compile_hook"):
+        monkeypatch.setattr(triton.knobs.runtime, hook, None)
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    args = AsyncEngineArgs(
+        model=str(tmp_path),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_num_seqs=40,
+        kv_cache_memory_bytes=1 << 28,
+    )
+    told: list[str] = []
+    runner = CudaRunner(resolve(args), 0, "", Compiler(told.append))
+    runner.load(lambda phase: None)
+    runner.allocate(1000, 1024)
+    runner.warm_up()
+    assert set(told) == {STEP, ""}
+    while runner.idle():
+        pass
+    assert set(told) == {STEP, "", "_forbid_kernel"}

@@ -20,6 +20,7 @@ class CausalLM(nn.Module, ABC):
     """One rank's share of a decoder-only language model."""
 
     num_layers: int
+    layers: nn.ModuleList
     num_kv_heads: int
     """Of this rank."""
     head_dim: int
