@@ -36,6 +36,8 @@ from .under_way import Drawn, UnderWay
 from .weights import load_weights, weights_bytes, weights_checksum
 
 _WARM_UP_TOKENS = 32
+_SHORT_PROMPT = 7
+"""Tokens. Up to 8 take other kernels than more do, and an odd number other forms of some (alignments)."""
 
 
 class CudaRunner:
@@ -181,12 +183,14 @@ class CudaRunner:
     # --- compiling -----------------------------------------------------------------------------------
 
     def _compile_start(self) -> None:
-        """What `_size` and `warm_up` launch."""
+        """What `_size` and `warm_up` launch, and what a first request of few tokens would wait for."""
         config, first, most = self._config, self._first_work(), self._most_work()
         step = self._temporary_step(*first)
 
         def rest() -> None:
             _rehearse(self._temporary_step(*most), *most)
+            short = min(_SHORT_PROMPT, first[1])
+            _rehearse(self._temporary_step(1, short), 1, short)
             self._new_step(config.max_num_seqs, config.max_model_len, 1).decode(1, rehearsal=True)
 
         # Less than half of it shows whether anything is to be compiled.
