@@ -39,10 +39,9 @@ def build(family: str, tp: TensorParallel | None = None) -> CausalLM:
 
 
 def fused_of(model: CausalLM, tables: Tensor) -> Fused:
-    shape = (ROWS, BLOCK, model.num_kv_heads, 16)
+    shape, dtype = (ROWS, BLOCK, model.num_kv_heads, 16), next(model.parameters()).dtype
     caches = [
-        (torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16))
-        for _ in range(model.num_layers)
+        (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(model.num_layers)
     ]
     fused = fuse(model, caches, tables.contiguous(), 2 * model.num_kv_heads, ROWS)
     assert fused is not None
@@ -93,6 +92,17 @@ def test_products_in_float16_keep_their_norms_before_them() -> None:
     model = build("LlamaForCausalLM").half()
     fold_norms(model)
     assert not model.norms_are_folded
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter; tests/gpu has its like")
+@pytest.mark.parametrize("logits_of", [decoded, prompted])
+def test_float16_is_nearer_to_float32_than_bfloat16(logits_of: Callable[[CausalLM], Tensor]) -> None:
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    expected, *others = (logits_of(build("LlamaForCausalLM").to(dtype)) for dtype in dtypes)
+    errors = [float((logits - expected).norm() / expected.norm()) for logits in others]
+    assert expected.std() > 0.1
+    assert errors[0] < 0.03
+    assert errors[1] < errors[0] / 3
 
 
 @pytest.mark.parametrize(
