@@ -258,9 +258,10 @@ class Ranks:
 
     def _note_compiling(self, rank: int, kernel: str) -> None:
         before, now = self._compilations.get(rank), time.monotonic()
-        self._compilations[rank] = Compilation(kernel, now)
-        if before is not None and now - before.since > _NOTEWORTHY_SECONDS and not kernel:
-            seconds = round(now - before.since, 1)
+        begun = before.begun if before is not None and before.kernel == kernel else now
+        self._compilations[rank] = Compilation(kernel, now, begun)
+        if before is not None and now - before.begun > _NOTEWORTHY_SECONDS and before.kernel and not kernel:
+            seconds = round(now - before.begun, 1)
             LOGGER.info("compiled a kernel", extra=fields(rank=rank, kernel=before.kernel, seconds=seconds))
 
     def _recv(self, rank: int) -> Any:

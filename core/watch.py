@@ -40,6 +40,8 @@ class Compilation(NamedTuple):
     kernel: str
     """Empty: it is compiled, and nothing else is."""
     since: float
+    begun: float = 0.0
+    """When `kernel` was named first, of several times in a row."""
 
 
 class Sight(NamedTuple):
@@ -117,7 +119,7 @@ class Watch:
         compiling = [rank for rank, each in ranks.items() if each.compilation.kernel]
         if compiling and not stopped:
             rank = min(compiling, key=lambda rank: ranks[rank].compilation.since)
-            kernel, since = ranks[rank].compilation
+            kernel, since, _ = ranks[rank].compilation
             text = f"worker {rank} is compiling {kernel} for {now - since:.0f} s ({states})"
             return Verdict(self._quiet, rank, text)
         distances = {each.distance for each in ranks.values()}

@@ -472,7 +472,7 @@ class Compiling(Message, frozen=True):
 
     rank: int
     kernel: str
-    """Empty: it has ended."""
+    """Empty: it has ended. Of several at once a name for them all, again whenever one of them is done."""
 
 
 class Fatal(Message, frozen=True):

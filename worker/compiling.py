@@ -30,9 +30,9 @@ class Compiler:
     """This process's compilations of kernels. Make one, in the thread that launches kernels."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
-        """Call `tell` with the name of what is to be compiled, a kernel or `STEP`, and with "" when that is
-        done. Also where Triton finds it in its cache on disk, which takes milliseconds. A compilation
-        that fails raises, and has no end.
+        """Call `tell` with the name of what is to be compiled, a kernel or `STEP` (once more for each of its
+        kernels that is done), and with "" when that is done. Also where Triton finds it in its cache on disk,
+        which takes milliseconds. A compilation that fails raises, and has no end.
         """
         self._tell = tell
         self._is_ahead = False
@@ -79,8 +79,7 @@ class Compiler:
         return False  # do compile
 
     def _after(self, **_: Any) -> None:
-        if not self._is_ahead:
-            self._tell("")
+        self._tell(STEP if self._is_ahead else "")
 
     def _compiled(self, *, src: Any, metadata: dict[str, Any], cache_hit: bool, **_: Any) -> None:
         """In the thread that did it."""
