@@ -136,6 +136,8 @@ class CoreClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._calls = PendingCalls()
         self._drain_is_due = False
+        self._broken: ClientSocket | None = None
+        """Its connection is lost, and what had come before is being taken in."""
         self._outage: _Outage | None = None
         self._turn_call = -1
         """Of the call by which we asked the core for the turn to try suspects; -1: we did not."""
@@ -265,6 +267,9 @@ class CoreClient:
                 self._die(f"the engine core sent what cannot be read: {error}")
                 return
             if message is None:
+                if sock is not self._broken and sock.lost_connection():
+                    self._broken = sock  # the core's last words may have come since we looked
+                    continue
                 self._look_for_death(sock)
                 return
             try:
@@ -314,7 +319,8 @@ class CoreClient:
                 self._die(f"the engine is gone: {cause}")
             else:
                 self._lose(cause)
-        elif sock.lost_connection():
+        elif sock is self._broken:
+            self._broken = None
             if core is None or self._loop is None:
                 self._lose(_HUNG_UP)
             else:  # it is about to die, and to say why

@@ -45,7 +45,8 @@ def _await_welcome(sock: ClientSocket, address: str, patience: float) -> Welcome
     try:
         while (left := deadline - time.monotonic()) > 0:
             message = sock.recv(min(left, _LOOK_SECONDS))
-            if message is None and sock.lost_connection():
+            # Its last words may have come since we looked.
+            if message is None and sock.lost_connection() and (message := sock.recv()) is None:
                 reason = "it hung up: does it use CURVE keys, and are these the right ones?"
                 break
             if isinstance(message, Welcome):

@@ -119,14 +119,16 @@ class StatusConnection:
         return _Sample(time.monotonic(), trouble, reply.stats, reply.clients)
 
     def _ask(self, method: CallMethod) -> Reply:
-        self._socket.send(Call(0, method))
+        sock = self._socket
+        sock.send(Call(0, method))
         deadline = time.monotonic() + _ANSWER_SECONDS
         while (left := deadline - time.monotonic()) > 0:
-            message = self._socket.recv(min(left, 0.1))
+            message = sock.recv(min(left, 0.1))
+            # Its last words may have come since we looked.
+            if message is None and sock.lost_connection() and (message := sock.recv()) is None:
+                raise EngineDeadError(f"the engine core at {self._address!r} is gone")
             if isinstance(message, Reply):
                 return message
-            if message is None and self._socket.lost_connection():
-                raise EngineDeadError(f"the engine core at {self._address!r} is gone")
         raise EngineDeadError(f"the engine core at {self._address!r} does not answer")
 
 

@@ -24,7 +24,9 @@ from headrace import (
     SamplingParams,
 )
 from headrace.ipc.curve import ClientKeys, make_pair, read_secret
+from headrace.ipc.messages import FromCore
 from headrace.ipc.oracle import oracle_stream
+from headrace.ipc.sockets import ClientSocket
 
 from .cores import HEADRACE, TIMEOUT, VOCAB_SIZE, Daemon, NumberedClient, free_port
 
@@ -96,6 +98,37 @@ def test_a_frontend_through_a_drain_and_a_new_core(daemon: Start) -> None:
     with asyncio.Runner() as runner:
         engine = AsyncLLM(AsyncEngineArgs(engine_core_address=address))
         runner.run(asyncio.wait_for(run(engine), 3 * TIMEOUT))
+        engine.shutdown()
+
+
+def test_a_cores_last_words_are_heard(daemon: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They and its end come between a frontend's look for messages and its look for the connection."""
+    core = daemon("--drain-timeout", "600", "--hang-seconds", "600")
+    address, recv = core.wait_ready(), ClientSocket.recv
+
+    def come_too_early(sock: ClientSocket, timeout: float = 0) -> FromCore | None:
+        monkeypatch.setattr(ClientSocket, "recv", recv)
+        core.worker().resume()
+        assert core.process.wait(TIMEOUT) == 0
+        assert sock._monitor.poll(int(TIMEOUT * 1000))
+        return None
+
+    async def run(engine: AsyncLLM) -> list[int]:
+        core.worker().suspend()
+        params = SamplingParams(max_tokens=3, seed=1, ignore_eos=True)
+        stream = engine.generate({"prompt_token_ids": [1, 2]}, params)
+        answer = asyncio.create_task(anext(aiter(stream)))
+        while (await engine._client.call("stats")).clients[0].num_running == 0:
+            pass
+        core.process.send_signal(signal.SIGTERM)
+        monkeypatch.setattr(ClientSocket, "recv", come_too_early)
+        outputs = [await answer, *[output async for output in stream]]
+        return list(outputs[-1].outputs[0].token_ids)
+
+    with asyncio.Runner() as runner:
+        engine = AsyncLLM(AsyncEngineArgs(engine_core_address=address, engine_core_reconnect_seconds=1))
+        found = runner.run(asyncio.wait_for(run(engine), 3 * TIMEOUT))
+        assert found == oracle_stream([1, 2], 1, 3, VOCAB_SIZE)
         engine.shutdown()
 
 
