@@ -24,7 +24,7 @@ _STATES = {
     "t": "stopped by a debugger",
     "Z": "dead",
 }
-_WRITING_SECONDS = 0.1
+_WRITING_SECONDS = 0.3
 """What a process takes to print its stacks where others want the CPU too; it may be killed after that."""
 
 
