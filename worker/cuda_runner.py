@@ -374,7 +374,7 @@ class CudaRunner:
     def _first_work(self) -> tuple[int, int]:
         """The same of what a first request may be."""
         config = self._config
-        return 1, min(_WARM_UP_TOKENS, config.max_num_batched_tokens, config.max_model_len - 2)
+        return 1, max(1, min(_WARM_UP_TOKENS, config.max_num_batched_tokens, config.max_model_len - 2))
 
     def _block_bytes(self) -> int:
         model, config = self._model, self._config
