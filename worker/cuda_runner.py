@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -98,12 +97,11 @@ class CudaRunner:
         """Make the KV cache, with one block more for padding, and the slot table."""
         self._sizes = (num_blocks, max_model_len)
         self._step = self._new_step(self._config.max_num_seqs, max_model_len, num_blocks)
-        peers = self._tp.peers
-        recordable = self._tp.size == 1 or (peers is not None and self._step.is_fused)
+        recordable = self._tp.size == 1 or (self._tp.peers is not None and self._step.is_fused)
         if recordable and not self._config.enforce_eager:
             sizes = graph_sizes(self._config.max_num_seqs)
-            step, alone = self._step, nullcontext if peers is None else peers.silence
-            recorder = Recorder(alone, partial(self._compile_ahead, step))
+            step = self._step
+            recorder = Recorder(self._tp.silence, partial(self._compile_ahead, step))
 
             def rehearse(rows: int) -> None:
                 step.decode(rows, rehearsal=True)
@@ -199,13 +197,13 @@ class CudaRunner:
 
     def _compile_ahead(self, step: DeviceStep, launch: Callable[[], None]) -> None:
         """On a first start, compile side by side what `launch` launches, in `step` or others like it."""
-        # On several GPUs copies and NCCL would meet the other ranks; a model's `forward` wants all layers.
-        if self._compiler is None or self._tp.size > 1 or not step.is_fused:
+        if self._compiler is None or not step.is_fused:  # a model's `forward` wants all layers
             return
         layers = self._model.layers
         self._model.layers = layers[:2]  # all but the first launch the same
         try:
-            self._compiler.ahead(launch, self._device)
+            with self._tp.silence():
+                self._compiler.ahead(launch, self._device)
         finally:
             self._model.layers = layers
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,33 +41,31 @@ _LARGEST_COPY = 1 << 26
 numbers. There is room for four."""
 
 
+@dataclass(slots=True)
+class Line:
+    """A rank's connection to the others."""
+
+    live: bool = True
+    """While it is not, this rank neither sends anything nor waits for anything."""
+
+
 class Peers:
     """The mailboxes that the ranks' kernels meet in. What fits into `one_shot`'s is summed in one shot."""
 
-    def __init__(self, one_shot: Mailbox, two_shot: Mailbox, winners: Mailbox) -> None:
-        self.one_shot, self.two_shot, self._winners = one_shot, two_shot, winners
-        self._live = True
-
-    @contextmanager
-    def silence(self) -> Iterator[None]:
-        """Inside, kernels that would exchange anything are launched and exchange nothing."""
-        self._live = False
-        yield
-        self._live = True
+    def __init__(self, line: Line, one_shot: Mailbox, two_shot: Mailbox, winners: Mailbox) -> None:
+        self._line, self.one_shot, self.two_shot, self._winners = line, one_shot, two_shot, winners
 
     def serve(self, tensor: Tensor) -> bool:
         """Whether `add` can sum such tensors."""
         layout = self.two_shot.layout
         room = layout.programs * layout.sources * layout.block
-        serves = tensor.numel() <= room and tensor.dtype == layout.dtype
-        assert serves or self._live, f"{tensor.shape} is too large to be rehearsed"
-        return serves
+        return tensor.numel() <= room and tensor.dtype == layout.dtype
 
     def add(self, partial: Tensor, residual: Tensor | None = None, squares: Tensor | None = None) -> Tensor:
         """The sum of all ranks' `partial`, added to `residual`, or else in place; its rows' `squares`."""
         layout = self.one_shot.layout
         mailbox = self.one_shot if partial.numel() <= layout.programs * layout.block else self.two_shot
-        return all_reduce_triton(partial, mailbox, residual, self._live, squares)
+        return all_reduce_triton(partial, mailbox, residual, self._line.live, squares)
 
     def square_parts(self, width: int) -> int:
         """Parts in which `add` can leave the squares of rows of `width` numbers; 0: it cannot."""
@@ -75,7 +73,7 @@ class Peers:
 
     def share(self, first: int, count: int) -> Share:
         """For a draw from logits of the tokens from `first` on."""
-        return Share(first, count, self._winners, self._live)
+        return Share(first, count, self._winners, self._line.live)
 
 
 def nothing() -> None:
@@ -98,12 +96,22 @@ class TensorParallel:
     """A torch.distributed store that the ranks have in common; None when `size` is 1."""
     advance: Callable[[], None] = nothing
     """Called whenever this rank comes to where it may have to wait for the others."""
+    line: Line = field(default_factory=Line, compare=False)
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        """Inside, nothing is exchanged: kernels are launched all the same, and results are garbage."""
+        self.line.live = False
+        try:
+            yield
+        finally:
+            self.line.live = True
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in place. Contiguous."""
         if self.peers is not None and self.peers.serve(tensor):
             return self.peers.add(tensor)
-        if self.group is not None:
+        if self.group is not None and self.line.live:
             self.advance()
             self.group.allreduce([tensor]).wait()
         return tensor
@@ -127,9 +135,12 @@ class TensorParallel:
         if self.peers is not None and self.peers.serve(partial):
             self.peers.add(partial, residual, squares)
             return tuple
+        copies = None if self.copies is None or not self.copies.serve(partial) else self.copies
+        if not self.line.live:
+            return lambda: (partial,) if copies is None else (partial, partial)
         self.advance()
-        if self.copies is not None and self.copies.serve(partial):
-            receive = self.copies.exchange(partial)
+        if copies is not None:
+            receive = copies.exchange(partial)
             return lambda: (partial, receive())
         work = self.group.allreduce([partial])
 
@@ -143,14 +154,15 @@ class TensorParallel:
         """The ranks' tensors (of equal shapes) side by side along the last dimension."""
         if self.group is None:
             return tensor
-        self.advance()
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        self.group.allgather([parts], [tensor.contiguous()]).wait()
+        if self.line.live:
+            self.advance()
+            self.group.allgather([parts], [tensor.contiguous()]).wait()
         return torch.cat(parts, dim=-1)
 
     def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
         """Rank `src`'s tensor, in place."""
-        if self.group is not None:
+        if self.group is not None and self.line.live:
             self.advance()
             self.group.broadcast(tensor, src).wait()
         return tensor
@@ -218,7 +230,7 @@ def open_mailboxes(
         two_shot_layout(tp.size, largest, dtype),
         winners_layout(tp.size, max_rows),
     )
-    peers = Peers(*share_mailboxes(tp, device, layouts))
+    peers = Peers(tp.line, *share_mailboxes(tp, device, layouts))
     copies = None
     if tp.size == 2:  # with more, a rank would send everything several times
         store = dist.PrefixStore("copies", tp.store)  # type: ignore[attr-defined]  # likewise

@@ -53,6 +53,7 @@ class PeerCopies:
         more exchanges have ended.
         """
         assert message.is_contiguous()
+        assert not torch.cuda.is_current_stream_capturing(), "a graph would exchange the same number again"
         place = self._count % _PLACES * self._max_bytes
         self._count += 1
         number = ctypes.c_uint32(self._count)  # the driver compares numbers modulo 2^32

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 from headrace import AsyncEngineArgs, AsyncLLM, SamplingParams
 from headrace.frontend.engine_args import resolve
@@ -35,7 +36,10 @@ async def complete(engine: AsyncLLM, number: int) -> int:
     raise AssertionError("the stream ended without an end")
 
 
-def test_compiling_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.multi_gpu)])
+def test_compiling_is_progress(ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ranks > torch.cuda.device_count():
+        pytest.skip("needs two CUDA devices")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
     args = AsyncEngineArgs(
@@ -44,6 +48,7 @@ def test_compiling_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         skip_tokenizer_init=True,
         max_num_seqs=128,
         kv_cache_memory_bytes=1 << 28,
+        tensor_parallel_size=ranks,
         hang_seconds=4,
     )
 

@@ -16,7 +16,7 @@ from headrace.kernels.slot_table import StepInputs
 from headrace.worker import fused, parallel
 from headrace.worker.fused import Fused, Packed, fold_norms, fuse
 from headrace.worker.models import build_model
-from headrace.worker.parallel import Peers, TensorParallel
+from headrace.worker.parallel import Line, Peers, TensorParallel
 from headrace.worker.weights import load_weights
 from torch import Tensor
 
@@ -48,7 +48,7 @@ def connect(rank: int, size: int, folder: Path) -> tuple[TensorParallel, TensorP
         mapped = [torch.from_file(str(path), True, layout.num_bytes, dtype=torch.uint8) for path in paths]
         KEPT.extend(mapped)
         mailboxes.append(make_mailbox(layout, rank, [memory.data_ptr() for memory in mapped], CPU))
-    few, many = (TensorParallel(rank, size, peers=Peers(*mailboxes[at : at + 3])) for at in (0, 3))
+    few, many = (TensorParallel(rank, size, peers=Peers(Line(), *mailboxes[at : at + 3])) for at in (0, 3))
     return few, many
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeAlias
 
 import msgspec
@@ -153,6 +154,25 @@ def test_a_broadcast_comes_from_its_source(tmp_path: Path) -> None:
         return tp.broadcast(torch.full((3,), tp.rank), src=2).tolist()
 
     assert on_every_rank(3, tmp_path / "ranks", run) == [[2, 2, 2]] * 3
+
+
+def test_in_silence_nobody_is_waited_for(tmp_path: Path) -> None:
+    rendezvous = str(tmp_path / "ranks")
+    done = Event()
+
+    def run(rank: int) -> Tensor:
+        tp, tensor = connect(rank, 2, CPU, rendezvous), torch.full((3,), 1.0 + rank)
+        if rank == 0:
+            with tp.silence():
+                assert tp.all_reduce(tensor) is tp.broadcast(tensor, src=1) is tensor
+                assert len(tp.add_all_reduced(tensor, torch.zeros(3))()) == 1
+                assert tp.all_gather_last(tensor).shape == (6,)
+            done.set()
+        assert done.wait(60)
+        return tp.all_reduce(tensor)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [each.tolist() for each in pool.map(run, range(2))] == [[3.0] * 3] * 2
 
 
 def test_alone_every_collective_is_the_identity(tmp_path: Path) -> None:
