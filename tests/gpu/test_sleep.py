@@ -57,9 +57,9 @@ def test_sleep_and_wake_up(tmp_path: Path, eager: bool, ranks: int) -> None:
         for level in (1, 2, 1):
             llm.sleep(level)
             asleep = llm.collective_rpc("memory_stats")[0]
-            # Of this process, not of the device: others may use that too. cuBLAS keeps a workspace a stream.
+            # Of this process, not of the device: others may use that too. cuBLAS keeps workspaces.
             assert int(str(awake["reserved_bytes"])) > (1 << 30) // ranks
-            assert int(str(asleep["reserved_bytes"])) < (100 << 20)
+            assert int(str(asleep["reserved_bytes"])) < (1 << 27)
             llm.wake_up()
             assert llm.collective_rpc("weights_checksum") == checksums
             assert answers(llm) == before
