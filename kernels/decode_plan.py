@@ -124,7 +124,8 @@ def plan_decode(plan: DecodePlan, seq_lens: Tensor, table_rows: Tensor | None = 
     )
 
 
-@triton.jit
+# Not by alignments: see `slot_table`.
+@triton.jit(do_not_specialize_on_alignment=["num_rows", "max_pieces", "target"])
 def _plan_kernel(
     seq_lens_ptr,
     table_rows_ptr,
@@ -188,7 +189,7 @@ def _plan_whole_rows(plan: DecodePlan, seq_lens: Tensor, table_rows: Tensor | No
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_rows", "max_pieces", "most"])
 def _plan_whole_rows_kernel(
     seq_lens_ptr,
     table_rows_ptr,

@@ -143,7 +143,8 @@ def finish_heads(
     )
 
 
-@triton.jit
+# Not by alignments: see `slot_table`.
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slot_mapping_ptr"])
 def _finish_heads_kernel(
     qkv_ptr,  # [tokens, HEADS + 2 * KV_HEADS, HEAD_DIM]
     rotation_ptr,  # [., 3, HEAD_DIM / 2]

@@ -254,7 +254,8 @@ def append_tokens_reference(
 # --- Triton ------------------------------------------------------------------------------------------
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Not by alignments, which differ from step to step: another form would be compiled while requests wait.
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions_ptr"])  # type: ignore[untyped-decorator]
 def _decode_inputs_kernel(
     slots_ptr,
     lengths_ptr,
@@ -286,7 +287,7 @@ def _decode_inputs_kernel(
     tl.store(seq_lens_ptr + row, position + 1, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])  # type: ignore[untyped-decorator]
 def _packed_inputs_kernel(
     slots_ptr,
     query_start_ptr,
@@ -328,7 +329,7 @@ def _packed_inputs_kernel(
     tl.store(places_ptr + first + offset, place, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize_on_alignment=["rows"])  # type: ignore[untyped-decorator]
 def _append_tokens_kernel(
     sampled_ptr,
     slots_ptr,

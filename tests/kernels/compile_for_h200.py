@@ -1,4 +1,5 @@
-"""A process that compiles kernels for an H200 and has none: prints why any could not be compiled, as JSON.
+"""A process that compiles kernels for an H200 and has none: prints why any could not be compiled, and how
+many forms bookkeeping takes, as JSON.
 
 The interpreter runs a kernel that the compiler would refuse, and does not run Gluon's at all.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from benchlib.decode_chain import DecodeChain, Shape, Weights
 from headrace.kernels import fixed_order_attention, fixed_order_linear
 from headrace.kernels.all_reduce import all_reduce_triton, one_shot_layout, two_shot_layout
 from headrace.kernels.copy_segments import copy_segments
+from headrace.kernels.decode_plan import DecodePlan, plan_decode
 from headrace.kernels.forbid_tokens import forbid_tokens
 from headrace.kernels.fused_linear import late_gate_up_silu, linear_add_squares
 from headrace.kernels.kv_write import finish_heads
@@ -33,7 +36,7 @@ from headrace.kernels.paged_prefill import paged_prefill
 from headrace.kernels.prompt_attention import prompt_attention, prompt_cache
 from headrace.kernels.rms_norm import rms_norm, row_squares
 from headrace.kernels.sampling import gumbel_argmax
-from headrace.kernels.slot_table import packed_inputs
+from headrace.kernels.slot_table import append_tokens, decode_inputs, packed_inputs
 from headrace.kernels.stay_thresholds import stay_thresholds
 
 CPU = torch.device("cpu")
@@ -52,8 +55,10 @@ class H200:
         return 0
 
 
-def pretend() -> set[str]:
-    """Tensors say that they are on a GPU, and kernels that are launched are only compiled; their names."""
+def pretend() -> Counter[str]:
+    """Tensors say that they are on a GPU, and kernels that are launched are only compiled: how many forms of
+    each, by its name.
+    """
     driver.set_active(H200())
     functions: Any = triton.runtime.jit.JITFunction
     run = functions.run
@@ -61,10 +66,10 @@ def pretend() -> set[str]:
     def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         return run(function, *args, grid=grid, warmup=True, **options)
 
-    names: set[str] = set()
+    forms: Counter[str] = Counter()
 
     def compiled(*, fn: Any, **_: Any) -> None:
-        names.add(fn.name.rpartition(".")[2])
+        forms[fn.name.rpartition(".")[2]] += 1
 
     functions.run = compile_only
     triton.knobs.runtime.jit_post_compile_hook = compiled
@@ -72,7 +77,7 @@ def pretend() -> set[str]:
     cuda.get_device_capability = lambda _: (9, 0)
     cuda.get_device_properties = lambda _: SimpleNamespace(multi_processor_count=132)
     torch.Tensor.is_cuda = property(lambda _: True)  # type: ignore[assignment]
-    return names
+    return forms
 
 
 def numbers(*shape: int) -> torch.Tensor:
@@ -188,6 +193,24 @@ def others() -> None:
     packed_inputs(slots, integers(5), slots, integers(5), table, table, 16, 64, 40)
 
 
+def bookkeeping(rows: int) -> None:
+    """What surrounds the layers of a decode step of so many rows, and of one with three prompts more."""
+    table, slots = integers(300, 8), integers(rows)
+    inputs = decode_inputs(slots, table[:, 0], table, table, 16)
+    plan_decode(DecodePlan.empty(300, 8, 2, 64, CPU), inputs.seq_lens, slots)
+    append_tokens(torch.zeros(rows, dtype=torch.int64), slots, slots, table[:, 0], table, table, slots[:1])
+    slots = integers(rows + 3)
+    inputs = packed_inputs(slots, integers(rows + 4), slots, table[:, 0], table, table, 16, rows + 100, 40)
+    caches = numbers(100, 16, 2, 64), numbers(100, 16, 2, 64)
+    finish_heads(
+        numbers(100, 12, 64),
+        *caches,
+        inputs.slot_mapping[rows:],
+        rotation=torch.zeros(50, 3, 32),
+        positions=inputs.positions[rows:],
+    )
+
+
 CASES: dict[str, Callable[[], Callable[[], None]]] = {
     "decode 1": lambda: decode(1),
     "decode 1, OPT": lambda: decode(1, is_opt=True),
@@ -206,13 +229,17 @@ CASES: dict[str, Callable[[], Callable[[], None]]] = {
 
 
 def main() -> None:
-    names, failed = pretend(), {}
+    forms, failed = pretend(), {}
     for name, make in CASES.items():
         try:
             make()()
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"
-    print(json.dumps({"compiled": sorted(names), "failed": failed}))
+    compiled = sorted(forms)
+    forms.clear()
+    for rows in (130, 131, 144, 160):
+        bookkeeping(rows)
+    print(json.dumps({"compiled": compiled, "failed": failed, "forms": forms}))
 
 
 if __name__ == "__main__":
