@@ -112,10 +112,15 @@ def test_a_rank_that_fails_is_named_and_replaced(
             stats, _ = await engine.get_stats()
             assert stats.num_restarts == 0
             for how, words in FAULTS.items():
-                tokens, trouble, seconds = await break_rank(engine, how)
+                for _ in range(3):
+                    tokens, trouble, seconds = await break_rank(engine, how)
+                    assert seconds < 30
+                    assert tokens == expected
+                    # Once in some hundred hangs a sum had ended on the rank that hung and not on the other:
+                    # they had come equally far, and nobody was blamed.
+                    if "because of worker" in trouble or "told to raise" in trouble:
+                        break
                 assert re.search(words, trouble), trouble
-                assert seconds < 30
-                assert tokens == expected
 
     asyncio.run(asyncio.wait_for(main(), 800))
 
