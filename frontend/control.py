@@ -5,7 +5,7 @@ The core carries these out, one after the other; with several frontends they hol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
 from typing import Any, Literal, NoReturn, Protocol, TypeAlias, TypeVar, get_args
 
 from ..ipc.errors import RequestError
@@ -27,6 +27,17 @@ def _refused(name: str, why: str) -> Callable[..., Coroutine[Any, Any, NoReturn]
 
     async def method(self: object, *args: Any, **kwargs: Any) -> NoReturn:
         raise _refusal(name, why)
+
+    method.__doc__ = f"Not supported: {why}."
+    return method
+
+
+def _refused_stream(name: str, why: str) -> Callable[..., AsyncGenerator[NoReturn, None]]:
+    """The same for a method whose outputs are iterated over."""
+
+    async def method(self: object, *args: Any, **kwargs: Any) -> AsyncGenerator[NoReturn, None]:
+        raise _refusal(name, why)
+        yield
 
     method.__doc__ = f"Not supported: {why}."
     return method
@@ -174,7 +185,7 @@ class EngineControl:
     add_lora = _refused("add_lora", _NO_LORA)
     remove_lora = _refused("remove_lora", _NO_LORA)
     pin_lora = _refused("pin_lora", _NO_LORA)
-    encode = _refused("encode", _NO_POOLING)
+    encode = _refused_stream("encode", _NO_POOLING)
     scale_elastic_ep = _refused("scale_elastic_ep", "there is no expert parallelism")
     init_weight_transfer_engine = _refused("init_weight_transfer_engine", _NO_TRANSFER)
     start_weight_update = _refused("start_weight_update", _NO_TRANSFER)

@@ -31,6 +31,7 @@ from . import model_files
 from .model_files import ModelFiles
 from .names import nearest
 from .tokenizer_json import tokenizer_json
+from .vllm_arguments import translated
 
 _DTYPES: dict[str, Dtype] = {
     "float": "float32",
@@ -51,9 +52,24 @@ _MAX_SEED = 2**63 - 1
 _MAX_INT = 2**31 - 1
 
 
+class _NamedArguments(type):
+    """Makes objects of keywords that may be vLLM's; one that nobody knows is told the nearest."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        said = translated(kwargs)
+        for name in said:
+            if name not in FIELDS:
+                message = f"unknown engine argument {name!r}{nearest(name, FIELDS)}"
+                raise ConfigError(message, parameter=name, value=said[name])
+        return super().__call__(*args, **said)
+
+
 @dataclass
-class AsyncEngineArgs:
-    """Arguments of an engine: vLLM's names and meanings. None means: find out or take the default."""
+class AsyncEngineArgs(metaclass=_NamedArguments):
+    """Arguments of an engine: vLLM's names and meanings. None means: find out or take the default.
+
+    Those that only vLLM has may be given where they ask for nothing: see `vllm_arguments.py`.
+    """
 
     model: str = "Qwen/Qwen3-0.6B"
     """A folder, a .gguf file, a Hugging Face id, or "demo"."""
@@ -120,13 +136,6 @@ class AsyncEngineArgs:
     """File with that core's public CURVE key."""
     engine_core_curve_secret_key: str | None = None
     """File with this program's own secret CURVE key."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> AsyncEngineArgs:
-        for name in kwargs:
-            if name not in FIELDS:
-                message = f"unknown engine argument {name!r}{nearest(name, FIELDS)}"
-                raise ConfigError(message, parameter=name, value=kwargs[name])
-        return super().__new__(cls)
 
 
 EngineArgs = AsyncEngineArgs

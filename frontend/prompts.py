@@ -13,7 +13,8 @@ from .names import nearest
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids, "prompt": text for the output}.
 
-The mappings may have a "cache_salt": prompts share cached prefixes only with those of the same salt.
+The mappings may have a "cache_salt": prompts share cached prefixes only with those of the same salt. Other
+keys of vLLM's may be there with nothing in them.
 """
 
 _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
@@ -38,7 +39,7 @@ def parse_prompt(prompt: object) -> ParsedPrompt:
     if not isinstance(prompt, Mapping):
         raise _refusal("prompt", type(prompt).__name__, f"prompt must be {_LIMIT}, got {prompt!r:.100}")
     for key, value in prompt.items():
-        if key not in _KEYS and value is not None:
+        if key not in _KEYS and value is not None and not (isinstance(value, Mapping) and not value):
             message = f"prompt: key {key!r} is not supported{nearest(str(key), _KEYS)}; it must be {_LIMIT}"
             raise _refusal(str(key), value, message)
     text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")

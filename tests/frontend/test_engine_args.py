@@ -118,7 +118,7 @@ def test_a_step_holds_the_longest_prompt_without_chunking(folder: Path) -> None:
         ("gpu_memory_utilization", 1.1),
         ("gpu_memory_utilization", float("nan")),
         ("kv_cache_memory_bytes", -1),
-        ("enable_prefix_caching", None),
+        ("enable_prefix_caching", 1),
         ("enforce_eager", "no"),
         ("tensor_parallel_size", 0),
         ("load_format", "pt"),

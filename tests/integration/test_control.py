@@ -193,7 +193,6 @@ def test_the_workers_can_be_asked_what_is_on_the_list(engine: AsyncLLM) -> None:
         "add_lora",
         "remove_lora",
         "pin_lora",
-        "encode",
         "scale_elastic_ep",
         "init_weight_transfer_engine",
         "start_weight_update",
@@ -208,6 +207,8 @@ def test_what_does_not_exist_is_refused(engine: AsyncLLM, name: str) -> None:
         with pytest.raises(RequestError, match=f"{name} is not supported: ") as caught:
             await getattr(engine, name)("anything", more=1)
         assert caught.value.parameter == name
+        with pytest.raises(RequestError, match="encode is not supported: "):
+            await anext(engine.encode("anything", None, "request-1"))
         assert await engine.list_loras() == set()
         assert await engine.get_supported_tasks() == ("generate",)
 

@@ -189,6 +189,7 @@ CALL_EDGES: dict[str, Edge] = {
             [1] * (CONTEXT - 1),
             {"prompt": "a"},
             {"prompt_token_ids": [1], "prompt": "a", "cache_salt": "s" * 1024, "multi_modal_data": None},
+            {"prompt": "a", "multi_modal_data": {}, "mm_processor_kwargs": {}},
         ],
         ["", [], [1] * CONTEXT, "a" * CONTEXT, "\ud800", {"prompt": "\udc00"}, 1, b"a", {}, NAN, {1}],
     ),

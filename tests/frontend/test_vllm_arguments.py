@@ -1,0 +1,77 @@
+"""Engine arguments as programs for vLLM give them: those that ask for nothing change nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from headrace import AsyncEngineArgs, ConfigError
+from headrace.frontend.engine_args import FIELDS, resolve
+from headrace.frontend.vllm_arguments import _NEUTRAL
+
+TAKEN_FOR_GRANTED: dict[str, Any] = {
+    "tokenizer_mode": "auto",
+    "trust_remote_code": True,
+    "revision": None,
+    "quantization": None,
+    "pipeline_parallel_size": 1,
+    "data_parallel_size": 1,
+    "distributed_executor_backend": "mp",
+    "kv_cache_dtype": "auto",
+    "enable_lora": False,
+    "enable_log_requests": False,
+    "enable_sleep_mode": True,
+    "async_scheduling": True,
+    "compilation_config": {},
+    "speculative_config": None,
+    # ours, in vLLM's words for "as you like"
+    "max_model_len": -1,
+    "max_num_seqs": None,
+    "block_size": None,
+    "enable_prefix_caching": None,
+    "enable_chunked_prefill": None,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 1000, "max_position_embeddings": 4096}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_what_asks_for_nothing_changes_nothing(folder: Path) -> None:
+    plain: dict[str, Any] = {"model": str(folder), "load_format": "oracle", "skip_tokenizer_init": True}
+    assert resolve(AsyncEngineArgs(**plain, **TAKEN_FOR_GRANTED)) == resolve(AsyncEngineArgs(**plain))
+    assert resolve(AsyncEngineArgs(**plain | {"max_model_len": "auto"})) == resolve(AsyncEngineArgs(**plain))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("quantization", "fp8"),
+        ("kv_cache_dtype", "fp8"),
+        ("pipeline_parallel_size", 2),
+        ("pipeline_parallel_size", True),
+        ("data_parallel_size", 2),
+        ("distributed_executor_backend", "ray"),
+        ("enable_lora", True),
+        ("enable_lora", 0),
+        ("revision", "main"),
+        ("speculative_config", {"method": "ngram"}),
+        ("compilation_config", {"level": 3}),
+        ("tokenizer_mode", "mistral"),
+    ],
+)
+def test_what_is_not_here_is_refused_with_the_reason(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} is not supported: .* it must be ") as caught:
+        AsyncEngineArgs(**{name: value})
+    assert caught.value.parameter == name
+    assert caught.value.limit is not None
+
+
+def test_none_of_them_hides_an_argument_of_ours() -> None:
+    assert not _NEUTRAL.keys() & FIELDS.keys()
