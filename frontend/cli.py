@@ -10,6 +10,7 @@ import argparse
 import ast
 import difflib
 import inspect
+import io
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from .. import __version__
+from ..ipc import process
 from ..ipc.errors import ConfigError, RefusedError
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help="one of those below")
     command: str = parser.parse_args(words[:1]).command
     prepare, summary = _COMMANDS[command]
+    process.take_over()
+    _open_streams()
     try:
         action = prepare(_Parser(f"headrace {command}", summary), words[1:])
     except RefusedError as error:
@@ -72,15 +76,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             action()
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be written
         sys.exit(_NOBODY_READS)
 
 
+def _open_streams() -> None:
+    """Make those that were closed streams of the null device."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
 def _engine_core(parser: _Parser, words: Sequence[str]) -> Action:
-    from ..ipc import addresses, payloads, process  # noqa: PLC0415 - see the module's docstring
+    from ..ipc import addresses, payloads  # noqa: PLC0415 - see the module's docstring
     from .daemon import daemon_options  # noqa: PLC0415
 
     listen = "ipc:///path, tcp://127.0.0.1:PORT, or with CURVE keys tcp://HOST:PORT"
@@ -202,6 +212,10 @@ def _answering(args: argparse.Namespace) -> Answering:
     from .engine_args import AsyncEngineArgs  # noqa: PLC0415 - see the module's docstring
     from .terminal import Answering  # noqa: PLC0415 - see the module's docstring
 
+    # Bytes that are no text are refused with the prompt; a character that the terminal lacks is no error.
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     given = _given_engine_args(args)
     if "engine_core_address" not in given:
         given.setdefault("model", "demo")

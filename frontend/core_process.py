@@ -44,6 +44,7 @@ class CoreProcess:
         self.address = f"ipc://{self.folder / 'core'}"
         self._display = _Display()
         self._lines = StatusLines()
+        process.fill_standard_descriptors()
         self.status_fd, theirs = os.pipe()
         os.set_blocking(self.status_fd, False)
         try:

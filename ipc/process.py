@@ -27,6 +27,7 @@ from .exit_codes import ExitCode
 from .inspection import STACKS_SIGNAL
 
 _NO_PARENT = 0
+_STANDARD_ERROR = 2
 _PR_SET_PDEATHSIG = 1
 
 
@@ -89,8 +90,15 @@ def spawn(
     deletes the folder `remove`.
     """
     command = [sys.executable, "-P", "-m", __name__, entry, str(os.getpid()), remove or ""]
+    # Where it was closed when this process began, something else has its number by now.
+    output = _STANDARD_ERROR if sys.__stderr__ is not None else subprocess.DEVNULL
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=2, pass_fds=pass_fds, start_new_session=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        pass_fds=pass_fds,
+        start_new_session=True,
     )
     assert process.stdin is not None
     try:
@@ -121,6 +129,27 @@ def _follow_parent(parent: int, remove: str) -> None:
     os._exit(ExitCode.PARENT_GONE)
 
 
+def take_over() -> None:
+    """For a process of our own: undo what it may have inherited and cannot work with.
+
+    Signals that are blocked would not end it, and of children that end while SIGCHLD is ignored nobody is
+    told how.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    fill_standard_descriptors()
+
+
+def fill_standard_descriptors() -> None:
+    """Open the null device as whichever of standard input, output and error is closed.
+
+    Else the next pipe has its number, and is lost in a child, which has its own standard streams there.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= _STANDARD_ERROR:
+        os.set_inheritable(number, True)
+    os.close(number)
+
+
 def die_with_parent() -> None:
     """The kernel is to kill this process when its parent ends, even if it is stopped or hangs by then.
 
@@ -131,6 +160,7 @@ def die_with_parent() -> None:
 
 
 def main() -> None:
+    take_over()
     if sys.stderr is not None:
         faulthandler.enable()
         faulthandler.register(STACKS_SIGNAL)

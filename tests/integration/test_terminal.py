@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -59,6 +60,28 @@ def test_a_pipe_gets_the_answer_and_nothing_else(model: str) -> None:
     assert (asked.returncode, asked.stdout, asked.stderr) == (0, answer([26, 0, 1, 2, 26], 40) + "\n", "")
     assert piped.stdout == asked.stdout
     assert pipe([*words, "--raw", "abc"]).stdout == answer([0, 1, 2], 40) + "\n"
+
+
+@pytest.mark.parametrize("closed", ["<&- >&-", "<&- 2>&-"])
+def test_streams_that_are_closed(model: str, closed: str) -> None:
+    """As by `ssh host 'headrace ... <&- >&- &'`."""
+    words = ["bash", "-c", f'exec "$@" {closed}', "bash", *command("run", model, "--max-tokens=40", "abc")]
+    done = pipe(words)
+    said = answer([26, 0, 1, 2, 26], 40) + "\n" if "2>&-" in closed else ""
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+    assert pipe(["bash", "-c", 'exec "$@" <&-', "bash", *HEADRACE, "run"]).stderr == (
+        "headrace run: the prompt is empty\n"
+    )
+
+
+def test_characters_that_a_terminal_lacks_are_no_error(
+    text_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = pipe([*command("run", str(text_model), "--max-tokens=40", "--raw", "abc")])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "?" in done.stdout
+    assert "surrogates" in pipe(command("run", str(text_model)), "caf\u00e9").stderr
 
 
 def test_errors_are_one_line(model: str) -> None:

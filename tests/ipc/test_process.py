@@ -15,7 +15,7 @@ from headrace.ipc.process import spawn
 
 ENTRY = "headrace_process_probe:run"
 PROBE = """
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 
 def run(payload):
     order = json.loads(payload)
@@ -25,7 +25,9 @@ def run(payload):
     if order["what"] == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.write(order["fd"], b"!")
-    if order["what"] != "exit":
+    if order["what"] == "parent":
+        order["code"] = subprocess.run([sys.executable, "-c", "import os; os._exit(7)"]).returncode
+    if order["what"] in ("sleep", "stubborn"):
         time.sleep(60)
     sys.exit(order["code"])
 """
@@ -151,3 +153,66 @@ become({ENTRY!r}, Order("sleep", 0, 1))
         assert daemon.poll() is None
         daemon.send_signal(signal.SIGTERM)
         assert daemon.wait(5) == -signal.SIGTERM
+
+
+def test_a_child_hears_signals_that_its_parent_has_blocked() -> None:
+    reading, writing = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        child = spawn("probe", ENTRY, Order("sleep", fd=writing), pass_fds=(writing,))
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    os.close(writing)
+    read(reading)
+    child.stop(30)
+    assert child.cause_of_death().endswith("was killed by SIGTERM")
+    os.close(reading)
+
+
+def test_a_child_hears_of_its_children_though_its_parent_ignores_its_own() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        child = spawn("probe", ENTRY, Order("parent"))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert child.cause_of_death().endswith("exited with code 7")
+    child.stop(0)
+
+
+CLOSED = f"""
+import os, socket, sys, msgspec
+from headrace.ipc.process import fill_standard_descriptors, spawn
+class Order(msgspec.Struct):
+    what: str
+    code: int
+    fd: int
+if sys.argv[2] == "filled":
+    fill_standard_descriptors()
+other, end = socket.socketpair()
+end.setblocking(False)
+reading, writing = os.pipe()
+child = spawn("probe", {ENTRY!r}, Order("exit", 0, writing), pass_fds=(writing,))
+os.close(writing)
+said = b""
+while data := os.read(reading, 4096):
+    said += data
+child.stop(30)
+try:
+    said += end.recv(4096)
+except BlockingIOError:
+    pass
+os.write(int(sys.argv[1]), said)
+"""
+
+
+@pytest.mark.parametrize(("closed", "filled"), [("<&- >&- 2>&-", "filled"), ("2>&-", "taken")])
+def test_closed_standard_streams_are_not_mistaken_for_others(closed: str, filled: str) -> None:
+    """What a child says where there is no standard error goes nowhere, and its pipes are its own."""
+    reading, writing = os.pipe()
+    words = [sys.executable, "-c", CLOSED, str(writing), filled]
+    subprocess.run(["bash", "-c", f'exec "$@" {closed}', "bash", *words], pass_fds=(writing,), check=True)
+    os.close(writing)
+    said = read(reading)
+    assert said.startswith(b'{"what":"exit"')
+    assert said.endswith(b"}\n")
+    os.close(reading)
