@@ -6,12 +6,14 @@ modules exist in `sys.modules` of this process only, for this run only, whether 
 
 from __future__ import annotations
 
+import argparse
 import ast
 import asyncio
 import inspect
 import runpy
 import sys
 import types
+import uuid
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from importlib import import_module
@@ -54,6 +56,26 @@ class UsageContext(StrEnum):
     ENGINE_CONTEXT = "ENGINE_CONTEXT"
 
 
+class FlexibleArgumentParser(argparse.ArgumentParser):
+    """vLLM's: takes underscores in the names of flags for dashes."""
+
+    def parse_known_args(  # type: ignore[override] # argparse's own are overloads
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_with_dashes(word) for word in words], namespace)
+
+
+def _with_dashes(word: str) -> str:
+    name, divider, value = word.partition("=")
+    return name.replace("_", "-") + divider + value if word.startswith("--") else word
+
+
+def random_uuid() -> str:
+    """For request ids."""
+    return uuid.uuid4().hex
+
+
 _ASYNC_LLM, _ARGS, _LLM = (
     "headrace.frontend.async_llm",
     "headrace.frontend.engine_args",
@@ -81,6 +103,8 @@ OFFERED: dict[str, dict[str, tuple[str, str]]] = {
         "EngineArgs": (_ARGS, "EngineArgs"),
     },
     "vllm.engine.async_llm_engine": {"AsyncLLMEngine": (_ASYNC_LLM, "AsyncLLM")},
+    "vllm.entrypoints": {},
+    "vllm.entrypoints.llm": {"LLM": (_LLM, "LLM")},
     "vllm.inputs": {
         "PromptType": (__name__, "PromptType"),
         "TextPrompt": (__name__, "TextPrompt"),
@@ -106,12 +130,24 @@ OFFERED: dict[str, dict[str, tuple[str, str]]] = {
     "vllm.config": {"StructuredOutputsConfig": ("headrace.ipc.config", "StructuredOutputsConfig")},
     "vllm.usage": {},
     "vllm.usage.usage_lib": {"UsageContext": (__name__, "UsageContext")},
+    "vllm.utils": {
+        "FlexibleArgumentParser": (__name__, "FlexibleArgumentParser"),
+        "random_uuid": (__name__, "random_uuid"),
+    },
+    "vllm.utils.argparse_utils": {"FlexibleArgumentParser": (__name__, "FlexibleArgumentParser")},
     "vllm.v1": {},
     "vllm.v1.engine": {},
     "vllm.v1.engine.async_llm": {"AsyncLLM": (_ASYNC_LLM, "AsyncLLM")},
     "vllm.v1.engine.exceptions": {
         "EngineDeadError": ("headrace.ipc.errors", "EngineDeadError"),
         "EngineGenerateError": ("headrace.ipc.errors", "RequestError"),
+    },
+    "vllm.v1.metrics": {},
+    "vllm.v1.metrics.reader": {
+        "Counter": ("headrace.frontend.metrics", "Counter"),
+        "Gauge": ("headrace.frontend.metrics", "Gauge"),
+        "Histogram": ("headrace.frontend.metrics", "Histogram"),
+        "Metric": ("headrace.frontend.metrics", "Metric"),
     },
 }
 """vLLM module -> name -> (our module, our name)."""

@@ -7,16 +7,11 @@ nothing. Preparing may refuse what was asked (RefusedError: one line, exit code 
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
-import inspect
 import io
-import itertools
-import json
 import os
 import sys
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -224,18 +219,21 @@ def _answering(args: argparse.Namespace) -> Answering:
 
 
 def _serve(parser: _Parser, words: Sequence[str]) -> Action:
-    from .engine_args import FIELDS, AsyncEngineArgs  # noqa: PLC0415 - see the module's docstring
-    from .server import options as server  # noqa: PLC0415 - see the module's docstring
+    from . import flags  # noqa: PLC0415 - see the module's docstring
+    from .engine_args import AsyncEngineArgs, known_arguments  # noqa: PLC0415
+    from .server import options as server  # noqa: PLC0415
 
     parser.usage = f"{parser.prog} [MODEL] [options]"
     parser.add_argument("positional_model", metavar="MODEL", nargs="?", help="as --model")
-    _add_flags(parser, "server", server.ServerOptions)
+    flags.add_flags(parser, "server", server.ServerOptions)
     _add_engine_flags(parser, attaches=True)
     args = vars(parser.parse(words))
     if (model := args.pop("positional_model")) is not None:
         args["model"] = model
-    engine_args = {name: args.pop(name) for name in FIELDS if name in args}
-    options = server.ServerOptions(**args)
+    options = server.ServerOptions(
+        **{name: args.pop(name) for name in server.ServerOptions.__struct_fields__ if name in args}
+    )
+    engine_args = known_arguments(args)
     server.check_installed()
     server.check_options(options)
     keys = server.read_api_keys(options, os.environ)
@@ -308,76 +306,23 @@ def _as_vllm(parser: _Parser, words: Sequence[str]) -> Action:
 
 
 def _add_engine_flags(parser: _Parser, *, attaches: bool = False, **defaults: str) -> None:
-    """One flag for each field of AsyncEngineArgs, absent from the namespace unless given.
+    """One flag for each field of AsyncEngineArgs, absent from the namespace unless given; vLLM's own, hidden.
 
     `attaches`: those that lead to a running core too. `defaults` are this command's own, for the help.
     """
     from .engine_args import ATTACHING, AsyncEngineArgs  # noqa: PLC0415 - see the module's docstring
+    from .flags import add_flags, add_hidden_flags  # noqa: PLC0415
+    from .vllm_arguments import NEUTRAL  # noqa: PLC0415
 
     skip = () if attaches else ATTACHING
-    _add_flags(parser, "engine arguments", AsyncEngineArgs, skip, defaults)
-
-
-def _add_flags(
-    parser: _Parser,
-    title: str,
-    cls: type,
-    skip: Sequence[str] = (),
-    defaults: Mapping[str, str] | None = None,
-) -> None:
-    """One flag for each field of a class of options, absent from the namespace unless given."""
-    group = parser.add_argument_group(title)
-    docs = _field_docs(cls)
-    for name, value in (defaults or {}).items():
-        docs[name] = f"{docs[name].partition(' (default:')[0]} (default: {value!r})"
-    for name, kind in typing.get_type_hints(cls).items():
-        if name in skip:
-            continue
-        flag = "engine-core" if name == "engine_core_address" else name.replace("_", "-")
-        given: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": docs.get(name)}
-        if any(typing.get_origin(option) is dict for option in typing.get_args(kind)):
-            given |= {"type": _json_object, "metavar": "JSON"}
-        elif kind is bool:
-            given["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is typing.Literal:
-            given["choices"] = typing.get_args(kind)
-        else:
-            (given["type"],) = {kind, *typing.get_args(kind)} & {str, int, float}
-            given["metavar"] = name.rpartition("_")[2].upper()
-        group.add_argument(f"--{flag}", **given)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r:.100}")
-    return value
-
-
-def _field_docs(cls: type) -> dict[str, str]:
-    """The strings under the fields of a dataclass, which Python itself does not keep."""
-    (definition,) = ast.parse(inspect.getsource(cls)).body
-    docs: dict[str, str] = {}
-    for field, below in itertools.pairwise(ast.iter_child_nodes(definition)):
-        match field, below:
-            case (
-                ast.AnnAssign(target=ast.Name(id=name), value=default),
-                ast.Expr(value=ast.Constant(value=str(doc))),
-            ):
-                shown = f" (default: {ast.unparse(default)})" if default else ""
-                docs[name] = f"{doc}{shown}".replace("%", "%%")
-            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as default), _:
-                docs[name] = f"default: {ast.unparse(default)}".replace("%", "%%")
-    return docs
+    add_flags(parser, "engine arguments", AsyncEngineArgs, skip, defaults)
+    add_hidden_flags(parser, NEUTRAL)
 
 
 def _given_engine_args(args: argparse.Namespace) -> dict[str, Any]:
-    from .engine_args import FIELDS  # noqa: PLC0415 - see the module's docstring
+    from .engine_args import known_arguments  # noqa: PLC0415 - see the module's docstring
 
-    return {name: value for name, value in vars(args).items() if name in FIELDS}
+    return known_arguments(vars(args))
 
 
 def _resolve(args: argparse.Namespace) -> EngineConfig:

@@ -10,9 +10,10 @@ import dataclasses
 import math
 import numbers
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -31,7 +32,10 @@ from . import model_files
 from .model_files import ModelFiles
 from .names import nearest
 from .tokenizer_json import tokenizer_json
-from .vllm_arguments import translated
+from .vllm_arguments import NEUTRAL, translated
+
+if TYPE_CHECKING:
+    import argparse
 
 _DTYPES: dict[str, Dtype] = {
     "float": "float32",
@@ -137,12 +141,34 @@ class AsyncEngineArgs(metaclass=_NamedArguments):
     engine_core_curve_secret_key: str | None = None
     """File with this program's own secret CURVE key."""
 
+    @staticmethod
+    def add_cli_args(
+        parser: argparse.ArgumentParser, async_args_only: bool = False
+    ) -> argparse.ArgumentParser:
+        """Add a flag for each argument; returns the parser. With `async_args_only` there are none."""
+        from .flags import add_flags, add_hidden_flags  # noqa: PLC0415 - few programs make a parser of it
+
+        if not async_args_only:
+            add_flags(parser, "engine arguments", AsyncEngineArgs, fills=True)
+            add_hidden_flags(parser, NEUTRAL, fills=True)
+        return parser
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> AsyncEngineArgs:
+        """What such a parser has read; whatever else `args` holds is the program's own."""
+        return cls(**known_arguments(vars(args)))
+
 
 EngineArgs = AsyncEngineArgs
 FIELDS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(AsyncEngineArgs)}
 
 ATTACHING = tuple(name for name in FIELDS if name.startswith("engine_core_"))
 """Arguments that lead to a core which runs already."""
+
+
+def known_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `given` that are arguments of an engine, here or in vLLM."""
+    return {name: value for name, value in given.items() if name in FIELDS or name in NEUTRAL}
 
 
 def attach_keys(args: AsyncEngineArgs) -> ClientKeys | None:

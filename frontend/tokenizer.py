@@ -20,6 +20,18 @@ from ..ipc.gguf import read_gguf_header
 from .gguf_tokenizer import bos_template, tokenizer_from_gguf
 from .model_files import read_json
 
+_NOT_TAKEN = frozenset(
+    {
+        "max_length",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenizer_kwargs",
+        "truncation",
+    }
+)
+"""Arguments of transformers' `apply_chat_template`; as variables templates would see and ignore them."""
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -84,7 +96,14 @@ class Tokenizer:
         """`decode` for a thread of its own, as `encode_long` is."""
         return self.backend.decode_batch([list(token_ids)], skip_special_tokens=False)[0]
 
-    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | None]:
+    def batch_decode(
+        self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = False
+    ) -> list[str]:
+        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> str | list[str | None] | None:
+        if isinstance(ids, int):
+            return self.backend.id_to_token(ids)
         return [self.backend.id_to_token(token) for token in ids]
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int | None] | None:
@@ -103,12 +122,17 @@ class Tokenizer:
         chat_template: str | None = None,
         **variables: Any,
     ) -> str | list[int]:
-        """One conversation as token ids, or as text with `tokenize=False`.
+        """One conversation as token ids, or as text with `tokenize=False`; `variables` are the template's.
 
-        Raises RequestError when there is no template, or when it refuses the messages.
+        Raises RequestError when there is no template, when it refuses the messages, and for transformers'
+        options that would change what is returned.
         """
         from . import chat_template as chat  # noqa: PLC0415 - Jinja is 60 ms that prompts do not need
 
+        for name in _NOT_TAKEN & variables.keys():
+            if variables.pop(name):
+                message = f"apply_chat_template: {name} is not supported; it returns token ids or text"
+                raise RequestError(message, parameter=name, limit="None or False")
         template = chat_template or self.chat_template
         if template is None:
             message = "this model's tokenizer has no chat template; give one with chat_template=..."

@@ -19,7 +19,7 @@ _NO_DRAFTS = "there is no speculative decoding"
 _NO_TRANSFER = "KV caches are not transferred between engines"
 _TEXT_ONLY = "text is all that there is here"
 
-_NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {
+NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {
     # the model and its files
     "tokenizer_mode": (
         ("auto", "hf"),
@@ -104,6 +104,7 @@ _NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {
     "shutdown_timeout": ((0,), "wait_for_requests_to_drain() before shutdown() lets requests end"),
     "additional_config": ((None, {}), "there are no plugins"),
 }
+"""Name -> values that ask for nothing, the first of them vLLM's own default, and why others are refused."""
 
 _NONE_IS_DEFAULT = ("block_size", "enable_chunked_prefill", "enable_prefix_caching", "max_num_seqs")
 """Ours, whose default in vLLM is None."""
@@ -116,7 +117,7 @@ def translated(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     said: dict[str, Any] = {}
     for name, value in given.items():
-        if name in _NEUTRAL:
+        if name in NEUTRAL:
             _check_neutral(name, value)
         elif value is None and name in _NONE_IS_DEFAULT:
             continue
@@ -128,7 +129,7 @@ def translated(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_neutral(name: str, value: object) -> None:
-    neutral, why = _NEUTRAL[name]
+    neutral, why = NEUTRAL[name]
     # 1 is not True here, nor 0 False.
     if any(type(value) is type(other) and value == other for other in neutral):
         return

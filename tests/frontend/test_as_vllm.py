@@ -193,6 +193,24 @@ def test_models_are_substituted(runs: Runs) -> None:
     assert done.stderr == "headrace as-vllm: warning: --model-map: no model 'unused' was asked for\n"
 
 
+def test_a_server_s_usual_beginning(runs: Runs) -> None:
+    text = """
+from vllm import AsyncEngineArgs
+from vllm.utils import FlexibleArgumentParser, random_uuid
+
+parser = FlexibleArgumentParser()
+parser.add_argument("--root-path")
+parser = AsyncEngineArgs.add_cli_args(parser)
+args = parser.parse_args()
+assert random_uuid() != random_uuid()
+found = AsyncEngineArgs.from_cli_args(args)
+print(found.model, found.max_model_len, args.root_path)
+"""
+    words = ("--model", "some/model", "--max_model_len=64", "--root_path", "/a_b", "--disable_log_stats")
+    done = runs.as_vllm(text, *words, maps=("some/model=demo",))
+    assert (done.stdout, done.stderr) == ("demo 64 /a_b\n", "")
+
+
 @pytest.mark.parametrize("entry", ["", "=", "name=", "=path", "name"])
 def test_a_model_map_entry_has_two_sides(entry: str) -> None:
     with pytest.raises(ConfigError, match="NAME=PATH"):

@@ -52,6 +52,16 @@ def test_version() -> None:
     assert headrace("--version").stdout == f"headrace {__version__}\n"
 
 
+def test_vllm_s_own_flags(model: str) -> None:
+    words = ["explain-config", "--model", model, "--skip-tokenizer-init", "--load-format", "oracle", "--json"]
+    plain = headrace(*words)
+    assert headrace(*words, "--trust-remote-code", "--pipeline-parallel-size", "1").stdout == plain.stdout
+    refused = headrace(*words, "--quantization", "fp8")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "quantization is not supported: weights are not quantized" in refused.stderr
+    assert "quantization" not in headrace("serve", "--help").stdout
+
+
 def test_every_engine_argument_is_a_flag() -> None:
     shown = headrace("engine-core", "--help").stdout
     flags = {word.rstrip(",") for word in shown.split()}

@@ -108,6 +108,12 @@ def test_names_and_sizes(tokenizer: Tokenizer) -> None:
     assert tokenizer("fox")["input_ids"] == tokenizer.encode("fox") == tokenizer.encode_long("fox")
 
 
+def test_several_at_once(tokenizer: Tokenizer) -> None:
+    hi, fox = tokenizer.encode("hi"), tokenizer.encode("fox")
+    assert tokenizer.batch_decode([hi, [2, *fox]], skip_special_tokens=True) == ["hi", "fox"]
+    assert [tokenizer.convert_ids_to_tokens(2)] == tokenizer.convert_ids_to_tokens([2]) == ["<|im_end|>"]
+
+
 def test_truncation_in_the_file_is_not_ours(tokenizer_folder: Path, tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     backend.enable_truncation(2)
@@ -145,6 +151,11 @@ def test_chat_template(tokenizer: Tokenizer) -> None:
     text = tokenizer.apply_chat_template(HI, tokenize=False, add_generation_prompt=True)
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.apply_chat_template(HI, add_generation_prompt=True) == tokenizer.encode(text)
+    assert tokenizer.apply_chat_template(HI, tokenize=False, return_tensors=None, padding=False) == text[:-22]
+    for name, value in (("return_tensors", "pt"), ("return_dict", True), ("max_length", 3)):
+        options: dict[str, Any] = {name: value}
+        with pytest.raises(RequestError, match=f"{name} is not supported"):
+            tokenizer.apply_chat_template(HI, **options)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from headrace import AsyncEngineArgs, ConfigError
 from headrace.frontend.engine_args import FIELDS, resolve
-from headrace.frontend.vllm_arguments import _NEUTRAL
+from headrace.frontend.vllm_arguments import NEUTRAL
 
 TAKEN_FOR_GRANTED: dict[str, Any] = {
     "tokenizer_mode": "auto",
@@ -73,5 +74,22 @@ def test_what_is_not_here_is_refused_with_the_reason(name: str, value: Any) -> N
     assert caught.value.limit is not None
 
 
+def test_a_parser_of_the_program_s_own(folder: Path) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=8000)
+    assert AsyncEngineArgs.add_cli_args(parser) is parser
+    words = ["--model", str(folder), "--max-num-seqs", "3", "--trust-remote-code", "--port", "1"]
+    given = parser.parse_args([*words, "--hf-overrides", '{"rope_theta": 5}'])
+    expected = AsyncEngineArgs(model=str(folder), max_num_seqs=3, hf_overrides={"rope_theta": 5})
+    assert AsyncEngineArgs.from_cli_args(given) == expected
+    assert (given.port, given.seed, given.tokenizer, given.pipeline_parallel_size) == (1, 0, None, 1)
+    del given.port
+    assert AsyncEngineArgs(**vars(given)) == expected
+    with pytest.raises(ConfigError, match="quantization is not supported"):
+        AsyncEngineArgs.from_cli_args(parser.parse_args(["--quantization", "fp8"]))
+    alone = AsyncEngineArgs.add_cli_args(argparse.ArgumentParser(), async_args_only=True)
+    assert vars(alone.parse_args([])) == {}
+
+
 def test_none_of_them_hides_an_argument_of_ours() -> None:
-    assert not _NEUTRAL.keys() & FIELDS.keys()
+    assert not NEUTRAL.keys() & FIELDS.keys()
