@@ -6,17 +6,16 @@ Knows bytes and the configuration; the measuring of a GPU and the tensors themse
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ConfigError
+from .control_group import available_memory
 
 GIB = 1 << 30
 _CPU_DEFAULT = 4 * GIB
 """Most that a CPU cache takes unasked."""
 POISON = 1e4
 """Written into blocks that must not be read: it spoils what reads it, and a mask still makes it nothing."""
-_NO_LIMIT = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,35 +93,6 @@ def size_cache(config: EngineConfig, block_bytes: int, budget: Budget) -> CacheS
     if num_blocks == useful:
         arithmetic += f" (all that {config.max_num_seqs} requests of {config.max_model_len} tokens can use)"
     return CacheSize(num_blocks, block_bytes, arithmetic)
-
-
-def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process could still get: of the machine, and of its control group if that is less."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return min(int(fields["MemAvailable"].split()[0]) * 1024, _cgroup_room(cgroup))
-
-
-def _cgroup_room(root: Path) -> int:
-    for limit_name, usage_name, stat_name, cached in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-            "total_inactive_file",
-        ),
-    ):
-        limit_file, usage_file, stat_file = root / limit_name, root / usage_name, root / stat_name
-        if not limit_file.exists() or not usage_file.exists():
-            continue
-        limit = limit_file.read_text().strip()
-        if limit == "max":
-            return _NO_LIMIT
-        stat = dict(line.split() for line in stat_file.read_text().splitlines()) if stat_file.exists() else {}
-        # Usage counts the kernel's copies of files too, the weights that were just read among them.
-        used = int(usage_file.read_text()) - int(stat.get(cached, 0))
-        return max(int(limit) - max(used, 0), 0)
-    return _NO_LIMIT
 
 
 def _asked_for(num_bytes: int) -> Budget:

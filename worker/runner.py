@@ -6,7 +6,6 @@ of array operations, whatever the number of rows. GPUs have `cuda_runner`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..ipc.config import EngineConfig
 from ..ipc.messages import Admit, Argument, PromptLogprobs, Sampling, StepPlan, pack
 from ..kernels.paged_attention import AttentionMetadata
+from .control_group import usable_cores
 from .host_memory import keep_freed_memory, return_freed_memory
 from .in_order import Executed
 from .invariance import find_query_multiple, find_row_multiple
@@ -73,8 +73,7 @@ class ModelRunner:
     def load(self, progress: Callable[[str], None]) -> CacheSize:
         """Bring the weights onto the device. Raises ConfigError for files that are not as they must be."""
         config = self._config
-        # The ranks share the cores that this process may use.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.tensor_parallel_size))
+        torch.set_num_threads(max(1, usable_cores() // config.tensor_parallel_size))  # the ranks share them
         keep_freed_memory()
         if config.tensor_parallel_size > 1:
             progress("connect ranks")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ..ipc.config import EngineConfig
 from ..ipc.errors import ConfigError
+from .control_group import usable_cores
 from .layers import Weight, Weights
 from .models.causal_lm import CausalLM
 from .parallel import TensorParallel
@@ -183,4 +183,4 @@ def _run(copy: Callable[[], None]) -> None:
 
 
 def _num_threads(tp: TensorParallel) -> int:
-    return max(1, min(8, len(os.sched_getaffinity(0)) // tp.size))
+    return max(1, min(8, usable_cores() // tp.size))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from headrace.ipc.errors import ConfigError
-from headrace.worker.kv_cache import GIB, Budget, available_memory, cpu_budget, cuda_budget, size_cache
+from headrace.worker.kv_cache import GIB, Budget, cpu_budget, cuda_budget, size_cache
 
 if TYPE_CHECKING:
     from tests.worker.conftest import MakeConfig
@@ -65,46 +64,3 @@ def test_cuda_budget_counts_only_what_was_free(make_config: MakeConfig) -> None:
     assert room.parameter == "gpu_memory_utilization"
     nothing = cuda_budget(config, free=GIB, total=80 * GIB, held=10 * GIB, profiled=5 * GIB)
     assert nothing.num_bytes == 0
-
-
-def test_available_memory_is_part_of_the_machine() -> None:
-    total = next(
-        line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")
-    )
-    assert 0 < available_memory() <= int(total.split()[1]) * 1024
-
-
-CGROUPS = {
-    2: ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    1: (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-        "total_inactive_file",
-    ),
-}
-
-
-@pytest.mark.parametrize("version", CGROUPS)
-@pytest.mark.parametrize(
-    ("limit", "used", "cached", "room"),
-    [(64 * MIB, 24 * MIB, 0, 40 * MIB), (64 * MIB, 60 * MIB, 40 * MIB, 44 * MIB), (64 * MIB, 80 * MIB, 0, 0)],
-)
-def test_a_control_group_leaves_what_is_not_used_but_for_copies_of_files(
-    tmp_path: Path, version: int, limit: int, used: int, cached: int, room: int
-) -> None:
-    """Weights that were read are in memory that the kernel gives to whoever asks for it."""
-    limit_name, usage_name, stat_name, stat = CGROUPS[version]
-    (tmp_path / "memory").mkdir()
-    (tmp_path / limit_name).write_text(f"{limit}\n")
-    (tmp_path / usage_name).write_text(f"{used}\n")
-    assert available_memory(tmp_path) == max(limit - used, 0)
-    (tmp_path / stat_name).write_text(f"anon 5\n{stat} {cached}\nactive_file 7\n")
-    assert available_memory(tmp_path) == room
-
-
-def test_a_control_group_may_have_no_limit(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("5\n")
-    assert available_memory(tmp_path) > MIB
-    assert available_memory(tmp_path / "none") > MIB
