@@ -11,6 +11,7 @@ import msgspec
 from ..ipc.errors import RequestError
 
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+_REASONING = (("reasoning", "reasoning_content"), ("reasoning_content", "reasoning"))
 _RESERVED = frozenset(
     {
         "messages",
@@ -54,6 +55,10 @@ def _plain(message: object, where: str) -> dict[str, Any]:
         plain["tool_calls"] = _calls(calls, where)
     else:
         plain.pop("tool_calls", None)
+    # Of earlier answers: clients have one name for it, templates another.
+    for name, other in _REASONING:
+        if message.get(name) is not None:
+            plain.setdefault(other, message[name])
     return plain
 
 

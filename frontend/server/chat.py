@@ -164,12 +164,17 @@ def _opening(index: int, text: str) -> dict[str, Any]:
 def _delta(found: Delta) -> dict[str, Any]:
     delta: dict[str, Any] = {}
     if found.reasoning:
-        delta["reasoning_content"] = found.reasoning
+        delta |= _reasoning(found.reasoning)
     if found.content:
         delta["content"] = found.content
     if found.calls:
         delta["tool_calls"] = [_call_delta(call) for call in found.calls]
     return delta
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """By vLLM's name for it, and by the older one that most other servers and clients have."""
+    return {"reasoning": text, "reasoning_content": text}
 
 
 def _call_delta(call: CallDelta) -> dict[str, Any]:
@@ -188,7 +193,7 @@ def _message(found: Delta) -> dict[str, Any]:
     """An answer that has arrived as one piece: deltas of one call follow each other."""
     message: dict[str, Any] = {"role": "assistant", "content": found.content}
     if found.reasoning:
-        message["reasoning_content"] = found.reasoning
+        message |= _reasoning(found.reasoning)
     calls: list[dict[str, Any]] = []
     for call in found.calls:
         if call.name is None:

@@ -32,6 +32,15 @@ def test_plain_forms() -> None:
     assert messages == given
 
 
+def test_reasoning_has_two_names() -> None:
+    said = {"role": "assistant", "content": "8"}
+    both = {**said, "reasoning": "7 + 1", "reasoning_content": "7 + 1"}
+    assert (
+        plain_messages([{**said, "reasoning": "7 + 1"}, {**said, "reasoning_content": "7 + 1"}]) == [both] * 2
+    )
+    assert plain_messages([{**said, "reasoning": None}]) == [{**said, "reasoning": None}]
+
+
 @pytest.mark.parametrize(
     "messages",
     [

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 TEMPLATE = """{% for message in messages %}[{{ message.role }}: {{ message.content }}
+{%- if message.reasoning_content %} ({{ message.reasoning_content }}){% endif %}
 {%- for call in message.tool_calls or () %} {{ call.function.name }} {{ call.function.arguments.a }}
 {%- endfor %}]
 {% endfor %}{% for tool in tools or () %}({{ tool.function.name }} {{ tool.function.parameters | tojson }})
@@ -45,6 +46,13 @@ def test_messages_are_brought_to_one_form(http: httpx.Client) -> None:
     assert shown(http, messages=messages, add_generation_prompt=False) == want
 
 
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_reasoning_of_earlier_answers_reaches_the_template(http: httpx.Client, name: str) -> None:
+    messages = [{"role": "assistant", "content": "8", name: "7 and 1"}, {"role": "user", "content": "Sure?"}]
+    prompt = "[assistant: 8 (7 and 1)]\n[user: Sure?]\n"
+    assert shown(http, messages=messages, add_generation_prompt=False) == prompt
+
+
 def test_tools_and_variables_reach_the_template(http: httpx.Client) -> None:
     body = {"messages": [{"role": "user", "content": "Hi"}], "tools": [TOOL]}
     prompt = shown(http, **body, chat_template_kwargs={"mood": "good"})
@@ -56,18 +64,20 @@ def test_reasoning_is_told_from_the_answer(http: httpx.Client) -> None:
     """The prompt opens the mark and this model never closes it: all that it says is reasoning."""
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 20, "seed": 1, "ignore_eos": True}
     message = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
-    assert message["reasoning_content"]
+    assert message["reasoning"]
+    assert message["reasoning"] == message["reasoning_content"]
     assert message["content"] == ""
     streamed = http.post("/v1/chat/completions", json={**body, "stream": True}).text
     lines = [line.removeprefix("data: ") for line in streamed.splitlines() if line.startswith("data: {")]
     deltas = [json.loads(line)["choices"][0]["delta"] for line in lines]
-    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == message["reasoning_content"]
+    for name in ("reasoning", "reasoning_content"):
+        assert "".join(delta.get(name, "") for delta in deltas) == message["reasoning"]
     hidden = http.post("/v1/chat/completions", json={**body, "include_reasoning": False}).json()
-    assert "reasoning_content" not in hidden["choices"][0]["message"]
+    assert not {"reasoning", "reasoning_content"} & hidden["choices"][0]["message"].keys()
 
     asked = {"input": "Hi", "max_output_tokens": 20, "seed": 1, "ignore_eos": True}
     thought, answer = http.post("/v1/responses", json=asked).json()["output"]
-    assert thought["content"][0]["text"] == message["reasoning_content"]
+    assert thought["content"][0]["text"] == message["reasoning"]
     assert answer["content"][0]["text"] == ""
 
 
