@@ -61,13 +61,29 @@ def claim_path(path: Path) -> None:
             return
         message = f"listen: {str(path)!r} exists and is no socket"
         raise ConfigError(message, parameter="listen", value=path, limit="a new path")
-    with socket.socket(socket.AF_UNIX) as probe:
+    if not remove_abandoned(path):
+        raise ConfigError(
+            f"listen: another process listens on 'ipc://{path}'", parameter="listen", value=path
+        )
+
+
+def remove_abandoned(path: Path) -> bool:
+    """Delete a socket's file whose process was killed, or has closed it; False when there is none such.
+
+    One that is bound and does not listen yet is in use.
+    """
+    if not path.is_socket():
+        return False
+    # Of the wrong type on purpose: it makes no connection, and only a socket that exists can differ in type.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return True
         except OSError:
-            path.unlink(missing_ok=True)  # left by a core that was killed
-            return
-    raise ConfigError(f"listen: another process listens on 'ipc://{path}'", parameter="listen", value=path)
+            pass
+    return False
 
 
 def check_listening(address: str, parameter: str) -> None:

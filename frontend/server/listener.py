@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
+from typing import Any
 
+from ...ipc.addresses import remove_abandoned
 from ...ipc.errors import ConfigError
 from .options import ServerOptions
 
@@ -15,9 +18,8 @@ def bind(options: ServerOptions) -> socket.socket:
     """
     try:
         if options.uds is not None:
-            listener = socket.socket(socket.AF_UNIX)
-            listener.bind(options.uds)
-            return listener
+            remove_abandoned(Path(options.uds))
+            return _bound(socket.socket(socket.AF_UNIX), options.uds)
         family, *_, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -25,11 +27,19 @@ def bind(options: ServerOptions) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(options.stall_timeout * 1000))
-        listener.bind(address)
+        return _bound(listener, address)
     except OSError as error:
         where = options.uds or f"{options.host}:{options.port}"
         name = "uds" if options.uds else "port"
         raise ConfigError(f"cannot listen at {where}: {error}", parameter=name, value=where) from error
+
+
+def _bound(listener: socket.socket, address: Any) -> socket.socket:
+    try:
+        listener.bind(address)
+    except BaseException:
+        listener.close()
+        raise
     return listener
 
 

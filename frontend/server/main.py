@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...ipc.addresses import remove_abandoned
 from ...ipc.exit_codes import ExitCode
 from ..engine_args import AsyncEngineArgs
 from . import server
@@ -26,4 +27,4 @@ def _serve(options: ServerOptions, engine_args: AsyncEngineArgs, keys: list[str]
     finally:
         listener.close()
         if options.uds is not None:
-            Path(options.uds).unlink(missing_ok=True)
+            remove_abandoned(Path(options.uds))  # it may be another server's by now

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
-from headrace.ipc.addresses import check_address
+from headrace.ipc.addresses import check_address, remove_abandoned
 from headrace.ipc.errors import ConfigError, ErrorInfo
 from headrace.ipc.messages import Bye, Call, Hello, Refused, Reply, ToCore
 from headrace.ipc.sockets import (
@@ -242,3 +242,18 @@ def test_bad_addresses_name_the_parameter(address: str) -> None:
     assert caught.value.parameter == "listen"
     assert caught.value.value == address
     assert caught.value.limit is not None
+
+
+def test_a_path_is_free_once_its_socket_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    assert not remove_abandoned(path)
+    with socket.socket(socket.AF_UNIX) as taken:
+        taken.bind(str(path))
+        assert not remove_abandoned(path)
+        taken.listen(0)
+        with socket.socket(socket.AF_UNIX) as waiting:
+            waiting.connect(str(path))  # the last for which there is room: another one would wait
+            assert not remove_abandoned(path)
+    assert path.exists()
+    assert remove_abandoned(path)
+    assert not path.exists()
