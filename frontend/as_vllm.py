@@ -105,6 +105,7 @@ OFFERED: dict[str, dict[str, tuple[str, str]]] = {
     "vllm.engine.async_llm_engine": {"AsyncLLMEngine": (_ASYNC_LLM, "AsyncLLM")},
     "vllm.entrypoints": {},
     "vllm.entrypoints.llm": {"LLM": (_LLM, "LLM")},
+    "vllm.exceptions": {"VLLMValidationError": ("headrace.ipc.errors", "RequestError")},
     "vllm.inputs": {
         "PromptType": (__name__, "PromptType"),
         "TextPrompt": (__name__, "TextPrompt"),

@@ -119,19 +119,27 @@ def translated(given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if name in NEUTRAL:
             _check_neutral(name, value)
-        elif value is None and name in _NONE_IS_DEFAULT:
-            continue
-        elif name == "max_model_len" and value in (-1, "auto") and not isinstance(value, bool):
-            said[name] = None  # as long as the KV cache allows, either way
-        else:
-            said[name] = value
+        elif value is not None or name not in _NONE_IS_DEFAULT:
+            said[name] = _in_our_words(name, value)
     return said
+
+
+def _in_our_words(name: str, value: Any) -> Any:
+    """An argument of ours in the forms that vLLM takes beside our own."""
+    match name, value:
+        case "max_model_len", -1 | "auto":
+            return None  # as long as the KV cache allows, either way
+        case "served_model_name", [str(only)]:
+            return only
+        case "dtype", _ if str(value).startswith("torch."):
+            return str(value).removeprefix("torch.")
+    return value
 
 
 def _check_neutral(name: str, value: object) -> None:
     neutral, why = NEUTRAL[name]
     # 1 is not True here, nor 0 False.
-    if any(type(value) is type(other) and value == other for other in neutral):
+    if any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral):
         return
     limit = " or ".join(map(repr, neutral))
     message = f"{name} is not supported: {why}; it must be {limit}, got {value!r:.200}"

@@ -47,7 +47,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_asks_for_nothing_changes_nothing(folder: Path) -> None:
     plain: dict[str, Any] = {"model": str(folder), "load_format": "oracle", "skip_tokenizer_init": True}
     assert resolve(AsyncEngineArgs(**plain, **TAKEN_FOR_GRANTED)) == resolve(AsyncEngineArgs(**plain))
-    assert resolve(AsyncEngineArgs(**plain | {"max_model_len": "auto"})) == resolve(AsyncEngineArgs(**plain))
+    assert resolve(AsyncEngineArgs(**plain, max_model_len="auto", cpu_offload_gb=0.0)) == resolve(
+        AsyncEngineArgs(**plain)
+    )
+
+
+class Dtype:
+    """As torch shows its own."""
+
+    def __str__(self) -> str:
+        return "torch.float16"
+
+
+def test_other_forms_of_our_own_arguments() -> None:
+    given: dict[str, Any] = {"dtype": Dtype(), "served_model_name": ["one"], "max_model_len": -1}
+    assert AsyncEngineArgs(**given) == AsyncEngineArgs(dtype="float16", served_model_name="one")
+    for name, value in (
+        ("served_model_name", ["one", "two"]),
+        ("max_model_len", -2),
+        ("dtype", "torch.int8"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{name} must be "):
+            resolve(AsyncEngineArgs(**{name: value}))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +82,8 @@ def test_what_asks_for_nothing_changes_nothing(folder: Path) -> None:
         ("distributed_executor_backend", "ray"),
         ("enable_lora", True),
         ("enable_lora", 0),
+        ("cpu_offload_gb", 4),
+        ("cpu_offload_gb", False),
         ("revision", "main"),
         ("speculative_config", {"method": "ngram"}),
         ("compilation_config", {"level": 3}),
