@@ -63,11 +63,7 @@ class Run:
         if params.n * len(prompts) > MAX_CHOICES:
             message = f"n={params.n} for {len(prompts)} prompts is more than {MAX_CHOICES} choices"
             raise RequestError(message, parameter="n", value=params.n, limit=MAX_CHOICES)
-        if body.request_id is not None and not _ID.fullmatch(body.request_id):
-            limit = "1 to 128 printable ASCII characters"
-            message = f"request_id must be {limit}, got {body.request_id!r:.200}"
-            raise RequestError(message, parameter="request_id", value=body.request_id, limit=limit)
-        self.id = f"{prefix}-{body.request_id or secrets.token_hex(12)}"
+        self.id = f"{prefix}-{_given_id(request, body) or secrets.token_hex(12)}"
         self.usage = Usage()
         self.prompts = [prompt.get("prompt") or prompt["prompt_token_ids"] for prompt in prompts]
         self._num_choices = params.n * len(prompts)
@@ -160,6 +156,20 @@ class Run:
             usage.completion_tokens += len(part.token_ids)
             if part.finish_reason is not None:
                 self._ends.append(part.finish_reason)
+
+
+def _given_id(request: Request, body: Generation) -> str | None:
+    """A header's, which proxies set, or the body's. Raises RequestError."""
+    in_header = request.headers.get("x-request-id")
+    for name, given in (("x-request-id", in_header), ("request_id", body.request_id)):
+        if given is None:
+            continue
+        if not _ID.fullmatch(given):
+            limit = "1 to 128 printable ASCII characters"
+            message = f"{name} must be {limit}, got {given!r:.200}"
+            raise RequestError(message, parameter=name, value=given, limit=limit)
+        return given
+    return None
 
 
 def _least(one: float | None, other: float | None) -> float | None:

@@ -47,9 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_asks_for_nothing_changes_nothing(folder: Path) -> None:
     plain: dict[str, Any] = {"model": str(folder), "load_format": "oracle", "skip_tokenizer_init": True}
     assert resolve(AsyncEngineArgs(**plain, **TAKEN_FOR_GRANTED)) == resolve(AsyncEngineArgs(**plain))
-    assert resolve(AsyncEngineArgs(**plain, max_model_len="auto", cpu_offload_gb=0.0)) == resolve(
-        AsyncEngineArgs(**plain)
-    )
+    also: dict[str, Any] = {**plain, "max_model_len": "auto", "cpu_offload_gb": 0.0}
+    assert resolve(AsyncEngineArgs(**also)) == resolve(AsyncEngineArgs(**plain))
 
 
 class Dtype:
@@ -62,13 +61,11 @@ class Dtype:
 def test_other_forms_of_our_own_arguments() -> None:
     given: dict[str, Any] = {"dtype": Dtype(), "served_model_name": ["one"], "max_model_len": -1}
     assert AsyncEngineArgs(**given) == AsyncEngineArgs(dtype="float16", served_model_name="one")
-    for name, value in (
-        ("served_model_name", ["one", "two"]),
-        ("max_model_len", -2),
-        ("dtype", "torch.int8"),
-    ):
+    wrong: dict[str, Any] = {"served_model_name": ["a", "b"], "max_model_len": -2, "dtype": "torch.int8"}
+    for name, value in wrong.items():
+        one: dict[str, Any] = {name: value}
         with pytest.raises(ConfigError, match=f"^{name} must be "):
-            resolve(AsyncEngineArgs(**{name: value}))
+            resolve(AsyncEngineArgs(**one))
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,14 @@ def test_an_id_of_ones_own(http: httpx.Client) -> None:
     assert len(seen) == 1 + 4
 
 
+def test_an_id_in_a_header(http: httpx.Client) -> None:
+    """Proxies set it; as with vLLM it comes before the body's."""
+    body = {"prompt": "Hi", "max_tokens": 1, "request_id": "body"}
+    assert http.post("/v1/completions", json=body, headers={"X-Request-Id": "a 1"}).json()["id"] == "cmpl-a 1"
+    refused = http.post("/v1/completions", json=body, headers={"X-Request-Id": "x" * 129})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "x-request-id")
+
+
 def test_stop_string_ends_the_text(http: httpx.Client) -> None:
     body = {"prompt": "abc", "max_tokens": 30, "seed": 2, "ignore_eos": True}
     text = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
