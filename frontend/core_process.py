@@ -20,11 +20,12 @@ import zmq
 
 from ..ipc import process
 from ..ipc.config import EngineConfig
-from ..ipc.errors import EngineDeadError
+from ..ipc.errors import ConfigError, EngineDeadError
 from ..ipc.inspection import activity, descendants, print_stacks
 from ..ipc.messages import EngineInfo, Fatal, FromStarting, Progress, Ready
 from ..ipc.payloads import CoreStart
 from ..ipc.pipe import wait
+from .checks import is_unicode
 from .status_lines import StatusLines
 
 logger = logging.getLogger("headrace")
@@ -175,11 +176,15 @@ def _describe(message: Fatal) -> str:
 
 
 def _private_folder() -> Path:
-    """A new folder that only we can enter, with a path short enough for a socket in it."""
-    folder = Path(tempfile.mkdtemp(prefix="headrace-"))
-    if len(os.fsencode(folder / "core")) > zmq.IPC_PATH_MAX_LEN:
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="headrace-", dir="/tmp"))
+    """A new folder that only we can enter, with a path that a socket in it can have. Raises ConfigError."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="headrace-"))
+        if not is_unicode(str(folder)) or len(os.fsencode(folder / "core")) > zmq.IPC_PATH_MAX_LEN:
+            folder.rmdir()
+            folder = Path(tempfile.mkdtemp(prefix="headrace-", dir="/tmp"))
+    except OSError as error:
+        message = f"no folder for the engine's socket: {error}; set TMPDIR to one that can be written to"
+        raise ConfigError(message, parameter="TMPDIR", value=os.environ.get("TMPDIR")) from error
     return folder
 
 

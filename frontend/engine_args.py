@@ -29,6 +29,7 @@ from ..ipc.config import (
 from ..ipc.curve import ClientKeys, client_keys
 from ..ipc.errors import ConfigError
 from . import model_files
+from .checks import is_unicode
 from .model_files import ModelFiles
 from .names import nearest
 from .tokenizer_json import tokenizer_json
@@ -344,6 +345,9 @@ def _check_text(args: AsyncEngineArgs, name: str) -> None:
         setattr(args, name, str(value))
     elif not (isinstance(value, str) and value) and not (value is None and FIELDS[name] is None):
         raise _refusal(name, value, "a string" if value != "" else "a string of at least one character")
+    text = getattr(args, name)
+    if text is not None and not is_unicode(text):  # a path of other bytes, or in a locale that lacks them
+        raise _refusal(name, text, "text in UTF-8")
 
 
 def _check_integer(args: AsyncEngineArgs, name: str, low: int, high: int) -> None:

@@ -25,9 +25,13 @@ class LocalModel(NamedTuple):
 
 def local_models() -> Iterator[LocalModel]:
     """The demo if it has been fetched, then every cached snapshot with a config.json and safetensors."""
-    demo = demo_cache_path()
-    if is_fetched(demo):
-        yield LocalModel("demo", "LlamaForCausalLM", DEMO.size, demo)
+    try:
+        demo = demo_cache_path()
+    except ConfigError:  # there is no home, and so no demo in it
+        pass
+    else:
+        if is_fetched(demo):
+            yield LocalModel("demo", "LlamaForCausalLM", DEMO.size, demo)
     try:
         cache = huggingface_hub.scan_cache_dir()
     except huggingface_hub.errors.CacheNotFound:

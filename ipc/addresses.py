@@ -13,6 +13,8 @@ import zmq
 from .errors import ConfigError
 
 _LOOPBACK = re.compile(r"tcp://(127(\.\d+){3}|localhost|\[::1\]):\d+")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""A byte of a path that is not UTF-8, or that the locale cannot read."""
 _TCP = re.compile(r"tcp://([\w.-]+|\*|\[[0-9A-Fa-f:.]+(%\w+)?\]):\d+", re.ASCII)
 
 
@@ -22,7 +24,7 @@ def check_address(address: str, parameter: str, *, has_keys: bool = False) -> st
     A path is absolute: to ZeroMQ `@name` is a socket without a folder that protects it, and `*` a path that
     it makes up. Raises ConfigError.
     """
-    if address.startswith("ipc:///"):
+    if address.startswith("ipc:///") and not _SURROGATE.search(address):
         limit = zmq.IPC_PATH_MAX_LEN
         if len(os.fsencode(address.removeprefix("ipc://"))) > limit:
             message = f"{parameter}: the path of {address!r} is longer than {limit} bytes"
@@ -30,7 +32,7 @@ def check_address(address: str, parameter: str, *, has_keys: bool = False) -> st
         return address
     if _LOOPBACK.fullmatch(address) or (has_keys and _TCP.fullmatch(address)):
         return address
-    limit_text = "ipc:///path or tcp://127.0.0.1:PORT, or tcp://HOST:PORT with CURVE keys"
+    limit_text = "ipc:///path in UTF-8, tcp://127.0.0.1:PORT, or tcp://HOST:PORT with CURVE keys"
     message = f"{parameter} must be {limit_text}; got {address!r}"
     raise ConfigError(message, parameter=parameter, value=address, limit=limit_text)
 

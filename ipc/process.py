@@ -23,6 +23,7 @@ from typing import NoReturn
 
 import msgspec
 
+from .errors import ConfigError
 from .exit_codes import ExitCode
 from .inspection import STACKS_SIGNAL
 
@@ -87,8 +88,9 @@ def spawn(
     The child has its own session, so that Ctrl-C reaches the parent alone, which then ends the child in
     good order. Its standard output goes to standard error: a program's output stays its own. `-P` keeps the
     working directory off `sys.path`. A child whose parent vanishes exits; at its end, whichever it is, it
-    deletes the folder `remove`.
+    deletes the folder `remove`. Raises ConfigError for a payload that cannot be told, and off Linux.
     """
+    line = _payload_line(payload)
     command = [sys.executable, "-P", "-m", __name__, entry, str(os.getpid()), remove or ""]
     # Where it was closed when this process began, something else has its number by now.
     output = _STANDARD_ERROR if sys.__stderr__ is not None else subprocess.DEVNULL
@@ -102,7 +104,7 @@ def spawn(
     )
     assert process.stdin is not None
     try:
-        process.stdin.write(msgspec.json.encode(payload) + b"\n")
+        process.stdin.write(line)
         process.stdin.flush()
     except BrokenPipeError:
         pass  # it died at once: whoever waits for its first message will say so
@@ -110,12 +112,32 @@ def spawn(
 
 
 def become(entry: str, payload: msgspec.Struct) -> NoReturn:
-    """Replace this process by `module:function(payload)`, keeping its pid: how a daemon starts."""
-    line = os.memfd_create("payload")
-    os.write(line, msgspec.json.encode(payload) + b"\n")
-    os.lseek(line, 0, os.SEEK_SET)
-    os.dup2(line, 0)
+    """Replace this process by `module:function(payload)`, keeping its pid: how a daemon starts.
+
+    Raises ConfigError as `spawn` does.
+    """
+    line = _payload_line(payload)
+    file = os.memfd_create("payload")
+    os.write(file, line)
+    os.lseek(file, 0, os.SEEK_SET)
+    os.dup2(file, 0)
     os.execv(sys.executable, [sys.executable, "-P", "-m", __name__, entry, str(_NO_PARENT), ""])
+
+
+def _payload_line(payload: msgspec.Struct) -> bytes:
+    check_platform()
+    try:
+        return msgspec.json.encode(payload) + b"\n"
+    except UnicodeEncodeError as error:  # a path's bytes that the locale cannot read
+        message = f"{error.object!a} is no text: use names in UTF-8, and a locale that has them"
+        raise ConfigError(message, value=ascii(error.object), limit="UTF-8") from error
+
+
+def check_platform() -> None:
+    """Raises ConfigError where Headrace's processes cannot run."""
+    if sys.platform != "linux":
+        message = f"Headrace's engine and server run on Linux; this is {sys.platform}"
+        raise ConfigError(message, value=sys.platform, limit="linux")
 
 
 def _follow_parent(parent: int, remove: str) -> None:

@@ -11,6 +11,7 @@ import msgspec
 
 from ...ipc.errors import ConfigError
 from ...ipc.logs import LogFormat
+from ...ipc.process import check_platform
 
 _LIBRARIES = ("httptools", "prometheus_client", "starlette", "uvicorn")
 KEY_VARIABLES = ("HEADRACE_API_KEY", "VLLM_API_KEY")
@@ -68,7 +69,8 @@ class ServerOptions(msgspec.Struct, kw_only=True):
 
 
 def check_installed() -> None:
-    """Raises ConfigError when the libraries of the extra are not there."""
+    """Raises ConfigError when the libraries of the extra are not there, and off Linux."""
+    check_platform()
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         message = f"the server needs {', '.join(missing)}: pip install 'headrace[server]'"

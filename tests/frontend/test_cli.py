@@ -14,6 +14,7 @@ import pytest
 from headrace import __version__
 from headrace.frontend import explain
 from headrace.frontend.engine_args import ATTACHING, FIELDS
+from headrace.frontend.local_models import local_models
 from headrace.ipc.config import EngineConfig
 
 HEADRACE = [sys.executable, "-P", "-c", "from headrace.frontend.cli import main; main()"]
@@ -203,3 +204,14 @@ def test_models_are_the_demo_and_what_the_hub_s_cache_holds(tmp_path: Path) -> N
     (repo / "snapshots" / "abc" / "model.safetensors").write_bytes(b"\0" * 20_000_000)
     (line,) = models()
     assert line.split()[:4] == ["mills/wheel", "LlamaForCausalLM", "0.02", "GB"]
+
+
+def test_models_of_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that is run as a user whom it does not know."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    assert "demo" not in [model.name for model in local_models()]

@@ -145,6 +145,13 @@ def test_bad_value_is_refused_by_name(folder: Path, name: str, value: Any) -> No
     assert caught.value.parameter == name
 
 
+@pytest.mark.parametrize("name", ["model", "tokenizer", "served_model_name"])
+def test_names_of_other_bytes_than_utf_8_are_refused(folder: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} must be text in UTF-8, got") as refused:
+        resolved(folder, **{name: f"{folder}/caf\udce9"})
+    assert refused.value.parameter == name
+
+
 def test_unknown_name_is_met_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'max_num_seqs'"):
         AsyncEngineArgs(max_num_seq=3)  # type: ignore[call-arg]

@@ -7,10 +7,10 @@ import contextlib
 import gc
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -245,20 +245,28 @@ def test_garbage_collection_ends_the_engine(oracle_args: Args) -> None:
     wait_gone([pid])
 
 
-def test_a_temporary_folder_with_a_long_name(oracle_folder: Path, temp: Path) -> None:
-    """Longer than a Unix socket's address may be: the socket is elsewhere, and is gone afterwards, too."""
-    long = temp / ("x" * 100) / ("y" * 100)
-    long.mkdir(parents=True)
+def test_no_folder_for_temporary_files(oracle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = AsyncEngineArgs(str(oracle_folder), load_format="oracle", skip_tokenizer_init=True)
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/no such folder")
+    with pytest.raises(ConfigError, match=r"No such file or directory.*set TMPDIR"):
+        AsyncLLM.from_engine_args(args)
+
+
+@pytest.mark.parametrize("name", ["x" * 150, "caf\udce9"], ids=["too long", "not UTF-8"])
+def test_a_temporary_folder_that_no_socket_can_be_in(oracle_folder: Path, temp: Path, name: str) -> None:
+    """The socket is elsewhere, and is gone afterwards, too."""
+    folder = temp / name
+    folder.mkdir()
     source = program(
         oracle_folder, "asyncio.run(first(engine))\nprint(engine._client._address)\nengine.shutdown()"
     )
-    code, out, err = finish(start(long, "-c", source))
+    code, out, err = finish(start(folder, "-c", source))
     assert (code, err) == (0, "")
     address = out.split()[-1]
     assert address.startswith("ipc:///tmp/headrace-")
     assert not Path(address.removeprefix("ipc://")).parent.exists()
-    assert list(long.iterdir()) == []
-    shutil.rmtree(long.parent)
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
 
 
 def test_no_rank_needs_shared_memory(text_model: Path) -> None:

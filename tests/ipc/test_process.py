@@ -7,11 +7,13 @@ import select
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
-from headrace.ipc.process import spawn
+from headrace.ipc.errors import ConfigError
+from headrace.ipc.process import become, spawn
 
 ENTRY = "headrace_process_probe:run"
 PROBE = """
@@ -153,6 +155,19 @@ become({ENTRY!r}, Order("sleep", 0, 1))
         assert daemon.poll() is None
         daemon.send_signal(signal.SIGTERM)
         assert daemon.wait(5) == -signal.SIGTERM
+
+
+def test_what_cannot_be_told_and_where_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Path(msgspec.Struct):
+        path: str = "/models/caf\udce9"
+
+    for start in (partial(spawn, "probe", ENTRY), partial(become, ENTRY)):
+        with pytest.raises(ConfigError, match=r"caf\\udce9.* UTF-8"):
+            start(Path())
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(sys, "platform", "darwin")
+            with pytest.raises(ConfigError, match="run on Linux; this is darwin"):
+                start(Order())
 
 
 def test_a_child_hears_signals_that_its_parent_has_blocked() -> None:

@@ -233,6 +233,7 @@ def test_good_addresses(address: str) -> None:
     "address",
     [
         *("tcp://0.0.0.0:5000", "tcp://*:1", "tcp://127.0.0.1", "http://x", "", "ipc:///" + "x" * 200),
+        "ipc:///caf\udce9",
         *("ipc://@open", "ipc://*", "ipc://core", "ipc://"),  # to ZeroMQ the first two are no paths
     ],
 )
