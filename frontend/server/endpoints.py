@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from .errors import as_api_error, as_bad_body
 from .guard import read_body
+from .protocol import Body
 from .service import Service
 
 
@@ -22,29 +23,29 @@ class Endpoint(NamedTuple):
     path: str
     handler: Callable[[Service, Request, Any], Awaitable[Response]]
     summary: str
-    body: type[msgspec.Struct] | None = None
+    body: type[Body] | None = None
 
     def route(self, service: Service) -> Route:
         decode = None if self.body is None else _decoder(self.body)
 
         async def endpoint(request: Request) -> Response:
             options = service.options
+            body: Body | None = None
             try:
-                body = None
                 if decode is not None:
                     body = decode(await read_body(request, options.max_body_bytes, options.body_timeout))
                 return await self.handler(service, request, body)
             except Exception as error:
-                return as_api_error(error).response()
+                return as_api_error(error, None if body is None else body.renamed()).response()
 
         return Route(self.path, endpoint, methods=[self.method])
 
 
-def _decoder(kind: type[msgspec.Struct]) -> Callable[[bytes], msgspec.Struct]:
+def _decoder(kind: type[Body]) -> Callable[[bytes], Body]:
     decoder = msgspec.json.Decoder(kind)
     known = dict.fromkeys(kind.__struct_fields__)
 
-    def decode(data: bytes) -> msgspec.Struct:
+    def decode(data: bytes) -> Body:
         try:
             return decoder.decode(data)
         except (msgspec.DecodeError, RecursionError) as error:

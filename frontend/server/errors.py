@@ -76,8 +76,11 @@ def unavailable(message: str, seconds: float = RETRY_SECONDS, status: int = 503)
     return ApiError(status, message, headers={"retry-after": str(max(round(seconds), 1))})
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """What to tell the client; a fault of our own is logged, and told without its details."""
+def as_api_error(error: Exception, renamed: Mapping[str, str] | None = None) -> ApiError:
+    """What to tell the client; a fault of our own is logged, and told without its details.
+
+    `renamed`: names of parameters to the client's own for them.
+    """
     match error:
         case ApiError():
             return error
@@ -91,7 +94,11 @@ def as_api_error(error: Exception) -> ApiError:
             # The one limit of a prompt that is a number is its length. Clients know this code and shorten it.
             is_too_long = error.parameter == "prompt" and (error.limit or "").isdigit()
             code = "context_length_exceeded" if is_too_long else None
-            return ApiError(400, str(error), param=error.parameter, code=code)
+            name = error.parameter
+            if name is None or renamed is None or name not in renamed:
+                return ApiError(400, str(error), param=name, code=code)
+            message = re.sub(rf"^{name}(?=[ :])", renamed[name], str(error))
+            return ApiError(400, message, param=renamed[name], code=code)
         case EngineDeadError() | RefusedError():
             return unavailable(f"the engine cannot serve: {error}")
         case HTTPException():

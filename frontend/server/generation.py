@@ -15,6 +15,7 @@ from ..outputs import RequestMetrics, RequestOutput
 from ..sampling_params import RequestOutputKind, SamplingParams
 from ..streams import RequestStream
 from .beams import BeamStream
+from .errors import as_api_error
 from .logprob_forms import LogprobForms
 from .protocol import Choices, Generation
 from .service import Service
@@ -65,6 +66,7 @@ class Run:
             raise RequestError(message, parameter="n", value=params.n, limit=MAX_CHOICES)
         self.id = f"{prefix}-{_given_id(request, body) or secrets.token_hex(12)}"
         self.usage = Usage()
+        self._renamed = body.renamed()
         self.prompts = [prompt.get("prompt") or prompt["prompt_token_ids"] for prompt in prompts]
         self._num_choices = params.n * len(prompts)
         self._shows_timings = service.options.enable_per_request_metrics
@@ -101,6 +103,8 @@ class Run:
                 async for index, output in _merged(self._streams):
                     self._count(index, output)
                     yield index, output
+        except RequestError as error:
+            raise as_api_error(error, self._renamed) from error
         finally:
             for stream in self._streams:
                 stream.abort()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 
+from ...ipc.errors import RequestError
 from ..repetition import RepetitionDetectionParams
 from ..sampling_params import SamplingParams
 from ..structured_outputs import StructuredOutputsParams
@@ -26,6 +27,10 @@ WHITESPACE = r"(\n {0,64}| )?"
 
 class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Base of the requests' types. null always means the default."""
+
+    def renamed(self) -> dict[str, str]:
+        """The engine's names for what this body calls otherwise, and its own, which errors are to tell."""
+        return {}
 
 
 class StreamOptions(Body):
@@ -165,10 +170,17 @@ class Generation(Body, kw_only=True):
     return_token_offsets: bool | None = None
     return_assistant_tokens_mask: bool | None = None
 
+    form_field: ClassVar[str] = "response_format"
+
     @property
     def form(self) -> ResponseFormat | None:
-        """What the answer is to be."""
+        """What the answer is to be; it comes from `form_field`."""
         return None
+
+    def renamed(self) -> dict[str, str]:
+        if self.structured_outputs is not None:
+            return {}
+        return {"structured_outputs": "tools" if self.form is None else self.form_field}
 
     def refuse_unsupported(self) -> None:
         """Raises ApiError for fields whose value asks for what does not exist."""
@@ -195,7 +207,7 @@ class Generation(Body, kw_only=True):
                 "a response format and structured_outputs exclude each other", "structured_outputs"
             )
         if given is not None:
-            return StructuredOutputsParams(**given)
+            return _structured_outputs(given)
         if isinstance(form, JsonSchemaFormat) and form.json_schema.schema is not None:
             return StructuredOutputsParams(json=form.json_schema.schema, whitespace_pattern=WHITESPACE)
         if isinstance(form, (JsonObjectFormat, JsonSchemaFormat)):
@@ -263,6 +275,12 @@ class ChatRequest(Choices, kw_only=True):
     """Begin the answer with the last message, if that is the assistant's."""
     return_prompt_text: bool | None = None
 
+    def renamed(self) -> dict[str, str]:
+        names = {"logprobs": "top_logprobs", "prompt": "messages"}
+        if self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        return super().renamed() | names
+
 
 class OutputSchema(Body, tag_field="type", tag="json_schema"):
     """`JsonSchemaFormat` as /v1/responses writes it."""
@@ -312,6 +330,8 @@ class ResponsesRequest(Generation, kw_only=True):
     truncation: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
+    form_field = "text.format"
+
     @property
     def form(self) -> ResponseFormat | None:
         given = None if self.text is None else self.text.format
@@ -324,6 +344,10 @@ class ResponsesRequest(Generation, kw_only=True):
         """How many of the likeliest tokens at each position; None: no logprobs at all."""
         is_wanted = "message.output_text.logprobs" in (self.include or ()) or self.top_logprobs
         return self.top_logprobs or 0 if is_wanted else None
+
+    def renamed(self) -> dict[str, str]:
+        names = {"max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}
+        return super().renamed() | names | dict.fromkeys(("prompt", "messages"), "input")
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
@@ -354,6 +378,9 @@ class DetokenizeRequest(Body, kw_only=True):
     model: str | None = None
     tokens: list[int]
 
+    def renamed(self) -> dict[str, str]:
+        return {"prompt_token_ids": "tokens"}
+
 
 _FIXED: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
@@ -376,6 +403,16 @@ _FIXED_RESPONSES: dict[str, tuple[object, ...]] = {
     "stream_options": (),  # the last event has the usage anyway
     "truncation": ("disabled",),
 }
+
+
+def _structured_outputs(given: dict[str, Any]) -> StructuredOutputsParams:
+    """Raises RequestError, and ApiError for a field of it."""
+    try:
+        return StructuredOutputsParams(**given)
+    except RequestError as error:
+        if error.parameter == "structured_outputs":
+            raise
+        raise bad_request(str(error), f"structured_outputs.{error.parameter}") from error
 
 
 def refuse_other(name: str, value: object, fixed: Sequence[object]) -> None:

@@ -175,3 +175,52 @@ def test_a_request_s_chat_template_needs_trust(http: httpx.Client, serve: Callab
             response = client.post("/v1/chat/completions", json={**body, "chat_template": bad})
             assert response.status_code == 400, bad
             assert "chat template" in response.json()["error"]["message"]
+
+
+HI = [{"role": "user", "content": "Hi"}]
+LONG = "word " * 3000
+ODD_SCHEMA = {"name": "f", "schema": {"type": "odd"}}
+STRICT = {"name": "f", "strict": True, "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("chat/completions", {"messages": HI, "max_completion_tokens": 0}, "max_completion_tokens"),
+        ("chat/completions", {"messages": HI, "max_tokens": 0}, "max_tokens"),
+        ("chat/completions", {"messages": HI, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ("chat/completions", {"messages": [{"role": "user", "content": LONG}]}, "messages"),
+        (
+            "chat/completions",
+            {"messages": HI, "response_format": {"type": "json_schema", "json_schema": ODD_SCHEMA}},
+            "response_format",
+        ),
+        ("chat/completions", {"messages": HI, "tools": [{"type": "function", "function": STRICT}]}, "tools"),
+        ("chat/completions", {"messages": HI, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ("completions", {"prompt": "Hi", "structured_outputs": {"regx": "a"}}, "structured_outputs.regx"),
+        ("completions", {"prompt": "Hi", "response_format": {"type": "json_object"}}, "response_format"),
+        ("completions", {"prompt": LONG}, "prompt"),
+        ("responses", {"input": "Hi", "max_output_tokens": 0}, "max_output_tokens"),
+        ("responses", {"input": "Hi", "top_logprobs": 21}, "top_logprobs"),
+        ("responses", {"input": LONG}, "input"),
+        ("responses", {"input": []}, "input"),
+        (
+            "responses",
+            {"input": "Hi", "text": {"format": {"type": "json_schema"} | ODD_SCHEMA}},
+            "text.format",
+        ),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_errors_name_the_field_that_was_sent(
+    http: httpx.Client, path: str, body: dict[str, Any], param: str, stream: bool
+) -> None:
+    """An oracle refuses whatever constrains its tokens."""
+    refused = http.post(f"/v1/{path}", json={**body, "stream": stream})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+    assert "max_tokens" not in refused.text or param == "max_tokens"
+
+
+def test_an_error_of_detokenize_names_its_field(http: httpx.Client) -> None:
+    assert http.post("/detokenize", json={"tokens": [10**6]}).json()["error"]["param"] == "tokens"
