@@ -34,7 +34,7 @@ def local_models() -> Iterator[LocalModel]:
             yield LocalModel("demo", "LlamaForCausalLM", DEMO.size, demo)
     try:
         cache = huggingface_hub.scan_cache_dir()
-    except huggingface_hub.errors.CacheNotFound:
+    except (huggingface_hub.errors.CacheNotFound, RuntimeError):  # there is none yet, or no home for it
         return
     for repo in sorted(cache.repos, key=lambda repo: repo.repo_id):
         for revision in repo.revisions:

@@ -6,6 +6,7 @@ that is wrong with a name or a file is a ConfigError that names it.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ def find_model(name: str, *, with_weights: bool = True, parameter: str = "model"
         from .demo import demo_model_path  # noqa: PLC0415 - only who asks for the demo pays for it
 
         return demo_model_path()
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.is_dir() or path.is_file():
         if path.is_file() and path.suffix != ".gguf":
             limit = "a folder or a .gguf file"
@@ -96,7 +97,7 @@ def read_model(name: str, generation_config: str, *, with_weights: bool = True) 
         return ModelFiles(path, hf_config, {})
     if name == DEMO and generation_config == "auto":
         return ModelFiles(path, hf_config, _DEMO_SAMPLING)
-    folder = path if generation_config == "auto" else Path(generation_config).expanduser()
+    folder = path if generation_config == "auto" else _path(generation_config)
     file = folder / "generation_config.json"
     if generation_config == "auto" and not file.is_file():
         return ModelFiles(path, hf_config, {})
@@ -176,6 +177,11 @@ def sampling_of(given: dict[str, Any]) -> dict[str, Any]:
     return {ours: given[theirs] for theirs, ours in _SAMPLING_KEYS.items() if given.get(theirs) is not None}
 
 
+def _path(name: str) -> Path:
+    """`~` and all; where there is no such home, `Path.expanduser` raises."""
+    return Path(os.path.expanduser(name))
+
+
 def _from_hub(name: str, parameter: str, with_weights: bool) -> Path:
     import huggingface_hub  # noqa: PLC0415 - 0.3 s that local models need not pay
 
@@ -184,8 +190,8 @@ def _from_hub(name: str, parameter: str, with_weights: bool) -> Path:
         cached = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
         if (cached / "config.json").is_file() and (not with_weights or any(cached.glob("*.safetensors"))):
             return cached
-    except (OSError, ValueError):
-        pass  # not in the cache: ask the hub
+    except (OSError, ValueError, RuntimeError):
+        pass  # not in the cache, or no home for one: ask the hub
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # its errors share no base: HTTP, offline, gated, not found, bad names

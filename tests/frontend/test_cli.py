@@ -215,3 +215,6 @@ def test_models_of_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", home)
     assert "demo" not in [model.name for model in local_models()]
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_HUB_CACHE", "~headrace-has-no-such-user/hub")
+    assert headrace("models").returncode == 0

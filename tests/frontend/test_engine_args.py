@@ -176,7 +176,9 @@ def test_bad_model_folder(tmp_path: Path, content: str | None, names: str) -> No
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["/no/such/model", "./nothing", "a b", "x/y/z", "model.gguf"])
+@pytest.mark.parametrize(
+    "name", ["/no/such/model", "./nothing", "~nobody-of-that-name/model", "a b", "x/y/z", "model.gguf"]
+)
 def test_unknown_model(name: str) -> None:
     with pytest.raises(ConfigError, match="cannot find") as caught:
         resolve(AsyncEngineArgs(model=name))
