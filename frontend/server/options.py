@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import MutableMapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ from ...ipc.logs import LogFormat
 from ...ipc.process import check_platform
 
 _LIBRARIES = ("httptools", "prometheus_client", "starlette", "uvicorn")
+_TRACING = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 KEY_VARIABLES = ("HEADRACE_API_KEY", "VLLM_API_KEY")
 
 
@@ -71,10 +71,17 @@ class ServerOptions(msgspec.Struct, kw_only=True):
 def check_installed() -> None:
     """Raises ConfigError when the libraries of the extra are not there, and off Linux."""
     check_platform()
-    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    missing = [name for name in _LIBRARIES if not _is_installed(name)]
     if missing:
         message = f"the server needs {', '.join(missing)}: pip install 'headrace[server]'"
         raise ConfigError(message, parameter="server", value=missing, limit="headrace[server]")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # nor is the package that it is a part of
+        return False
 
 
 def check_options(options: ServerOptions) -> None:
@@ -99,8 +106,8 @@ def check_options(options: ServerOptions) -> None:
     if endpoint is not None:
         if not endpoint.startswith(("http://", "https://")):
             raise _refusal("otlp_traces_endpoint", endpoint, "an http:// or https:// address")
-        if find_spec("opentelemetry.sdk") is None or find_spec("opentelemetry.exporter") is None:
-            raise _refusal("otlp_traces_endpoint", endpoint, "used with `pip install headrace[tracing]`")
+        if not all(map(_is_installed, _TRACING)):
+            raise _refusal("otlp_traces_endpoint", endpoint, "used with pip install 'headrace[tracing]'")
     for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "chat_template"):
         if (path := getattr(options, name)) is not None:
             _read(name, path)

@@ -129,6 +129,8 @@ class Supervisor:
             return self._supervise(wake)
         finally:
             signal.set_wakeup_fd(-1)
+            wake.close()
+            waker.close()
             for one in self._servers.values():
                 one.child.stop(_KILL_SECONDS)
             self._stop_core()

@@ -50,3 +50,17 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ConfigError, match=r"needs uvicorn: pip install 'headrace\[server\]'"):
         check_installed()
+
+
+@pytest.mark.parametrize(
+    "missing", ["opentelemetry", "opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"]
+)
+def test_the_extra_for_tracing_is_named(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    """With nothing of it, with its interface alone, and with another exporter."""
+    options = ServerOptions(otlp_traces_endpoint="http://localhost:4318/v1/traces")
+    check_options(options)
+    for name in [name for name in sys.modules if name.startswith(f"{missing}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConfigError, match=r"pip install 'headrace\[tracing\]'"):
+        check_options(options)
