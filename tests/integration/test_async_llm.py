@@ -362,7 +362,7 @@ def test_bad_requests_fail_alone(engine: AsyncLLM) -> None:
             ([VOCAB_SIZE], sampling(0), "vocabulary"),
             ([-1], sampling(0), "vocabulary"),
             ("text", sampling(0), "no tokenizer"),
-            ({"prompt_token_ids": [1], "multi_modal_data": {}}, sampling(0), "multi_modal_data"),
+            ({"prompt_token_ids": [1], "multi_modal_data": {"image": 1}}, sampling(0), "multi_modal_data"),
             (None, sampling(0), "prompt must be"),
             ([1], sampling(0, stop=["x"]), "tokenizer"),
             ([1], late, "temperature"),
