@@ -63,6 +63,11 @@ def test_vllm_s_own_flags(model: str) -> None:
     assert "quantization" not in headrace("serve", "--help").stdout
 
 
+def test_the_package_is_the_command(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "headrace", "--version"]
+    assert subprocess.check_output(words, text=True, cwd=tmp_path) == f"headrace {__version__}\n"
+
+
 def test_every_engine_argument_is_a_flag() -> None:
     shown = headrace("engine-core", "--help").stdout
     flags = {word.rstrip(",") for word in shown.split()}
